@@ -1,0 +1,292 @@
+"""One `discreet.toml` becomes one frozen `Project`. Unknown keys are errors that name the nearest known one.
+
+`[privacy]`, `[model]` and `[train]` say what is computed: `privacy_digest` hashes `[privacy]` into the guarantee. `[run]` says only how fast: nothing in it
+can change a released number. The keys are documented where they are declared; `docs/configuration.md` is generated from here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from discreet.errors import ConfigInvalid, SourceMissing, UnknownKey
+from discreet.record import Basis, Digest, Purpose, Sensitivity
+
+FILE_NAME = "discreet.toml"
+MAX_CONFIG_BYTES = 1_000_000
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@final
+class ProjectSection(_Section):
+    """Who is responsible, and for what."""
+
+    name: Name
+    controller: str = Field(description="legal entity that decides on the data (GDPR Art. 4(7))")
+    purpose: Name = Field(description="the one purpose for which records are admitted")
+
+
+@final
+class StoreSection(_Section):
+    """Where state lives."""
+
+    url: str = Field("sqlite:///.discreet/discreet.db", description="sqlite:///PATH (relative to this file) or postgresql+psycopg://...")
+
+
+@final
+class KeysSection(_Section):
+    """Where the master key comes from."""
+
+    master: str = Field("file:.discreet/master.key", description="file:PATH, env:NAME or vault+https://HOST/v1/MOUNT/KEY?file=PATH")
+
+
+@final
+class SourceSection(_Section):
+    """One `[[source]]`: a body of text, its owner, and who may use it for what."""
+
+    name: Name
+    path: str = Field(description="file or folder, relative to this file")
+    format: Literal["jsonl", "csv", "parquet", "text"] = "jsonl"
+    text: str = Field("text", description="column that holds the text (format text: the file's content)")
+    id: str = Field("id", description="column that identifies the record in its source (format text: the file name)")
+    unit: str = Field("", description="column that names the privacy unit, such as patient (format text: the folder of the file)")
+    known: dict[str, str] = Field(default_factory=dict, description="label -> column of identifiers of the same subject, e.g. PERSON = 'name'")
+    owner: str = Field(description="person or role that answers for the source")
+    licence: str = "internal"
+    sensitivity: Sensitivity = Sensitivity.SPECIAL
+    purposes: tuple[Name, ...] = Field(min_length=1)
+    basis: Basis = Field(description="legal basis that covers the records of this source")
+    opt_outs: str = Field("", description="file with one privacy unit a line: those who objected or withdrew")
+    retention_days: Count = 3650
+    residency: str = Field("", description="where the data must stay, e.g. EU")
+    role: Literal["train", "public", "evaluation", "canary"] = Field(
+        "train", description="train: the DP track; public: the non-private track; evaluation: public held-out text; canary: reserved for the audit"
+    )
+
+    @model_validator(mode="after")
+    def _public_track_takes_public_text(self) -> SourceSection:
+        if self.role in ("public", "evaluation") and self.sensitivity is not Sensitivity.PUBLIC:
+            raise ValueError(f"Expected a source with role = '{self.role}' to have sensitivity = 'public', got '{self.sensitivity}'.")
+        if self.role == "canary" and self.basis is not Basis.GENERATED:
+            raise ValueError("Expected a source with role = 'canary' to have basis = 'generated'.")
+        if not self.unit and self.format != "text" and self.sensitivity is not Sensitivity.PUBLIC:
+            raise ValueError("Expected `unit` to name the column of the privacy unit of a source that is not public.")
+        return self
+
+
+@final
+class DeidSection(_Section):
+    """What happens to identifiers on the training path."""
+
+    policy: Literal["surrogate", "label", "redact"] = Field(
+        "surrogate", description="surrogate: consistent stand-ins per subject; label: [PERSON]; redact: removed"
+    )
+
+
+@final
+class ModelSection(_Section):
+    """Which base model, and which of its parameters learn."""
+
+    base: str = Field("smollm2-135m-instruct", description="smollm2-135m-instruct, tiny, or a folder of a Hugging Face causal LM (safetensors)")
+    train: tuple[str, ...] = Field(("lora",), description="'lora' for adapters, 'all', or patterns of parameter names (fnmatch); the rest is frozen")
+    lora_rank: Count = 4
+    lora_alpha: Positive = 16.0
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+    max_tokens: Count = Field(96, description="longest document in tokens; longer ones are cut")
+
+
+@final
+class PrivacySection(_Section):
+    """The promise. Hashed into the guarantee."""
+
+    epsilon: Positive = 8.0
+    delta: Probability | None = Field(None, description="left out: 1 / (2 * population)")
+    allow_large_delta: str = Field("", description="reason for delta >= 1/population, recorded in the log; empty refuses it")
+    unit: str = Field("patient", description="what one epsilon protects: everything this unit contributed")
+    cap: Count = Field(1, description="documents of one unit used in one step, chosen by keyed hash")
+    clip_norm: Positive = 0.5
+    steps: Count = 25
+    expected_batch: Count = Field(64, description="expected number of units in a step (Poisson)")
+    target: Literal["budget", "pld"] = Field(
+        "budget", description="what epsilon means: the budget's RDP filter admits it, or the tighter PLD figure meets it"
+    )
+
+
+@final
+class TrainSection(_Section):
+    """Optimisation. Public choices; they do not change the guarantee."""
+
+    learning_rate: Positive = 2e-3
+    optimizer: Literal["adam", "sgd"] = "adam"
+    warmup_steps: int = Field(0, ge=0)
+    public_steps: int = Field(0, ge=0, description="steps of the non-private track on public sources, before the DP track")
+
+
+@final
+class BudgetSection(_Section):
+    """The budget that the run is charged to. Opened once; never refilled."""
+
+    name: Name = "default"
+    epsilon: Positive = 8.0
+    delta: Probability | None = Field(None, description="left out: the delta of [privacy]")
+
+
+@final
+class AuditSection(_Section):
+    """How hard the model is attacked before release."""
+
+    canaries: Annotated[int, Field(ge=20)] = 500
+    level: Probability = 0.05
+    false_positive_rate: Probability = 0.05
+    control_epochs: Count = Field(8, description="passes of the non-private control over its canaries; it must be caught")
+
+
+@final
+class ReleaseSection(_Section):
+    """Gates. All must hold, or the model is withheld."""
+
+    verdicts: tuple[Literal["PASS", "INCONCLUSIVE"], ...] = ("PASS",)
+    max_epsilon: Positive = Field(8.0, description="largest epsilon (PLD statement) that may leave")
+
+
+@final
+class ServeSection(_Section):
+    """The gateway."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8765
+    max_request_bytes: Count = 1_000_000
+    max_new_tokens: Count = 256
+
+
+@final
+class RunSection(_Section):
+    """How fast, never what."""
+
+    threads: int = Field(0, ge=0, description="0: all cores")
+    device: Literal["cpu", "cuda"] = "cpu"
+    token_budget: Count = Field(2048, description="tokens in one micro-batch")
+    checkpoint_every: Count = 1
+
+
+@final
+class Project(_Section):
+    """A validated `discreet.toml` and the folder it stands in."""
+
+    root: Path
+    project: ProjectSection
+    store: StoreSection = StoreSection()
+    keys: KeysSection = KeysSection()
+    source: tuple[SourceSection, ...] = Field(min_length=1)
+    deid: DeidSection = DeidSection()
+    model: ModelSection = ModelSection()
+    privacy: PrivacySection = PrivacySection()
+    train: TrainSection = TrainSection()
+    budget: BudgetSection = BudgetSection()
+    audit: AuditSection = AuditSection()
+    release: ReleaseSection = ReleaseSection()
+    serve: ServeSection = ServeSection()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Project:
+        names = [source.name for source in self.source]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"Expected every [[source]] to have its own name, got '{name}' twice.")
+        return self
+
+    @property
+    def state(self) -> Path:
+        """Folder of everything Discreet writes for this project."""
+        return self.root / ".discreet"
+
+    @property
+    def purpose(self) -> Purpose:
+        return Purpose(self.project.purpose)
+
+    def path(self, relative: str) -> Path:
+        """Returns a declared path, resolved against the project's folder."""
+        return self.root / relative
+
+    def database_url(self) -> str:
+        """Returns the store URL with a relative SQLite path resolved against the project's folder."""
+        prefix = "sqlite:///"
+        return prefix + str(self.root / self.store.url.removeprefix(prefix)) if self.store.url.startswith(prefix) else self.store.url
+
+    def master_location(self) -> str:
+        """Returns the master key's location with a relative file resolved against the project's folder."""
+        return f"file:{self.root / self.keys.master.removeprefix('file:')}" if self.keys.master.startswith("file:") else self.keys.master
+
+    def privacy_digest(self) -> Digest:
+        """Returns the SHA-256 of `[privacy]` in canonical JSON."""
+        return digest_of(self.privacy.model_dump(mode="json"))
+
+
+def digest_of(value: Any) -> Digest:
+    """Returns the SHA-256 of a public value in canonical JSON (sorted keys, no spaces, UTF-8)."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return Digest("sha256:" + hashlib.sha256(canonical.encode()).hexdigest())
+
+
+def load(folder: Path) -> Project:
+    """Reads and validates `discreet.toml` in `folder`.
+
+    Raises:
+        SourceMissing: when there is no such file.
+        UnknownKey: when a key is not known; the message suggests the nearest.
+        ConfigInvalid: when the file is not TOML or a value breaks its rule.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise SourceMissing(f"a {FILE_NAME} in this folder", value=str(folder), remedy="Make one with `discreet init DIR`.")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ConfigInvalid(f"a {FILE_NAME} of at most {MAX_CONFIG_BYTES} bytes")
+    try:
+        declared = tomllib.loads(path.read_bytes().decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigInvalid(f"{FILE_NAME} to be TOML in UTF-8", value=str(error)) from None
+    try:
+        return Project.model_validate({**declared, "root": folder.resolve()})
+    except ValidationError as error:
+        raise _explain(error, declared) from None
+
+
+def _explain(error: ValidationError, declared: dict[str, Any]) -> ConfigInvalid:
+    """Turns pydantic's most telling finding into our error; its input value is configuration, never a person's text."""
+    found = error.errors(include_url=False, include_context=False)
+    first = next((finding for finding in found if finding["type"] == "extra_forbidden"), found[0])
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        key = str(first["loc"][-1])
+        known = list(_known_keys(first["loc"][:-1]))
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        remedy = f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(known)}."
+        return UnknownKey(f"a known key in {FILE_NAME}", value=where, remedy=remedy)
+    value = first.get("input")
+    shown = f"{where} = {value!r}" if isinstance(value, str | int | float | bool) else where
+    return ConfigInvalid(f"{FILE_NAME} to be valid: {first['msg']}", value=shown)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> Iterator[str]:
+    model: Any = Project
+    for part in location:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            model = next((a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)), annotation)
+    return (name for name in model.model_fields if name != "root")
