@@ -118,6 +118,9 @@ class PrivacySection(_Section):
     delta: Probability | None = Field(None, description="left out: 1 / (2 * population)")
     allow_large_delta: str = Field("", description="reason for delta >= 1/population, recorded in the log; empty refuses it")
     unit: str = Field("patient", description="what one epsilon protects: everything this unit contributed")
+    population: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="public estimate of the number of units, canaries included; left out: the exact count is used, and named as unprotected"
+    )
     cap: Count = Field(1, description="documents of one unit used in one step, chosen by keyed hash")
     clip_norm: Positive = 0.5
     steps: Count = 25
