@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import click
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from discreet import __version__
 from discreet.errors import ConfigInvalid, DiscreetError, NotFound, PlanInvalid, RequestInvalid, SourceMissing
@@ -61,12 +62,11 @@ def demo(
 ) -> None:
     """Tells the whole story on a generated hospital: from notes to a private, audited, served model."""
     from discreet import demo as story
-    from discreet.pipeline import Observer
 
     home = folder or Path("demo") / ("fast" if fast else "hospital")
     if fresh and (home / ".discreet").is_dir():
         shutil.rmtree(home)
-    outcome = story.tell(home, fast=fast, observer=_observer(Observer))
+    outcome = story.tell(home, fast=fast, observer=_Bars())
     _print(as_json, outcome.to_json(), outcome.lines())
     asked = serve is None and not as_json and sys.stdin.isatty() and typer.confirm("Start the gateway and the dashboard?", default=True, err=True)
     if serve or asked:
@@ -96,7 +96,7 @@ def run(
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        outcome = pipeline.run(house, until=stage, observer=_observer(pipeline.Observer))
+        outcome = pipeline.run(house, until=stage, observer=_Bars())
     _print(as_json, outcome, [f"{name}: {value}" for name, value in _flat(outcome)])
 
 
@@ -112,7 +112,7 @@ def audit(project: Folder = HERE, as_json: Json = False) -> None:
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        report = pipeline.run(house, until="audit", observer=_observer(pipeline.Observer))["audit"]
+        report = pipeline.run(house, until="audit", observer=_Bars())["audit"]
     _print(as_json, report, [f"{name}: {value}" for name, value in _flat(report)])
 
 
@@ -122,7 +122,7 @@ def release(project: Folder = HERE, as_json: Json = False) -> None:
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        released = pipeline.run(house, until="release", observer=_observer(pipeline.Observer))["release"]
+        released = pipeline.run(house, until="release", observer=_Bars())["release"]
     _print(as_json, released, [f"{name}: {value}" for name, value in _flat(released)])
 
 
@@ -132,7 +132,7 @@ def plan(project: Folder = HERE, as_json: Json = False) -> None:
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        price = pipeline.price(house)
+        price = pipeline.price(house, _Bars())
     _print(as_json, price.to_json(), price.lines())
 
 
@@ -419,10 +419,46 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, 
             yield prefix + name, value
 
 
-def _observer(base: type[Any]) -> Any:
-    from discreet.progress import Bars
+class _Bars:
+    """Shows the story on stderr: one line a stage, one bar a task. On a pipe it prints lines at every tenth of a task instead."""
 
-    return Bars(stderr)
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=stderr
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._tenths: dict[str, int] = {}
+
+    def stage(self, name: str) -> None:
+        self.stop()
+        stderr.print(f"[bold]{name}[/bold]")
+
+    def note(self, line: str) -> None:
+        stderr.print("  " + line, markup=False)
+
+    def progress(self, task: str, done: int, total: int, figures: Mapping[str, object]) -> None:
+        said = "  ".join(f"{name} {value}" for name, value in figures.items())
+        if not stderr.is_terminal:
+            self._print_tenth(task, done, total, said)
+            return
+        if task not in self._tasks:
+            self._bars.start()
+            self._tasks[task] = self._bars.add_task(task, total=total, figures=said)
+        self._bars.update(self._tasks[task], completed=done, total=total, figures=said)
+        if done >= total:
+            self._bars.refresh()
+
+    def _print_tenth(self, task: str, done: int, total: int, said: str) -> None:
+        tenth = 10 * done // max(total, 1)
+        if self._tenths.get(task) != tenth:
+            self._tenths[task] = tenth
+            stderr.print(f"  {task} {done}/{total}  {said}", markup=False)
+
+    def stop(self) -> None:
+        self._bars.stop()
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks.clear()
 
 
 @app.callback(invoke_without_command=True)
