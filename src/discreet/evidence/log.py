@@ -139,9 +139,12 @@ class Log:
 
         Raises:
             ClockBackwards: when the clock is behind the latest recorded time.
-            EvidenceInvalid: when the envelope would be too large.
+            EvidenceInvalid: when the envelope would be too large, or entries under the last checkpoint are gone.
         """
         index = _next(tx, _entries.c.position)
+        signed = tx.execute(select(func.max(_checkpoints.c.size))).scalar_one_or_none() or 0
+        if index < signed:
+            raise _invalid([f"log: rollback, {signed} entries were signed and {index} are here"])
         serial = _next(tx, _entries.c.serial) if statement_.predicate.public else None
         time = datetime.fromtimestamp(now(tx), UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         envelope = statement.sign(
@@ -462,13 +465,14 @@ def _opened(folder: Path, name: str, failed: list[str]) -> Iterator[IO[bytes] | 
         failed.append(f"{name}: not a regular file that can be read")
         yield None
         return
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _CAPS[name]:
+        os.close(descriptor)
+        failed.append(f"{name}: not a regular file of at most {_CAPS[name]} bytes")
+        yield None
+        return
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _CAPS[name]:
-            failed.append(f"{name}: not a regular file of at most {_CAPS[name]} bytes")
-            yield None
-        else:
-            yield file
+        yield file
 
 
 def _lines(file: IO[bytes], seen: _Seen, failed: list[str]) -> Iterator[bytes]:
