@@ -66,7 +66,7 @@ def test_the_odds_factor_is_e_to_the_epsilon() -> None:
 
 def test_figures_are_json_even_without_privacy() -> None:
     explanation = explain(_Promise(math.inf), GaussianTradeOff(mu=30.0))
-    assert json.loads(json.dumps(explanation.figures, allow_nan=False, default=str))["odds_factor"] is None
+    assert json.loads(json.dumps(explanation.figures, allow_nan=False))["odds_factor"] is None
     assert "right at most 100 times in 100" in explanation.sentence
 
 

@@ -48,7 +48,7 @@ CHANCE_SD = 3.0
 
 _GRID = 0.25
 _MAX_PARAMETER = 64.0
-_QUADRATURE_NODES = 400
+_QUADRATURE_NODES = 200
 
 Float = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -267,7 +267,7 @@ def curve_test(scores: ArrayLike, included: ArrayLike, *, trade_off: TradeOff, f
     rates = _rates(scores_M, included_M, fpr=fpr)
     cap = trade_off.tpr(rates.fpr_high(level / 2))
     low = _tpr_low(rates.true_positives, rates.included, level / 2)
-    needed = next((tp for tp in range(rates.included + 1) if _tpr_low(tp, rates.included, level / 2) > cap), None)
+    needed = _needed(rates.included, cap, level / 2)
     return CurveTest(
         rejected=low > cap,
         p_value=_p_value(rates, trade_off),
@@ -280,7 +280,7 @@ def curve_test(scores: ArrayLike, included: ArrayLike, *, trade_off: TradeOff, f
         cap=cap,
         included=rates.included,
         held_out=rates.held_out,
-        power=_power(MAX_EFFECT * trade_off.mu, rates, needed),
+        power=_power(MAX_EFFECT * trade_off.mu, rates, needed, rates.threshold_z()),
         detectable=_detectable(rates, needed),
         claimed=trade_off.mu,
     )
@@ -586,6 +586,11 @@ class _Rates:
         """Upper confidence limit of the false-positive rate at the rank-th largest held-out score: exact, see the module."""
         return float(special.betaincinv(self.rank, self.held_out - self.rank + 1, 1 - level))
 
+    def threshold_z(self) -> Float:
+        """Phi^-1 of the threshold's true false-positive rate, Beta(rank, held_out - rank + 1), at evenly spaced quantiles: a deterministic quadrature."""
+        quantiles_Q = (np.arange(_QUADRATURE_NODES) + 0.5) / _QUADRATURE_NODES
+        return np.asarray(special.ndtri(special.betaincinv(self.rank, self.held_out - self.rank + 1, quantiles_Q)))
+
 
 def _rates(scores_M: Float, included_M: Mask, *, fpr: float) -> _Rates:
     _require_probability("fpr", fpr)
@@ -598,6 +603,13 @@ def _rates(scores_M: Float, included_M: Mask, *, fpr: float) -> _Rates:
 def _tpr_low(true_positives: int, included: int, level: float) -> float:
     """Clopper-Pearson lower limit of a binomial proportion."""
     return 0.0 if true_positives == 0 else float(special.betaincinv(true_positives, included - true_positives + 1, level))
+
+
+def _needed(included: int, cap: float, level: float) -> int | None:
+    """Smallest number of true positives whose lower limit exceeds the cap; None when not even all of them do."""
+    count_K = np.arange(1, included + 1)
+    above = special.betaincinv(count_K, included - count_K + 1, level) > cap
+    return int(count_K[above.argmax()]) if above[-1] else None
 
 
 def _log_ratio(numerator: float, denominator: float) -> float:
@@ -621,30 +633,24 @@ def _p_value(rates: _Rates, trade_off: TradeOff) -> float:
     return float(10**high)
 
 
-def _power(mu: float, rates: _Rates, needed: int | None) -> float:
-    """Probability that `needed` true positives are reached when the scores leak exactly mu-GDP.
-
-    The true false-positive rate of the threshold is Beta(rank, held_out - rank + 1): averaged over its quantiles, so the result is deterministic.
-    """
-    if needed is None:
-        return 0.0
-    quantiles_Q = (np.arange(_QUADRATURE_NODES) + 0.5) / _QUADRATURE_NODES
-    fpr_Q = special.betaincinv(rates.rank, rates.held_out - rates.rank + 1, quantiles_Q)
-    return float(stats.binom.sf(needed - 1, rates.included, special.ndtr(special.ndtri(fpr_Q) + mu)).mean())
+def _power(mu: float, rates: _Rates, needed: int | None, threshold_Q: Float) -> float:
+    """Probability that `needed` true positives are reached when the scores leak exactly mu-GDP, averaged over where the threshold may fall."""
+    return 0.0 if needed is None else float(special.bdtrc(needed - 1, rates.included, special.ndtr(threshold_Q + mu)).mean())
 
 
 def _detectable(rates: _Rates, needed: int | None) -> float:
     """Smallest mu with power at least `POWER`, on the safe (larger) side; power grows with mu, so bisection finds it."""
     if needed is None:
         return math.inf
+    threshold_Q = rates.threshold_z()
     low, high = 0.0, 1.0
-    while _power(high, rates, needed) < POWER:
+    while _power(high, rates, needed, threshold_Q) < POWER:
         low, high = high, 2 * high
         if high > _MAX_PARAMETER:
             return math.inf
     while high - low > 1e-4:
         middle = (low + high) / 2
-        low, high = (low, middle) if _power(middle, rates, needed) >= POWER else (middle, high)
+        low, high = (low, middle) if _power(middle, rates, needed, threshold_Q) >= POWER else (middle, high)
     return high
 
 

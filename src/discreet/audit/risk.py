@@ -69,7 +69,7 @@ def explain(guarantee: Promise, trade_off: TradeOff) -> Explanation:
     )
     figures = {
         "unit": guarantee.unit,
-        "epsilon": guarantee.epsilon,
+        "epsilon": guarantee.epsilon if math.isfinite(guarantee.epsilon) else None,
         "delta": guarantee.delta,
         "advantage": best,
         "accuracy": accuracy,
