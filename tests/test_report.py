@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from discreet.report import Exposure, Report, build, figure, render_html
+from discreet.report import Exposure, Report, _allowed, _allowed_gaussian, build, figure, render_html
 
 ADAPTER = "sha256:" + "ad" * 32
 BASE = "sha256:" + "ba" * 32
@@ -44,7 +44,7 @@ AUDIT = {
     "level": 0.05,
     "layers": [
         {"name": "positive control", "verdict": "PASS", "figures": {"fpr": 0.04, "tpr": 0.98, "auc": 0.99}},
-        {"name": "curve test", "verdict": "PASS", "figures": {"fpr": 0.04, "tpr": 0.09, "auc": 0.55}},
+        {"name": "curve test", "verdict": "PASS", "figures": {"fpr": 0.04, "tpr": 0.09, "auc": 0.55, "claimed": 1.9}},
     ],
     "recitation": {"control": 31, "private": 0, "tried": 40},
 }
@@ -192,11 +192,12 @@ def test_both_curves_and_the_attack_are_drawn() -> None:
 
 def test_a_claim_of_zero_epsilon_allows_only_guessing() -> None:
     """At epsilon -> 0 and delta -> 0 the claim line is the diagonal; at any epsilon it lies above it."""
-    from discreet.report import _allowed
-
     assert all(tpr == pytest.approx(fpr, abs=1e-9) for fpr, tpr in _allowed(0.0, 0.0))
     assert all(tpr >= fpr for fpr, tpr in _allowed(2.0, 1e-5))
     assert _allowed(2.0, 1e-5)[0][1] == pytest.approx(1e-5)
+    assert all(tpr == pytest.approx(fpr) for fpr, tpr in _allowed_gaussian(0.0))
+    assert dict(_allowed_gaussian(1.0))[0.5] == pytest.approx(0.841345, abs=1e-6)
+    assert _allowed_gaussian(None) == []
 
 
 @pytest.mark.parametrize("stages", range(12))

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from importlib import resources
+from statistics import NormalDist
 from typing import Any, Protocol, final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -500,7 +501,7 @@ class _Series:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Chart:
-    """What the template draws: series and ticks in a box of 560 x 260."""
+    """What the template draws: series and ticks in a box of 560 x 252."""
 
     title: str
     x_title: str
@@ -569,8 +570,9 @@ def _attack(report: Report) -> _Chart | None:
     epsilon, delta = guarantee.get("epsilon"), guarantee.get("delta")
     if not audit.facts or epsilon is None:
         return None
+    allowed = _allowed_gaussian(_figures(audit, "curve test").get("claimed")) or _allowed(float(epsilon), float(delta))
     lines = [
-        ("largest that the claim allows", "claim", _allowed(float(epsilon), float(delta))),
+        ("most that the claim allows", "claim", allowed),
         ("guessing", "chance", [[0.0, 0.0], [1.0, 1.0]]),
         ("private model", "private", audit.get("roc") or _operating_point(audit, "curve test")),
         ("non-private control", "control", audit.get("control_roc") or _operating_point(audit, "positive control")),
@@ -578,14 +580,30 @@ def _attack(report: Report) -> _Chart | None:
     return _chart("The attack against the claim", "false positive rate", "true positive rate", [line for line in lines if line[2]], unit_square=True)
 
 
+def _figures(audit: Section, layer: str) -> Mapping[str, Any]:
+    """Returns the figures of a layer of the audit; an absent one has none."""
+    return next((found.get("figures", {}) for found in audit.get("layers") or [] if found.get("name") == layer), {})
+
+
 def _operating_point(audit: Section, layer: str) -> list[list[float]]:
     """Returns the [fpr, tpr] that a layer of the audit reports, if it does."""
-    figures: Mapping[str, Any] = next((found.get("figures", {}) for found in audit.get("layers") or [] if found.get("name") == layer), {})
+    figures = _figures(audit, layer)
     return [[float(figures["fpr"]), float(figures["tpr"])]] if _number(figures.get("fpr")) and _number(figures.get("tpr")) else []
+
+
+_GRID = (0.0, 1e-5, 1e-4, *(k / 1000 for k in range(1, 20)), *(k / 50 for k in range(1, 51)))
+"""False-positive rates at which the claim's curve is drawn: dense where it is steep."""
+
+
+def _allowed_gaussian(mu: Any) -> list[list[float]]:
+    """Returns the trade-off curve of mu-GDP (Dong, Roth, Su 2019), against which the audit's curve test decides; empty without a mu."""
+    if not _number(mu):
+        return []
+    normal = NormalDist()
+    return [[a, normal.cdf(normal.inv_cdf(a) + mu) if 0 < a < 1 else a] for a in _GRID]
 
 
 def _allowed(epsilon: float, delta: float) -> list[list[float]]:
     """Returns the largest true-positive rate under (epsilon, delta) at 0..1 (Kairouz, Oh, Viswanath 2015): min(1, delta + e^eps a, 1 - e^-eps (1 - delta - a))."""
-    grid = [0.0, 1e-5, 1e-4, *(k / 1000 for k in range(1, 20)), *(k / 50 for k in range(1, 51))]
     growth = math.exp(min(epsilon, 700.0))
-    return [[a, max(0.0, min(1.0, delta + growth * a, 1 - (1 - delta - a) / growth))] for a in grid]
+    return [[a, max(0.0, min(1.0, delta + growth * a, 1 - (1 - delta - a) / growth))] for a in _GRID]
