@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
+from importlib import resources
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from discreet.report import Exposure, Report, _allowed, _allowed_gaussian, build, figure, render_html
 
@@ -140,10 +142,11 @@ def test_the_figures_are_those_of_the_log() -> None:
 def test_the_sentence_states_the_guarantee() -> None:
     sentence = build(story()).sentence
     assert sentence.startswith("The released model is (epsilon = 7.61, delta = 0.0002)-differentially private for every patient")
-    assert "factor of at most 2,018" in sentence
+    assert "no outcome more than 2,018 times as likely, plus at most 0.0002" in sentence
     small = build(log(("trained", 1, {"run": "r", "adapter": ADAPTER, "guarantee": GUARANTEE | {"epsilon": 1.0}}))).sentence
     assert "The trained model" in small
-    assert "factor of at most 2.72," in small
+    assert "adding or leaving out" in small
+    assert "more than 2.72 times as likely" in small
 
 
 def test_a_public_rendering_holds_nothing_internal() -> None:
@@ -159,6 +162,12 @@ def test_a_public_rendering_holds_nothing_internal() -> None:
         assert "7.61" in rendered
     assert "do not publish" in render_html(report)
     assert "do not publish" not in render_html(public)
+
+
+def test_both_documents_fit_the_schema() -> None:
+    schema = json.loads((resources.files("discreet") / "schemas" / "report.json").read_text())
+    for report in (build(story()), build(story()).public()):
+        Draft202012Validator(schema).validate(json.loads(json.dumps(report.to_json())))
 
 
 def test_the_page_loads_nothing_and_is_well_formed() -> None:

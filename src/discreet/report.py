@@ -255,12 +255,13 @@ def _sentence(guarantee: Mapping[str, Any], status: str) -> str:
         return "Nothing is promised yet: no model of this project has been trained under a budget."
     unit, epsilon, delta = guarantee.get("unit", "unit"), float(guarantee["epsilon"]), float(guarantee["delta"])
     factor = f"{math.exp(epsilon):,.0f}" if epsilon > 5 else f"{math.exp(epsilon):.2f}"
+    change = "replacing" if "replace" in str(guarantee.get("relation", "")) else "adding or leaving out"
     subject = {"released": "The released model", "withheld": "The model, which was withheld,", "trained": "The trained model"}.get(
         status, "The run in progress"
     )
     return (
-        f"{subject} is (epsilon = {epsilon:.3g}, delta = {delta:.2g})-differentially private for every {unit}: leaving out everything that one {unit} contributed "
-        f"changes the probability of any outcome by a factor of at most {factor}, except with probability {delta:.2g}."
+        f"{subject} is (epsilon = {epsilon:.3g}, delta = {delta:.2g})-differentially private for every {unit}: {change} everything that one {unit} contributed "
+        f"makes no outcome more than {factor} times as likely, plus at most {delta:.2g}."
     )
 
 
