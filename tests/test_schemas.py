@@ -64,7 +64,7 @@ def family(kind: type[errors.DiscreetError]) -> Iterator[type[errors.DiscreetErr
         yield from family(child)
 
 
-@pytest.mark.parametrize("kind", family(errors.DiscreetError), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", list(family(errors.DiscreetError)), ids=lambda kind: kind.__name__)
 def test_every_error_prints_an_error_document(kind: type[errors.DiscreetError]) -> None:
     validator("error").validate(kind("a rule", value=7, remedy="A remedy.").to_json())
     validator("error").validate(kind("a rule").to_json())
