@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NoReturn, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -170,14 +171,11 @@ class ChatCompletionChunk(_Outbound):
     usage: Usage | None = None
 
     def to_json(self, *, with_usage: bool) -> str:
-        """Returns the chunk as ASCII JSON; the `usage` key is there (null until the end) exactly when the caller asked for it, as OpenAI has it.
-
-        ASCII, because a client that splits the event stream at Unicode line ends would otherwise cut an answer that holds one.
-        """
+        """Returns the chunk; the `usage` key is there (null until the end) exactly when the caller asked for it, as OpenAI has it."""
         body = self.model_dump(mode="json", exclude=None if with_usage else {"usage"})
         for choice in body["choices"]:
             choice["delta"] = {key: value for key, value in choice["delta"].items() if value is not None}
-        return json.dumps(body, separators=(",", ":"))
+        return to_json(body)
 
 
 @final
@@ -219,6 +217,11 @@ def parse_request(body: bytes, *, max_bytes: int) -> ChatRequest:
     except ValidationError as error:
         finding = _explain(error)
     raise finding
+
+
+def to_json(body: Mapping[str, Any]) -> str:
+    """Returns JSON in ASCII: a client that splits an event stream at Unicode line ends would otherwise cut an answer that holds one."""
+    return json.dumps(body, separators=(",", ":"))
 
 
 def error_body(error: DiscreetError) -> dict[str, dict[str, str | None]]:
