@@ -33,6 +33,7 @@
         |-- RunInProgress                           run.in_progress  (http 409)
         |-- NothingLearned                          train.nothing_learned
         |-- KeyUnavailable                          keys.unavailable
+        |-- Overloaded                              serve.overloaded (http 429)
         `-- UpstreamFailed                          upstream.failed  (http 502)
 
 A message states the rule, the value that broke it and the remedy. The value is public by contract: callers never pass text, names or
@@ -207,6 +208,10 @@ class NothingLearned(OperationFailed):
 
 class KeyUnavailable(OperationFailed):
     code = "keys.unavailable"
+
+
+class Overloaded(OperationFailed):
+    code, http_status = "serve.overloaded", 429
 
 
 class UpstreamFailed(OperationFailed):
