@@ -33,6 +33,7 @@
         |-- RunInProgress                           run.in_progress  (http 409)
         |-- NothingLearned                          train.nothing_learned
         |-- KeyUnavailable                          keys.unavailable
+        |-- ErasureIncomplete                       erasure.incomplete
         `-- UpstreamFailed                          upstream.failed  (http 502)
 
 A message states the rule, the value that broke it and the remedy. The value is public by contract: callers never pass text, names or
@@ -196,6 +197,10 @@ class NothingLearned(OperationFailed):
 
 class KeyUnavailable(OperationFailed):
     code = "keys.unavailable"
+
+
+class ErasureIncomplete(OperationFailed):
+    code = "erasure.incomplete"
 
 
 class UpstreamFailed(OperationFailed):
