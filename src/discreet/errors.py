@@ -42,6 +42,7 @@ identifiers of people. The mathematics (`dp`, `evidence.merkle`, `audit.bounds`)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -156,7 +157,17 @@ class VerificationFailed(DiscreetError):
 
 
 class EvidenceInvalid(VerificationFailed):
+    """Evidence that does not verify; `failed` names every file, entry and rule that broke (empty when one value is malformed)."""
+
     code = "evidence.invalid"
+
+    def __init__(self, rule: str, *, value: object = None, remedy: str = "", failed: Sequence[str] = ()) -> None:
+        super().__init__(rule, value=value, remedy=remedy)
+        self.failed = list(failed)
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the error with `failed` beside it, at the top level as in the answer of a successful verification."""
+        return {**super().to_json(), "failed": self.failed}
 
 
 class DigestMismatch(VerificationFailed):
