@@ -31,7 +31,7 @@ from sqlalchemy import Column, Connection, Float, Integer, String, Table, Text, 
 from discreet.config import Project, SourceSection
 from discreet.errors import NotFound, RecordConflict, RecordInvalid, SourceChanged, SourceEmpty, SourceMissing, SourceNotText, TrackRefused
 from discreet.evidence.log import Log
-from discreet.evidence.statement import Predicate, Statement
+from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.governance import lineage
 from discreet.governance.erasure import erased
 from discreet.governance.lineage import Artifact, Kind
@@ -190,7 +190,9 @@ class Catalog:
         return not self.holds(subject)
 
     def _write(self, tx: Connection, source: RegisteredSource, collected: Sequence[Record], *, num_dropped: int) -> None:
-        state = {Digest(row.digest): row.state for row in tx.execute(select(records.c.digest, records.c.state).where(records.c.source == source.name))}
+        state = {
+            Digest(row.digest): row.state for row in tx.execute(select(records.c.digest, records.c.state).where(records.c.source == source.name))
+        }
         new = [record for record in collected if record.digest not in state]
         present = {record.digest for record in collected}
         _set_state(tx, [d for d, s in state.items() if d not in present and s == COLLECTED], SUPERSEDED)
@@ -199,12 +201,12 @@ class Catalog:
             tx.execute(insert(records), _record_rows(new, at=now(tx)))
             lineage.register(tx, [Artifact(digest=record.digest, kind=Kind.RECORD) for record in new])
         for batch in lineage.chunks([record.digest for record in new], BATCH):
-            fields = {"source": source.name, "source_digest": source.digest, "sensitivity": source.section.sensitivity.value}
-            self._log.append(tx, Statement(predicate=Predicate.COLLECTED, subjects=tuple(batch), fields=fields))
+            facts = {"source": source.name, "source_digest": source.digest, "sensitivity": source.section.sensitivity.value}
+            self._log.append(tx, Statement(predicate=Predicate.COLLECTED, subjects=tuple(batch), fields=facts))
         mine = _sources.c.name == source.name
         if num_dropped != tx.execute(select(_sources.c.num_dropped).where(mine)).scalar_one():
             tx.execute(update(_sources).where(mine).values(num_dropped=num_dropped))
-            fields = {"source": source.name, "purpose": "*", "reason": "erased", "num_records": num_dropped}
+            fields: dict[str, JSON] = {"source": source.name, "purpose": "*", "reason": "erased", "num_records": num_dropped}
             self._log.append(tx, Statement(predicate=Predicate.REFUSED, subjects=(source.digest,), fields=fields))
 
 
@@ -265,7 +267,12 @@ def _source_row(project: Project, source: RegisteredSource, *, at: float) -> dic
 def _declaration(project: Project, section: SourceSection) -> str:
     """Canonical JSON of everything that was declared, but for the opt-out list, which may change at any time."""
     declared_here = section.model_dump(mode="json", exclude={"opt_outs"})
-    whole = {"section": declared_here, "controller": project.project.controller, "unit": project.privacy.unit, "sensitivity": section.sensitivity.value}
+    whole = {
+        "section": declared_here,
+        "controller": project.project.controller,
+        "unit": project.privacy.unit,
+        "sensitivity": section.sensitivity.value,
+    }
     return json.dumps(whole, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -326,7 +333,9 @@ def _read_folder(path: Path, name: str) -> list[_File]:
     found = sorted(file for file in path.rglob("*.txt") if file.is_symlink() or file.is_file())
     for number, file in enumerate(found, start=1):
         if not file.resolve().is_relative_to(path.resolve()):
-            raise RecordInvalid("files that lie in the folder of their source", value=f"file {number} of source {name}", remedy="Replace the link by a copy.")
+            raise RecordInvalid(
+                "files that lie in the folder of their source", value=f"file {number} of source {name}", remedy="Replace the link by a copy."
+            )
     return [(file.relative_to(path).as_posix(), file.read_bytes()) for file in found]
 
 
@@ -390,7 +399,9 @@ def _csv_rows(files: Sequence[_File], section: SourceSection) -> Iterator[tuple[
         if not values:
             continue  # an empty line between records
         if len(values) != len(header):
-            raise RecordInvalid(f"{len(header)} values, as in the header", value=f"{len(values)} values, line {reader.line_num} of source {section.name}")
+            raise RecordInvalid(
+                f"{len(header)} values, as in the header", value=f"{len(values)} values, line {reader.line_num} of source {section.name}"
+            )
         yield f"line {reader.line_num}", dict(zip(header, values, strict=True))
 
 

@@ -30,7 +30,7 @@ from sqlalchemy import Column, Connection, Float, Index, Integer, String, Table,
 from discreet.config import SourceSection
 from discreet.errors import NotAdmitted, SourceMissing, SourceNotText
 from discreet.evidence.log import Log
-from discreet.evidence.statement import Predicate, Statement
+from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.governance import catalog, erasure, lineage
 from discreet.governance.catalog import BATCH, RegisteredSource
 from discreet.keys import Keyring
@@ -118,7 +118,7 @@ class Consent:
             new = [subject for subject in dict.fromkeys(subjects) if subject in silent]
             if new:
                 self._say(tx, new, purpose=_EVERY_PURPOSE, basis=None)
-                fields = {"change": "objected", "purpose": _EVERY_PURPOSE, "source": source.name, "num_units": len(new)}
+                fields: dict[str, JSON] = {"change": "objected", "purpose": _EVERY_PURPOSE, "source": source.name, "num_units": len(new)}
                 self._log.append(tx, Statement(predicate=Predicate.CONSENT_CHANGED, subjects=(source.digest,), fields=fields))
         return len(new)
 
@@ -286,7 +286,9 @@ def _read_units(source: RegisteredSource) -> list[str]:
     except UnicodeDecodeError:
         pass  # raised below, outside the handler: the decoder's exception holds the bytes
     if content is None:
-        raise SourceMissing("a readable opt-out list", value=f"source {source.name}", remedy="Restore it; without it nobody of this source may be admitted.")
+        raise SourceMissing(
+            "a readable opt-out list", value=f"source {source.name}", remedy="Restore it; without it nobody of this source may be admitted."
+        )
     if text is None or "\x00" in text:
         raise SourceNotText("an opt-out list in UTF-8, one privacy unit a line", value=f"source {source.name}")
     return [unicodedata.normalize("NFC", line).strip() for line in text.splitlines() if line.strip()]

@@ -175,13 +175,13 @@ class Erasure:
             )
 
     def _certify(self, subject: SubjectId, affected: Mapping[Digest, Decision]) -> int:
-        fields = {"reason": "request", "stores": list(self._names())}
+        fields: dict[str, JSON] = {"reason": "request", "stores": list(self._names())}
         with self._database.transaction() as tx:
             tx.execute(update(_erasures).where(_erasures.c.token == token(self._keyring, subject)).values(state=_DONE))
             request = request_digest(self._keyring, subject)
             for batch in lineage.chunks(affected.items(), _BATCH):
-                decisions = {digest: decision.value for digest, decision in batch}
-                self._log.append(tx, _erased_statement((request, *decisions), {**fields, "decisions": decisions}))
+                decisions: dict[str, JSON] = {digest: decision.value for digest, decision in batch}
+                self._log.append(tx, _erased_statement((request, *(digest for digest, _ in batch)), {**fields, "decisions": decisions}))
             return self._log.append(tx, _erased_statement((request,), fields))
 
     def _names(self) -> tuple[str, ...]:

@@ -156,5 +156,7 @@ def _closure(tx: Connection, digests: Sequence[Digest], *, start: Column[str], r
 
 
 def _find(tx: Connection, digests: Sequence[Digest]) -> list[Artifact]:
-    rows = [row for chunk in chunks(digests) for row in tx.execute(select(_artifacts).where(_artifacts.c.digest.in_(chunk)).order_by(_artifacts.c.digest))]
+    rows = [
+        row for chunk in chunks(digests) for row in tx.execute(select(_artifacts).where(_artifacts.c.digest.in_(chunk)).order_by(_artifacts.c.digest))
+    ]
     return [Artifact(digest=Digest(row.digest), kind=Kind(row.kind), protects=row.protects) for row in rows]
