@@ -243,7 +243,8 @@ def _highest(documents: Iterable[Deidentified]) -> Sensitivity:
 
 
 def _frozen_bytes(document: Deidentified) -> bytes:
-    return _canonical({"digest": document.digest, "policy": document.policy, "source": document.source, "text": document.text.reveal()})
+    fields = {"digest": document.digest, "policy": document.policy, "source": document.source, "sensitivity": document.sensitivity.value}
+    return _canonical({**fields, "text": document.text.reveal()})
 
 
 def _commitment(document: Deidentified, key: Key) -> str:
