@@ -34,6 +34,7 @@
         |-- NothingLearned                          train.nothing_learned
         |-- KeyUnavailable                          keys.unavailable
         |-- Overloaded                              serve.overloaded (http 429)
+        |-- ErasureIncomplete                       erasure.incomplete
         `-- UpstreamFailed                          upstream.failed  (http 502)
 
 A message states the rule, the value that broke it and the remedy. The value is public by contract: callers never pass text, names or
@@ -212,6 +213,10 @@ class KeyUnavailable(OperationFailed):
 
 class Overloaded(OperationFailed):
     code, http_status = "serve.overloaded", 429
+
+
+class ErasureIncomplete(OperationFailed):
+    code = "erasure.incomplete"
 
 
 class UpstreamFailed(OperationFailed):
