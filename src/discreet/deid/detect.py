@@ -77,12 +77,14 @@ def detect(text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({
     values = [(parse_label(label), value) for label, group in known.items() for value in group]
     view = normalise(text)
     found: list[Span] = []
+    regions: Regions = [(0, len(view.text))]
     for _ in range(MAX_ROUNDS):
-        spans = _read(view, values)
+        spans = _read(view, values, regions)
         if not spans:
             break
         found += [Span(*view.original(s.start, s.end), s.label, s.score) for s in spans]
         view = view.blank([(s.start, s.end) for s in spans])
+        regions = _around((match.span() for match in _OPAQUES.finditer(view.text)), view.text)  # elsewhere nothing has changed
     return sorted((s for s in found if wanted is None or s.label in wanted), key=lambda s: s.start)
 
 
@@ -192,15 +194,15 @@ def _fold_character(character: str) -> str:
 # Candidates -------------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _read(view: View, values: Sequence[tuple[Label, str]]) -> list[Span]:
-    """One round over a view: every candidate, then the resolution rule. Spans are indices of the view."""
+def _read(view: View, values: Sequence[tuple[Label, str]], regions: Regions) -> list[Span]:
+    """One round over the regions of a view: every candidate, then the resolution rule. Spans are indices of the view."""
     text = view.text
-    rows = list(_rows(text))
-    candidates = [*rows, *_known(text, values)]
-    candidates += _names(text, candidates)
+    candidates = [*_rows(text, regions), *_known(text, values)]
+    candidates += _names(text, candidates, regions)
     return _resolve(candidates, text)
 
 
+_OPAQUES = re.compile(OPAQUE + "++")
 _GUARD = re.compile("|".join(f"(?:{guard})" for guard in GUARDS))
 _COMPILED = tuple((row, row.compiled()) for row in PATTERNS)
 _FILLER = r"(?:(?:is|was|are|number|numbers|num|no|nr|id|the|at|to|as|of|on|my|his|her|their|me|us|new|code|been|reads|below|above|for|with|from|this|your|or|and|home|work|cell)\b[^\w\ufffc]{0,4}){0,4}$"
@@ -214,13 +216,13 @@ def _context(words: tuple[str, ...]) -> re.Pattern[str]:
 
 def scan(row: Pattern, text: str) -> Iterator[tuple[int, int]]:
     """Yields where one row matches in a normalised text: expression, validator and context, without guards."""
-    return _scan(row, row.compiled(), text)
+    return _scan(row, row.compiled(), text, [(0, len(text))])
 
 
-def _scan(row: Pattern, expression: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
+def _scan(row: Pattern, expression: re.Pattern[str], text: str, regions: Regions) -> Iterator[tuple[int, int]]:
     group: str | int = "value" if "value" in expression.groupindex else 0
     context = _context(row.context) if row.context else None
-    for match in expression.finditer(text):
+    for match in _within(expression, text, regions):
         start, end = match.span(group)
         if row.validator is not None and not row.validator(text[start:end]):
             continue
@@ -229,31 +231,71 @@ def _scan(row: Pattern, expression: re.Pattern[str], text: str) -> Iterator[tupl
         yield start, end
 
 
-def _rows(text: str) -> Iterator[Span]:
-    lowered = text.lower()
-    has_digit = re.search(r"\d", text) is not None
-    guarded = [match.span() for match in _GUARD.finditer(text)] if has_digit else []
-    for row, expression in _COMPILED:
-        if not any(anchor in lowered for anchor in row.anchors) if row.anchors else not (has_digit or row.label is Label.ORG or row.label is Label.LOCATION):
+Regions = Sequence[tuple[int, int]]
+"""Parts of a view worth reading, sorted and disjoint."""
+
+_BEFORE, _AFTER = 90, 120
+_DIGITS = re.compile(r"\d++")
+_SPACE = re.compile(r"\s")
+
+
+def _around(marks: Iterable[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+    """Returns the regions around the marks, widened to white space so that no value is cut."""
+    regions: list[tuple[int, int]] = []
+    for first, last in marks:
+        if regions and last <= regions[-1][1] - _AFTER:
             continue
-        for start, end in _scan(row, expression, text):
-            if _plausible(row, text, start, end, guarded):
+        gap = _SPACE.search(text, last + _AFTER)
+        start, end = max(0, first - _BEFORE), gap.start() if gap else len(text)
+        if regions and start <= regions[-1][1]:
+            regions[-1] = regions[-1][0], max(end, regions[-1][1])
+        else:
+            regions.append((start, end))
+    return regions
+
+
+def _within(expression: re.Pattern[str], text: str, regions: Regions) -> Iterator[re.Match[str]]:
+    for start, end in regions:
+        yield from expression.finditer(text, start, end)
+
+
+def _rows(text: str, regions: Regions) -> Iterator[Span]:
+    lowered = text.lower()
+    near_digits = _meet(_around((match.span() for match in _DIGITS.finditer(text)), text), regions)
+    for row, expression in _COMPILED:
+        if row.anchors and not any(anchor in lowered for anchor in row.anchors):
+            continue
+        for start, end in _scan(row, expression, text, near_digits if row.digits else regions):
+            if _plausible(row, text, start, end):
                 yield Span(start, end, row.label, row.score)
 
 
-def _plausible(row: Pattern, text: str, start: int, end: int, guarded: Sequence[tuple[int, int]]) -> bool:
+def _meet(some: Regions, others: Regions) -> list[tuple[int, int]]:
+    """Returns what lies in both."""
+    met, at = [], 0
+    for start, end in some:
+        while at < len(others) and others[at][1] <= start:
+            at += 1
+        index = at
+        while index < len(others) and others[index][0] < end:
+            met.append((max(start, others[index][0]), min(end, others[index][1])))
+            index += 1
+    return met
+
+
+def _plausible(row: Pattern, text: str, start: int, end: int) -> bool:
     """Applies the guards, and asks of an organisation or a place that it is more than ordinary words."""
     if row.label in (Label.ORG, Label.LOCATION):
         return _is_proper(text[start:end])
     if row.score >= STRONG and row.label is not Label.DATE:
         return True
-    inside = any(s <= start and end <= e for s, e in guarded)
-    return not inside
+    return not any(guard.start() <= start and end <= guard.end() for guard in _GUARD.finditer(text, max(0, start - 60), end + 40))
 
 
 def _is_proper(name: str) -> bool:
     """Says whether a capitalised phrase has a word that is no ordinary word ("Howell Memorial Hospital", not "Mental Health")."""
-    return any(word.lower() not in _words() and word.lower() not in _GENERIC for word in re.findall(r"[A-Za-z][A-Za-z']*", name) if len(word) > 1)
+    words = [word.lower() for word in re.findall(r"[A-Za-z][A-Za-z']+", name)]
+    return any((word not in _words() or word in names()) and word not in _GENERIC for word in words)
 
 
 _GENERIC = frozenset(
@@ -397,6 +439,7 @@ def is_last(token: str) -> bool:
     return "L" in names().get(token.lower(), "")
 
 
+_NO_NAME = patterns.NOT_NAMES | set(patterns.TITLES)
 _TOKEN = r"[A-Z](?:[a-z]{1,30}|[A-Z]{1,30}|'[A-Z][a-z]{1,30}|[a-z]{1,3}[A-Z][a-z]{1,30})(?:[-'][A-Z]?[A-Za-z]{2,30}){0,2}(?![A-Za-z])"
 _PARTICLE = rf"(?:{'|'.join(re.escape(p) for p in sorted(patterns.PARTICLES, key=len, reverse=True))})"
 _GAP = r"[ \t\xa0]{1,2}"
@@ -406,41 +449,52 @@ _LOWER_NAME = r"[a-z][a-z'-]{1,30}(?![a-z])"
 _RUN = re.compile(rf"(?<![A-Za-z'-]){_TOKEN}(?:{_GAP}(?:(?:{_PARTICLE}){_GAP}){{0,2}}(?:{_TOKEN}|[A-Z]\.?(?={_GAP}[A-Z]))){{0,4}}")
 _TITLED = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(patterns.TITLES)})(?:\.|\b)[ \t\n]{{0,2}}(?P<value>{_NAME})")
 _TITLED_LOWER = re.compile(rf"(?<![a-z])(?:dr|mr|mrs|ms|miss|doctor|prof|hi|hey|hello|dear|thanks|thank you|good morning|good afternoon)\b[.,]?[ ](?P<value>{_LOWER_NAME}(?: {_LOWER_NAME})?)", re.IGNORECASE)
-_COLON = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.COLON_CUES, key=len, reverse=True))})(?: name)?[ \t]{{0,2}}[:=][ \t]{{0,4}}(?P<value>{_NAME})")
+_COLON = re.compile(rf"[:=][ \t]{{0,4}}(?P<value>{_NAME})")
+_COLON_CUE = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(patterns.COLON_CUES, key=len, reverse=True))})(?: name)?[ \t]{{0,2}}$", re.IGNORECASE)
+_NAMING = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.NAMING_CUES, key=len, reverse=True))}),?[ \t\n]{{1,2}}(?P<value>{_NAME})")
 _PHRASE = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.PHRASE_CUES, key=len, reverse=True))}),?[ \t\n]{{1,2}}(?P<value>{_NAME})")
 _RELATION = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.RELATIONS, key=len, reverse=True))}),?(?: (?:is|was)(?: named| called)?| named| called)?[ \t\n]{{1,2}}(?P<value>{_NAME})")
 _CREDENTIALED = re.compile(rf"(?<![A-Za-z])(?P<value>{_NAME}),? {{1,2}}(?:{'|'.join(re.escape(c) for c in sorted(patterns.CREDENTIALS, key=len, reverse=True))})(?![A-Za-z])")
 _COMMA = re.compile(rf"(?<![A-Za-z'-])(?P<value>{_TOKEN}(?:{_GAP}{_TOKEN})?, ?{_TOKEN}(?:{_GAP}(?:{_TOKEN}|[A-Z]\b\.?))?)")
+_GIVEN = re.compile(rf", ?(?P<value>{_TOKEN})(?: [A-Z]\b\.?)?")
+_SINGLE = re.compile(r"(?<![A-Za-z])[A-Za-z][A-Za-z']+(?:-[A-Za-z']{2,})*(?<!'s)(?<!')")
 _EPONYM = re.compile(rf"(?:'s)?[ \n](?:[a-z]{{1,12}}[ \n])?(?:{'|'.join(patterns.EPONYMS)})\b", re.IGNORECASE)
 _DIRECTION = re.compile(rf"(?<![A-Za-z])(?:North|South|East|West|New|Port|Lake|NORTH|SOUTH|EAST|WEST|NEW|PORT|LAKE|Mount|Fort|Saint|St\.) (?P<value>{_TOKEN})")
-_TOWN = re.compile(r"(?<![A-Za-z])[A-Z][a-z]{2,20}(?:ville|burgh|burg|borough|bury|chester|shire|furt|stad|haven|mouth|berg|fort|ton|side|land|view|port)(?![A-Za-z])")
+_ENDING = "ville|town|burgh|burg|borough|bury|chester|shire|furt|stad|haven|mouth|berg|fort|ton|side|land|view|port"
+_SUFFIX = re.compile(rf"(?:{_ENDING})$", re.IGNORECASE)
+_TOWN = re.compile(rf"(?<![A-Za-z])[A-Z][a-z]{{2,20}}(?:{_ENDING})(?![A-Za-z])")
 _LIVES = re.compile(
     rf"(?<![A-Za-z])(?i:lives? in|living in|lived in|resides? in|resident of|born in|moved (?:here )?(?:from|to)|native of|grew up in|travel(?:ed|led|ing)? to|flew to|trip to|city|town|hometown is|arrived at|based in)"
-    rf":? (?P<value>{_TOKEN}(?:{_GAP}(?:(?:de|la|of|upon|am|el) )?{_TOKEN}){{0,2}})"
+    rf":? (?P<value>{_TOKEN}(?:{_GAP}(?:(?:de|la|of|upon|am|el|los|las|del) )?(?:{_TOKEN}|pho|altos|bajos)){{0,3}})"
 )
 
 
-def _names(text: str, others: Sequence[Span]) -> Iterator[Span]:
+def _names(text: str, others: Sequence[Span], regions: Regions) -> Iterator[Span]:
     """Yields people and towns: cues, titles, lists and pairs of the gazetteer, then every other mention of what was found."""
-    people = [*_cued(text), *_listed(text)]
+    people = [*_cued(text, regions), *_listed(text, regions)]
     taken = [s for s in others if s.label is Label.PERSON]
     yield from people
     yield from _mentions(text, [*people, *taken])
-    yield from _towns(text)
+    yield from _towns(text, regions)
 
 
-def _cued(text: str) -> Iterator[Span]:
-    for expression, score, needs_proof in ((_TITLED, STRONG, False), (_COLON, STRONG, False), (_CREDENTIALED, SHAPE, True), (_PHRASE, SHAPE, True), (_RELATION, SHAPE, True)):
-        for match in expression.finditer(text):
+def _cued(text: str, regions: Regions) -> Iterator[Span]:
+    for expression, score, needs_proof in ((_TITLED, STRONG, False), (_COLON, STRONG, False), (_NAMING, STRONG, False), (_CREDENTIALED, SHAPE, True), (_PHRASE, SHAPE, True), (_RELATION, SHAPE, True)):
+        for match in _within(expression, text, regions):
+            if expression is _COLON and not _COLON_CUE.search(text, max(0, match.start() - 45), match.start()):
+                continue
             kept = _trim(text, *match.span("value"), proof=needs_proof)
+            given = _GIVEN.match(text, kept[1]) if kept is not None and expression is _COLON else None
+            if kept is not None and given is not None and is_first(given["value"]):
+                kept = kept[0], given.end()
             if kept is not None:
                 yield Span(*kept, Label.PERSON, score)
-    for match in _COMMA.finditer(text):
+    for match in _within(_COMMA, text, regions):
         last, first = (part.split() for part in match["value"].split(","))
         given = [t for t in first if len(t) > 1]
         if given and all(is_first(t) or is_last(t) for t in given) and is_first(given[0]) and all(is_last(t) or not _common(t) for t in last) and not (_common(given[0]) and _common(last[-1])):
             yield Span(*match.span("value"), Label.PERSON, SHAPE)
-    for match in _TITLED_LOWER.finditer(text):
+    for match in _within(_TITLED_LOWER, text, regions):
         tokens = [t for t in match["value"].split() if not _common(t) and t in names()] if match["value"].islower() else []
         if tokens and match["value"].startswith(tokens[0]):
             start = match.start("value")
@@ -450,16 +504,16 @@ def _cued(text: str) -> Iterator[Span]:
 def _trim(text: str, start: int, end: int, *, proof: bool) -> tuple[int, int] | None:
     """Cuts a cued run down to what can be a name: ordinary words at its end go; with `proof` a lone ordinary word is no name at all."""
     tokens = [(m.start() + start, m.end() + start, m.group()) for m in re.finditer(r"[A-Za-z][A-Za-z'.-]*", text[start:end])]
-    if not tokens or tokens[0][2].lower() in patterns.NOT_NAMES or (tokens[0][2].lower() in _words() and tokens[0][2].lower() not in names()):
+    if not tokens or tokens[0][2].lower().rstrip(".") in _NO_NAME or (tokens[0][2].lower() in _words() and tokens[0][2].lower() not in names()):
         return None
     shout = text[start:end].isupper()
     keep = 1
     for _, _, token in tokens[1:]:
         bare = token.rstrip(".").lower()
-        if bare in patterns.NOT_NAMES or (_common(bare) and not is_last(bare)) or (shout and bare not in names() and len(bare) > 1):
+        if bare in _NO_NAME or (_common(bare) and not is_last(bare)) or (shout and bare not in names() and len(bare) > 1):
             break
         keep += 1
-    while keep > 1 and (tokens[keep - 1][2].lower() in patterns.PARTICLES or (len(tokens[keep - 1][2].rstrip(".")) == 1 and keep == len(tokens) and False)):
+    while keep > 1 and tokens[keep - 1][2].lower() in patterns.PARTICLES:
         keep -= 1
     first = tokens[0][2]
     if proof and keep == 1 and (_common(first) or (len(first.rstrip(".")) < 3)):
@@ -476,9 +530,9 @@ def _common(token: str) -> bool:
     return token.lower() in _words() or token in places()
 
 
-def _listed(text: str) -> Iterator[Span]:
+def _listed(text: str, regions: Regions) -> Iterator[Span]:
     """Yields runs of capitalised words that the gazetteer knows: first and last name together, or a first name that is no ordinary word."""
-    for match in _RUN.finditer(text):
+    for match in _within(_RUN, text, regions):
         tokens = [(m.start() + match.start(), m.end() + match.start(), m.group()) for m in re.finditer(r"[A-Za-z][A-Za-z'-]*\.?", match.group())]
         at = 0
         while at < len(tokens):
@@ -491,8 +545,10 @@ def _listed(text: str) -> Iterator[Span]:
 def _name_from(tokens: Sequence[tuple[int, int, str]], at: int) -> int:
     """Returns the end of the name that starts at token `at`, or `at` where none does."""
     first = tokens[at][2]
-    if not is_first(first) or first.lower() in patterns.NOT_NAMES:
+    if first.lower() in _NO_NAME:
         return at
+    if not is_first(first):
+        return _unlisted(tokens, at)
     stop = at + 1
     while stop < len(tokens) and (len(tokens[stop][2].rstrip(".")) == 1 or tokens[stop][2].lower() in patterns.PARTICLES):
         stop += 1
@@ -507,44 +563,53 @@ def _name_from(tokens: Sequence[tuple[int, int, str]], at: int) -> int:
     return at if _common(first) or len(first) < 3 else at + 1
 
 
+def _unlisted(tokens: Sequence[tuple[int, int, str]], at: int) -> int:
+    """Two neighbours that no list has, neither an ordinary word nor in capitals, are taken for a name, with an initial between them or without."""
+    stop = at + 1
+    while stop < len(tokens) and (len(tokens[stop][2].rstrip(".")) == 1 or tokens[stop][2].lower() in patterns.PARTICLES):
+        stop += 1
+    if stop >= len(tokens):
+        return at
+    pair = tokens[at][2], tokens[stop][2]
+    rare = all(len(t) > 2 and not t.isupper() and not _common(t) and t not in _REGIONS for t in pair)
+    return stop + 1 if rare and (any(t.lower() in names() for t in pair) or stop > at + 1) else at
+
+
 def _mentions(text: str, people: Sequence[Span]) -> Iterator[Span]:
     """Yields every other place where a part of a found name stands: capitalised or upper case, and lower case when it is no ordinary word."""
     parts: set[str] = set()
     for span in people:
-        parts.update(t.lower() for t in re.findall(r"[A-Za-z][A-Za-z'-]{2,}", text[span.start : span.end]))
-    parts -= patterns.NOT_NAMES
-    parts -= set(patterns.PARTICLES)
+        parts.update(t.lower() for t in re.findall(r"[A-Za-z][A-Za-z'-]+", text[span.start : span.end]))
+    parts -= _NO_NAME | set(patterns.PARTICLES)
     if not parts:
         return
-    for match in re.finditer(r"(?<![A-Za-z])[A-Za-z][A-Za-z']{2,}(?:-[A-Za-z']{2,})*(?<!'s)(?<!')", text):
-        token = match.group()
-        bare = token.lower()
-        if bare in parts and _counts_as_mention(text, match, token, bare):
+    tokens = [match for match in _SINGLE.finditer(text) if match.group().lower() in parts]
+    as_word = {match.group() for match in tokens}
+    for match in tokens:
+        if _counts_as_mention(match.group(), as_word) and not _EPONYM.match(text, match.end()):
             yield Span(match.start(), match.end(), Label.PERSON, WEAK)
 
 
-def _counts_as_mention(text: str, match: re.Match[str], token: str, bare: str) -> bool:
-    if _EPONYM.match(text, match.end()):
-        return False
-    if bare not in _words():
+def _counts_as_mention(token: str, as_word: set[str]) -> bool:
+    """An ordinary word ("Young") counts only with one capital, and only where the text never uses it in lower case."""
+    bare = token.lower()
+    if bare not in _words() and len(token) > 2:
         return True
-    if not token[0].isupper() or token.isupper():
-        return False
-    before = text[max(0, match.start() - 3) : match.start()].rstrip(" ")
-    return bool(before) and before[-1] not in ".!?\n:;*-" and bare in names()
+    return token[0].isupper() and not token[1:].isupper() and bare in names() and bare not in as_word
 
 
-def _towns(text: str) -> Iterator[Span]:
-    for match in re.finditer(_places_expression(), text):
+def _towns(text: str, regions: Regions) -> Iterator[Span]:
+    for match in _within(_places_expression(), text, regions):
         yield Span(*match.span(), Label.LOCATION, SHAPE)
-    for match in _DIRECTION.finditer(text):
-        if match["value"].lower() in names() and match["value"].lower() not in patterns.NOT_NAMES:
+    for match in _within(_DIRECTION, text, regions):
+        stem = _SUFFIX.sub("", match["value"]).lower()
+        if (match["value"].lower() in names() or stem in names()) and match["value"].lower() not in patterns.NOT_NAMES:
             yield Span(*match.span(), Label.LOCATION, SHAPE)
-    for match in _TOWN.finditer(text):
-        stem = re.sub(r"(?:ville|burgh|burg|borough|bury|chester|shire|furt|stad|haven|mouth|berg|fort|ton|side|land|view|port)$", "", match.group()).lower()
+    for match in _within(_TOWN, text, regions):
+        stem = _SUFFIX.sub("", match.group()).lower()
         if stem in names() and match.group().lower() not in _words() and not is_last(match.group()) and not is_first(match.group()):
             yield Span(*match.span(), Label.LOCATION, SHAPE)
-    for match in _LIVES.finditer(text):
+    for match in _within(_LIVES, text, regions):
         kept = _trim_place(text, *match.span("value"))
         if kept is not None:
             yield Span(*kept, Label.LOCATION, SHAPE)

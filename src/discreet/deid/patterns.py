@@ -92,6 +92,7 @@ class Pattern:
         context: words of which one must stand directly before the value, case ignored; empty asks for none.
         anchors: lower-case texts of which one must occur in the document, or the row is not run at all; empty: any digit.
         cased: letter case matters.
+        digits: the value holds a digit (False: the row also reads text that has none near).
         locale: ISO 3166 country the format belongs to, or "any".
         source: where the format is published.
         matches: texts with the value between « and ».
@@ -105,6 +106,7 @@ class Pattern:
     context: tuple[str, ...] = ()
     anchors: tuple[str, ...] = ()
     cased: bool = False
+    digits: bool = True
     locale: str = "any"
     source: str = "own"
     matches: tuple[str, ...] = ()
@@ -250,7 +252,7 @@ _END = r"(?![\w-])"
 _WORD = r"[A-Z][A-Za-z'-]{0,30}"
 _STREET = (
     "street|st|avenue|ave?|road|rd|drive|dr|lane|ln|court|ct|circle|cir|boulevard|blvd|way|place|pl|terrace|ter|parkway|pkwy|highway|hwy|square|sq|trail|trl|alley|aly|loop|"
-    "plaza|plz|point|pt|ridge|rdg|run|row|path|pike|turnpike|pass|bend|bluffs?|branch|bridge|brooks?|burgs?|bypass|camp|canyon|cape|causeway|center|centers|cliffs?|club|common|commons|"
+    "plaza|plz|via|point|pt|ridge|rdg|run|row|path|pike|turnpike|pass|bend|bluffs?|branch|bridge|brooks?|burgs?|bypass|camp|canyon|cape|causeway|center|centers|cliffs?|club|common|commons|"
     "corners?|course|courts|coves?|creek|crescent|crest|crossing|crossroads?|curve|dale|dam|divide|drives|estates?|expressway|extensions?|falls?|ferry|fields?|flats?|fords?|forest|forges?|"
     "forks?|fort|freeway|gardens?|gateway|glens?|greens?|groves?|harbors?|haven|heights|hills?|hollow|inlet|islands?|isle|junctions?|keys?|knolls?|lakes?|landing|lights?|loaf|locks?|lodge|"
     "mall|manors?|meadows?|mews|mills?|mission|motorway|mountains?|mount|neck|oval|orchard|overpass|parks?|parkways|passage|pines?|plains?|plazas|points|ports?|prairie|radial|ramp|ranch|rapids?|"
@@ -266,6 +268,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         label=Label.EMAIL,
         expression=r"(?<![\w.+%-])[\w.+%-]{1,64}+@(?:[A-Z0-9-]{1,63}\.){1,8}[A-Z]{2,24}(?![\w-])",
+        digits=False,
         score=CERTAIN,
         anchors=("@",),
         source="RFC 5321",
@@ -275,6 +278,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         label=Label.URL,
         expression=r"(?<![\w])(?:https?|ftps?|sftp|ssh|wss?)://[^\s<>\"'\]\[)(￼]{2,2000}(?<![.,;:!?])",
+        digits=False,
         score=CERTAIN,
         anchors=("://",),
         source="RFC 3986",
@@ -284,6 +288,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         label=Label.URL,
         expression=r"(?<![\w@./-])(?:www\.(?:[a-z0-9-]{1,63}\.){1,5}[a-z]{2,24}|(?:[a-z0-9-]{1,63}\.){1,5}(?:com|org|net|edu|gov|info|io|health)(?=/))(?:/[^\s<>\"'\]\[)(￼]{0,500}(?<![.,;:!?]))?(?![\w@])",
+        digits=False,
         score=STRONG,
         anchors=("www.", ".com/", ".org/", ".net/", ".edu/", ".gov/", ".info/", ".io/", ".health/"),
         source="RFC 3986",
@@ -304,7 +309,7 @@ PATTERNS: tuple[Pattern, ...] = (
         expression=r"(?<![\w:.])(?:[0-9A-F]{0,4}:){2,7}[0-9A-F]{0,4}(?![\w:])",
         score=STRONG,
         validator=_is_ip,
-        anchors=("::", ":"),
+        anchors=("::", *(f":{c}" for c in "abcdef"), *(f"{c}:" for c in "abcdef")),
         source="RFC 4291",
         matches=("host «2001:db8::8a2e:370:7334» up",),
         rejects=("at 12:30:45", "a::b", "1:2:3"),
@@ -321,6 +326,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         label=Label.SECRET,
         expression=r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----[^￼]{0,8000}?(?:-----END [A-Z ]{0,40}PRIVATE KEY-----|\Z)",
+        digits=False,
         score=1.0,
         anchors=("private key-----",),
         source="RFC 7468",
@@ -330,6 +336,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         label=Label.SECRET,
         expression=r"(?<![\w-])eyJ[\w-]{8,2000}\.[\w-]{8,4000}\.[\w-]{0,2000}",
+        digits=False,
         score=1.0,
         cased=True,
         anchors=("eyj",),
@@ -343,6 +350,7 @@ PATTERNS: tuple[Pattern, ...] = (
             r"(?<![\w-])(?:(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{36,255}|github_pat_\w{22,255}|glpat-[\w-]{20,64}|xox[abeprs]-[\w-]{10,255}|AIza[\w-]{35}|[rs]k_(?:live|test)_\w{16,255}"
             r"|sk-(?:proj-|ant-)?[\w-]{20,255}|hf_[A-Za-z0-9]{30,64}|npm_[A-Za-z0-9]{36}|SG\.[\w-]{16,64}\.[\w-]{16,64}|SK[0-9a-f]{32}|ya29\.[\w-]{20,255}|dop_v1_[0-9a-f]{64}|pypi-[\w-]{50,255})(?![\w])"
         ),
+        digits=False,
         score=1.0,
         cased=True,
         anchors=("akia", "asia", "gh", "glpat-", "xox", "aiza", "k_live_", "k_test_", "sk-", "hf_", "npm_", "sg.", "sk", "ya29.", "dop_v1_", "pypi-"),
@@ -353,6 +361,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         label=Label.SECRET,
         expression=r"(?<![\w])[a-z][a-z0-9+]{1,20}://[^\s:/@\"'￼]{0,64}:[^\s@/\"'￼]{1,128}@[^\s\"'<>￼]{1,255}(?<![.,;])",
+        digits=False,
         score=1.0,
         anchors=("@",),
         source="RFC 3986, userinfo",
@@ -365,6 +374,7 @@ PATTERNS: tuple[Pattern, ...] = (
             r"(?<![a-z])(?:password|passwd|pwd|passphrase|secret(?:[_ -]?key)?|api[_ -]?key|(?:access|auth|bearer|refresh)[_ -]?(?:token|key)|client[_-]?secret|private[_-]?key|token)"
             r"[\"']?\s{0,3}(?::=|=>|[:=])\s{0,3}[\"']?(?P<value>[^\s\"',;<>￼]{6,200})"
         ),
+        digits=False,
         score=STRONG,
         validator=_is_secret,
         anchors=("passw", "pwd", "passphrase", "secret", "key", "token"),
@@ -374,6 +384,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         label=Label.SECRET,
         expression=r"(?<![\w])(?:authorization:\s{0,3})?(?:bearer|basic)\s{1,3}(?P<value>[\w.~+/-]{16,2000}={0,2})",
+        digits=False,
         score=STRONG,
         validator=_is_secret,
         anchors=("bearer", "basic"),
@@ -870,17 +881,29 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern(
         label=Label.AGE,
-        expression=r"(?<![\w./-])\d{2,3}(?= ?(?:yo|y/o|y\.o\.|yr/o)(?!\w))|(?:(?<=\bage )|(?<=\bage: )|(?<=\baged )|(?<=\bage of )|(?<=\bturned )|(?<=\bturning ))\d{2,3}(?![\w%/]|\.\d)",
+        expression=r"(?<![\w./-])\d{2,3}(?= ?(?:yo|y/o|y\.o\.|yr/o)(?!\w))",
         score=STRONG,
         validator=_is_old,
-        anchors=("yo", "y/o", "y.o.", "yr/o", "age", "turn"),
+        anchors=("yo", "y/o", "y.o.", "yr/o"),
         source="45 CFR 164.514(b)(2)(i)(C)",
-        matches=("«92» y/o", "aged «97»", "Age: «101»", "turned «90»"),
+        matches=("«92» y/o", "a «94»yo man"),
+        rejects=("45 yo", "92 yogurts"),
+    ),
+    Pattern(
+        label=Label.AGE,
+        expression=r"(?<![\w./-])\d{2,3}(?![\w%/-]|\.\d)",
+        score=STRONG,
+        validator=_is_old,
+        context=("age", "aged", "ages", "turned", "turning", "age of"),
+        anchors=("age", "turn"),
+        source="45 CFR 164.514(b)(2)(i)(C)",
+        matches=("aged «97»", "Age: «101»", "turned «90»", "at the age of «93»"),
         rejects=("age 45", "turned 180", "dosage 95"),
     ),
     Pattern(
         label=Label.AGE,
         expression=r"(?<!\w)(?:ninety(?:[ -](?:one|two|three|four|five|six|seven|eight|nine))?|(?:one|a) hundred(?: and)?(?: (?:one|two|three|four|five|six|seven|eight|nine|ten))?)(?=[ -](?:years?)[ -](?:old|of age))",
+        digits=False,
         score=STRONG,
         anchors=("ninety", "hundred"),
         source="45 CFR 164.514(b)(2)(i)(C)",
@@ -910,17 +933,63 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         label=Label.ADDRESS,
         expression=(
-            rf"(?<![\w])(?:(?i:rue|avenue|boulevard|via|viale|calle|c/|ul\.|ulica|plaza|plac|pl\.|rua|avenida|av\.|piazza|chemin|place|paseo|camino|corso|largo|praca) {{0,2}}"
-            rf"(?:(?:de|la|du|des|del|di|da|do|dos|della|le|les|l'|d'){{1}} ?){{0,3}}{_WORD}(?: {{1,2}}{_WORD}){{0,3}},? {{1,2}}\d{{1,5}}[A-Za-z]?"
-            rf"|\d{{1,5}}[A-Za-z]?,? {{1,2}}(?:rue|avenue|boulevard|chemin|place|allee|impasse|quai|cours) (?:(?:de|la|du|des|le|les|l'|d') ?){{0,3}}{_WORD}(?:[ -]{{1,2}}{_WORD}){{0,3}}"
-            rf"|{_WORD}(?:(?<=katu)|(?<=kuja)|(?<=tie)|(?<=strasse)|(?<=str\.)|(?<=gasse)|(?<=weg)|(?<=laan)|(?<=straat)|(?<=gatan)|(?<=vagen)|(?<=vej)|(?<=gade)|(?<=veien)|(?<=gata)|(?<=braut)|(?<=platz)|(?<=allee)) \d{{1,5}}[A-Za-z]?"
-            rf"|{_WORD}(?: {_WORD}){{0,2}} (?:utca|ut|u\.|ter|krt\.|utja|tere) \d{{1,4}}\.?)(?!\w)"
+            rf"(?<![\w])(?:(?:psc|unit) {{1,2}}\d{{1,6}},? {{1,2}}box {{1,2}}\d{{1,6}}(?:\s{{1,2}}(?:apo|fpo|dpo) [a-z]{{2}} \d{{5}})?|(?:apo|fpo|dpo) (?:aa|ae|ap) \d{{5}}"
+            rf"|us[nsc]{{1,2}}(?:gc)? {_WORD}(?:[ -]{_WORD}){{0,2}}\s{{1,2}}(?:apo|fpo|dpo) [a-z]{{2}} \d{{5}})(?!\w)"
+        ),
+        score=STRONG,
+        anchors=("psc", "apo", "fpo", "dpo"),
+        locale="US",
+        source="USPS military addresses",
+        matches=("at «PSC 0413, Box 8144\nAPO AA 42323»", "«USNS Sekerkova\nFPO AA 65728»"),
+        rejects=("unit 3 box", "APO 12"),
+    ),
+    Pattern(
+        label=Label.ADDRESS,
+        expression=r"(?<![\w])(?:Apt|Apartment|Suite|Ste)\.? #?\d{1,5}[A-Z]?(?![\w-])",
+        score=SHAPE,
+        anchors=("apt", "apartment", "suite", "ste"),
+        matches=("\n«Suite 279»\n", "«Apt. 12B»"),
+        rejects=("suite of tests", "aptitude 3"),
+    ),
+    Pattern(
+        label=Label.ADDRESS,
+        expression=rf"(?<![\w])\d{{1,6}}[A-Za-z]?(?: {{1,2}}\d{{1,5}})? {{1,2}}{_WORD}\.?(?: {{1,2}}(?:(?:de|la|du|des|del|di|da|do|van|von|der|el) )?{_WORD}\.?){{0,3}}(?: \d{{1,5}}[A-Za-z]?)?{_UNIT}?(?!\w)",
+        score=SHAPE,
+        cased=True,
+        context=("address", "lives at", "live at", "living at", "located at", "office", "resides at", "residing at", "moved to", "home address", "located in", "delivered to", "drops you off", "mailing address", "address of"),
+        anchors=("address", "lives at", "live at", "living at", "located", "resid", "moved to", "office", "delivered to", "drops you off"),
+        matches=("lives at «63 Rue de Kairouan»", "address is «9931 14 Iliou Street»", "Address: «05405 Magasinsgatan 7»"),
+        rejects=("address 3 issues", "moved to 4 West"),
+    ),
+    Pattern(
+        label=Label.ADDRESS,
+        expression=(
+            rf"(?<![\w])(?:(?i:rue|avenue|boulevard|via|viale|calle|c/|ul\.|ulica|plaza|plac|rua|avenida|av\.|piazza|chemin|place|paseo|camino|corso|largo|praca) {{0,2}}"
+            rf"(?:(?:de|la|du|des|del|di|da|do|dos|della|le|les|l'|d') ?){{0,3}}{_WORD}(?: {{1,2}}{_WORD}){{0,3}},? {{1,2}}\d{{1,5}}[A-Za-z]?"
+            rf"|\d{{1,5}}[A-Za-z]?,? {{1,2}}(?:[Rr]ue|[Aa]venue|[Bb]oulevard|[Cc]hemin|[Pp]lace|[Aa]llee|[Ii]mpasse|[Qq]uai|[Cc]ours) (?:(?:de|la|du|des|le|les|l'|d') ?){{0,3}}{_WORD}(?:[ -]{{1,2}}{_WORD}){{0,3}})(?!\w)"
         ),
         score=SHAPE,
         cased=True,
-        locale="any",
-        matches=("«Koskikatu 25»", "«ul. Wieckowskiego Stefana 28»", "«33 avenue de Provence»", "«Friedhofstrasse 33»", "«C/ Senores Curas 88»"),
+        anchors=(
+            "rue ", "avenue ", "boulevard ", "via ", "viale ", "calle ", "c/", "ul.", "ulica ", "plaza ", "plac", "rua ", "avenida ", "av.", "piazza ", "chemin ", "paseo ", "camino ", "corso ", "largo ",
+            "praca ", "allee ",
+        ),
+        matches=("«ul. Wieckowskiego Stefana 28»", "«33 avenue de Provence»", "«C/ Senores Curas 88»"),
         rejects=("via mouth 2", "rue the day", "Take 3 avenues"),
+    ),
+    Pattern(
+        label=Label.ADDRESS,
+        expression=(
+            r"(?<![\w])(?:[A-Z][a-z]{1,30}(?:(?<=katu)|(?<=kuja)|(?<=strasse)|(?<=gasse)|(?<=weg)|(?<=laan)|(?<=straat)|(?<=gatan)|(?<=vagen)|(?<=vej)|(?<=gade)|(?<=veien)|(?<=gata)|(?<=braut)|(?<=platz)|(?<=allee))"
+            rf" \d{{1,5}}[A-Za-z]?|{_WORD}(?: {_WORD}){{0,2}} (?:Strasse|utca|ut|u\.|krt\.|utja|tere) \d{{1,4}}\.?)(?!\w)"
+        ),
+        score=SHAPE,
+        cased=True,
+        anchors=(
+            "katu", "kuja", "strasse", "gasse", "weg", "laan", "straat", "gatan", "vagen", "vej", "gade", "veien", "gata", "braut", "platz", "allee", "utca", " ut ", " u.", "krt.", "utja", "tere",
+        ),
+        matches=("«Koskikatu 25»", "«Friedhofstrasse 33»", "«Villacher Strasse 89»"),
+        rejects=("weg 2", "Tylenol 500"),
     ),
     Pattern(
         label=Label.ZIP,
@@ -953,8 +1022,39 @@ PATTERNS: tuple[Pattern, ...] = (
         rejects=("B12 5MG", "T4 10"),
     ),
     Pattern(
+        label=Label.ZIP,
+        expression=rf"[,\n] {{0,2}}(?:{_WORD}\.? ){{1,3}}(?:[A-Z]{{2}} )?(?P<value>\d{{5}}(?:-\d{{4}})?)(?![\w-]|[.,]\d)",
+        score=SHAPE,
+        cased=True,
+        locale="US",
+        source="USPS Publication 28",
+        matches=("Suite 696, Port Robert «78099»   Tel", "12 Main St\nColintown «44070-1234»"),
+        rejects=("in 44070", ", take 44070"),
+    ),
+    Pattern(
+        label=Label.LOCATION,
+        expression=rf"(?:(?<=[,\n] )|(?<=[,\n]))(?:{_WORD}\.? ){{0,2}}[A-Z][A-Za-z'-]{{2,30}}(?=,? (?:[A-Z]{{2}} )?\d{{5}}(?:-\d{{4}})?(?![\w-]|[.,]\d))",
+        score=SHAPE,
+        cased=True,
+        locale="US",
+        source="USPS Publication 28",
+        matches=("Suite 696, «Port Robert» 78099",),
+        rejects=("Suite 696, in 78099",),
+    ),
+    Pattern(
+        label=Label.PERSON,
+        expression=r"(?<![A-Za-z])[A-Z][A-Z'-]{1,30}(?= ?/ ?\d{4,6}(?![\w/-]))",
+        score=SHAPE,
+        cased=True,
+        anchors=("/",),
+        source="dictation lines",
+        matches=("DT: 08/14/19  «REED» / 94325",),
+        rejects=("BP / 120", "DATE/TIME"),
+    ),
+    Pattern(
         label=Label.LOCATION,
         expression=rf"(?<![\w.-])(?:[A-Z][a-zA-Z'-]{{1,30}}\.? {{1,2}}){{0,2}}[A-Z][a-zA-Z'-]{{1,30}}(?=, {{0,2}}{_STATE}\b(?!-))",
+        digits=False,
         score=SHAPE,
         cased=True,
         locale="US",
@@ -969,6 +1069,7 @@ PATTERNS: tuple[Pattern, ...] = (
             r"(?:Hospital|HOSPITAL|Medical Center|MEDICAL CENTER|Medical Centre|Health System|HEALTH SYSTEM|Healthcare|HEALTHCARE|Clinic|CLINIC|Imaging|IMAGING|Family Practice|FAMILY PRACTICE|Medical Group|"
             r"Health Center|HEALTH CENTER|Hospice|HOSPICE|Pharmacy|PHARMACY|Nursing Home|University|UNIVERSITY|College|High School|Elementary School|Laboratories|Rehabilitation Center|Surgery Center|Cancer Center|Health|HEALTH))(?![\w-])"
         ),
+        digits=False,
         score=SHAPE,
         cased=True,
         matches=("at «Howell Memorial Hospital»", "«St. Tina Medical Center» on", "«WATERS & WALKER FAMILY PRACTICE»", "«Andrewside Imaging» (accession"),
@@ -977,6 +1078,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         label=Label.ORG,
         expression=r"(?<![\w-])[A-Z][\w'&.-]{0,30}(?:,? (?:and |& )?[A-Z][\w'&.-]{0,30}){0,4},? {1,2}(?:LLC|Inc|Ltd|PLC|Corp|Corporation|GmbH|LLP|Group|and Sons|& Sons|Holdings|Partners|Foundation)\b\.?",
+        digits=False,
         score=SHAPE,
         cased=True,
         anchors=("llc", "inc", "ltd", "plc", "corp", "gmbh", "llp", "group", "and sons", "& sons", "holdings", "partners", "foundation"),
@@ -986,6 +1088,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         label=Label.ORG,
         expression=r"(?<![\w-])[A-Z][A-Za-z']{1,30}(?:-[A-Z][A-Za-z']{1,30}|(?:, [A-Z][A-Za-z']{1,30}){0,2},? (?:and|&) [A-Z][A-Za-z']{1,30}|(?: [A-Z][A-Za-z'.]{1,30}){0,2})(?![\w-])",
+        digits=False,
         score=STRONG,
         cased=True,
         context=("employed by", "employed at", "employer", "works at", "works for", "worked at", "worked for", "work at", "work for", "job at", "employee of"),
@@ -1023,10 +1126,13 @@ COLON_CUES = (
 """Before a colon (or at the start of a line and two spaces), then a name."""
 
 PHRASE_CUES = (
-    "my name is", "name is", "i am", "i'm", "this is", "it is", "it's", "named", "called", "signed by", "dictated by", "seen by", "reviewed by", "referred by", "evaluated by", "followed by", "under the care of",
-    "accompanied by", "spoke with", "spoke to", "discussed with", "met with", "thanks", "thank you", "dear", "hello", "hi", "hey", "good morning", "good afternoon", "signed", "on behalf of", "referring",
+    "my name is", "name is", "call me", "i am", "i'm", "this is", "it is", "it's", "named", "called", "signed by", "dictated by", "seen by", "reviewed by", "referred by", "evaluated by", "followed by", "under the care of",
+    "accompanied by", "spoke with", "spoke to", "discussed with", "met with", "thanks", "thank you", "dear", "hello", "hi", "hey", "said", "says", "told", "asked", "good morning", "good afternoon", "signed", "on behalf of", "referring",
 )
 """Before a capitalised name without a colon; a single ordinary word after them is not a name."""
+
+NAMING_CUES = ("my name is", "name is", "named", "call me", "called", "dear", "hello", "hi", "hey")
+"""Phrase cues after which even a name that is also a word ("Frank") is one."""
 
 RELATIONS = (
     "wife", "husband", "spouse", "partner", "son", "daughter", "mother", "father", "mom", "dad", "brother", "sister", "friend", "neighbor", "neighbour", "aunt", "uncle", "cousin", "niece", "nephew", "grandson",
@@ -1046,7 +1152,7 @@ NOT_NAMES = frozenset(
     # headings, roles and sentence starters that follow names in notes, beyond words.txt
     """mrn dob dod ssn npi dea phone fax tel email date time age sex gender address hospital clinic center unit ward room plan assessment subjective objective history exam review note summary chief
     complaint present illness medications allergies labs imaging impression findings vitals ros hpi pmh psh heent cc bp hr rr temp spo2 er ed icu or usa uk us mri ct ekg ecg copd chf tylenol advil motrin
-    aspirin lisinopril metformin lasix imitrex protonix ultram synthroid lipitor zoloft prozac xanax ativan monday tuesday wednesday thursday friday saturday sunday january february march april may june july august
-    september october november december jan feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun english spanish french german american european asian african hispanic caucasian latino
-    christmas easter thanksgiving halloween covid medicare medicaid doctor nurse patient guest speaker provider bot dd dt""".split()
+    aspirin lisinopril metformin lasix imitrex protonix ultram synthroid lipitor zoloft prozac xanax ativan monday tuesday wednesday thursday friday saturday sunday january february march july september
+    october november december feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun english spanish french german american european asian african hispanic caucasian latino
+    gerd iban bic swift visa christmas easter thanksgiving halloween covid medicare medicaid doctor nurse patient guest speaker provider bot dd dt""".split()
 )
