@@ -341,7 +341,197 @@ def guarantee_fields(plan: mechanism.Plan) -> dict[str, Any]:
     }
 
 
-# Lines 8 and 9: does it hold, may it leave
+def train(house: House, observer: Observer) -> dict[str, Any]:
+    """Calibrates, reserves, spends and trains (lines 5 to 7). Killed and called again, it continues the same run with the same draws and spends nothing more.
+
+    Raises:
+        PlanInvalid: when [privacy] has no solution.
+        BudgetExhausted: when the budget does not admit the run. Nothing was spent.
+        NothingLearned: when no trainable parameter changed.
+    """
+    done = _finished(house, "train")
+    if done is not None:
+        return done
+    frozen = ingest(house, observer)
+    observer.stage("train")
+    run, plan, reservation = _reserve(house, frozen.snapshot)
+    observer.note(f"{plan.steps} steps at noise multiplier {plan.noise_multiplier:.3f}: epsilon {plan.guarantee.epsilon:.2f} (PLD), delta {plan.delta:.2g}")
+    base = load_base(house, frozen.public, observer)
+    start = _public_track(house, base, frozen, run, observer)
+    trained = loop.train(
+        plan,
+        _training_documents(house, base, frozen.snapshot),
+        house.ledger.spend(reservation),
+        base=base,
+        start=start,
+        project=house.project,
+        run_key=house.keyring.run(run),
+        seal=house.keyring.purpose("checkpoint"),
+        folder=house.project.state / "runs" / run,
+        held_out=frozen.held_out,
+        on_step=lambda step: observer.progress("train", step.number, plan.steps, step.figures()),
+    )
+    result = {
+        "run": run,
+        "plan": plan.digest,
+        "snapshot": frozen.snapshot.root,
+        "base": base.digest,
+        "adapter": trained.adapter,
+        "steps": trained.steps,
+        "parameters": trained.parameters,
+        "seconds": round(trained.seconds, 1),
+        "guarantee": guarantee_fields(plan) | {"privacy_digest": house.project.privacy_digest()},
+        "curve": [[step, round(loss, 4)] for step, loss in trained.curve],
+    }
+    return _finish_training(house, result, reservation)
+
+
+def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Reservation]:
+    """Lines 5 and 6. A run is its configuration on its snapshot; its plan is fixed when it is first reserved."""
+    run = "run-" + digest_of([_run_config(house), snapshot.root]).removeprefix("sha256:")[:12]
+    known = _result(house, f"plan/{run}", "")
+    plan = mechanism.Plan.from_json(known) if known else _calibrate(house, snapshot)
+    house.ledger.open(house.project.budget.name, epsilon=house.project.budget.epsilon, delta=house.project.budget.delta or plan.delta, unit=plan.unit)
+    if known is None:
+        with house.store.transaction() as tx:
+            _record(tx, f"plan/{run}", "", plan.to_json())
+    return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run)
+
+
+def _finish_training(house: House, result: dict[str, Any], reservation: Reservation) -> dict[str, Any]:
+    """Logs the trained model, closes the reservation and destroys the run's key, so that nobody regenerates its noise."""
+    run, fields = result["run"], {name: result[name] for name in ("run", "base", "adapter", "plan", "guarantee", "steps", "parameters", "curve", "seconds")}
+    with house.store.transaction() as tx:
+        subjects = (Digest(result["adapter"]), Digest(result["snapshot"]))
+        house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=subjects, fields={**fields, "track": "dp", "reservation": reservation.id}))
+        lineage.derive(tx, lineage.Artifact(digest=Digest(result["adapter"]), kind=lineage.Kind.MODEL), parents=[Digest(result["snapshot"])])
+        _record(tx, "train", _run_config(house), result)
+    house.ledger.close(reservation, reason=CloseReason.COMPLETED)
+    house.keyring.close_run(run)
+    with house.store.transaction() as tx:
+        house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(Digest(result["adapter"]),), fields={"run": run, "kind": "noise and sampling"}))
+    return result
+
+
+# Line 8: does it hold
+
+
+def audit(house: House, observer: Observer) -> dict[str, Any]:
+    """Attacks the trained model with its canaries, beside a control that must be caught; logs the verdict.
+
+    The control and every reference see canaries and public text only, never a sensitive record; the control lives in memory and is gone when this returns.
+
+    Raises:
+        NotFound: when nothing has been trained yet.
+    """
+    trained = _needed(house, "train")
+    done = _finished(house, "audit")
+    if done is not None:
+        return done
+    observer.stage("audit")
+    canaries, plan = plant_canaries(house), mechanism.plan_from_json(_needed(house, f"plan/{trained['run']}"))
+    base = load_base(house, None, observer)
+    private = model.load_adapter(base, house.project.state / "runs" / trained["run"] / "adapter")
+    scored = _scores(house, base, private, canaries)
+    observer.note("scored the private model; training the control on canaries alone")
+    control = _control(house, base, canaries, observer)
+    controlled = _scores(house, base, control, canaries)
+    untouched = membership.log_likelihoods(base.module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget)
+    found = bounds.verdict(
+        scored,
+        canaries.included,
+        control=controlled,
+        negatives={
+            "bag of words": membership.blind(canaries.texts, canaries.included),
+            "untouched model": bounds.area_under_curve(untouched, canaries.included),
+        },
+        epsilon=plan.guarantee.epsilon,
+        delta=plan.delta,
+        trade_off=accounting.trade_off(plan.event),
+        fpr=house.project.audit.false_positive_rate,
+        level=house.project.audit.level,
+        mechanism=[
+            bounds.mechanism_layer(
+                accounted_steps=plan.steps, executed_steps=trained["steps"], trainable=trained["parameters"], moved=trained["moved"]
+            )
+        ],
+    )
+    observer.note(f"verdict {found.verdict}; asking both models to recite")
+    result = found.to_json() | {"adapter": trained["adapter"], "run": trained["run"], "canaries": len(canaries)}
+    result["recitation"] = _recitation(house, base, private, control, canaries)
+    del control
+    with house.store.transaction() as tx:
+        subject = (Digest(trained["adapter"]),)
+        house.log.append(tx, Statement(predicate=Predicate.AUDITED, subjects=subject, fields=_audit_fields(result)))
+        fields = {"control": f"control of {trained['run']}", "run": trained["run"], "kind": "non-private, canaries only", "reason": "audit done"}
+        house.log.append(tx, Statement(predicate=Predicate.CONTROL_DESTROYED, subjects=subject, fields=fields))
+        _record(tx, "audit", _run_config(house), result)
+    return result
+
+
+def _scores(house: House, base: Base, module: nn.Module, canaries: Canaries) -> NDArray[np.float64]:
+    return membership.scores(
+        module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget, adapter_off=lambda: model.adapter_off(module, base)
+    )
+
+
+def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module, canaries: Canaries) -> dict[str, Any]:
+    """Asks both models to complete planted canaries: the same prompts, side by side. Canaries are generated text, so they may be shown."""
+    planted = [each for each in canaries if each.included][:RECITED]
+    budget = house.project.run.token_budget
+    of_control = extraction.recite(control, base.tokenizer, planted, token_budget=budget)
+    of_private = extraction.recite(private, base.tokenizer, planted, token_budget=budget)
+    shown = max(range(len(planted)), key=lambda row: of_control[row].matched_fraction)
+    return {
+        "tried": len(planted),
+        "control": sum(each.exact for each in of_control),
+        "private": sum(each.exact for each in of_private),
+        "example": {"prompt": planted[shown].prefix, "control": of_control[shown].continuation, "private": of_private[shown].continuation},
+    }
+
+
+# Line 9: may it leave
+
+
+def release(house: House, observer: Observer) -> dict[str, Any]:
+    """Signs the model out when every gate holds, else logs why it is withheld.
+
+    Raises:
+        NotReleased: when a gate does not hold.
+        NotFound: when the model has not been audited.
+    """
+    trained, audited = _needed(house, "train"), _needed(house, "audit")
+    done = _finished(house, "release")
+    if done is None:
+        observer.stage("release")
+        done = _decide(house, trained, audited)
+    failed = [gate["gate"] for gate in done["gates"] if not gate["holds"]]
+    if failed:
+        raise NotReleased("every gate of [release] to hold", value=", ".join(failed), remedy="The report says what was found. Nothing left the house.")
+    return done
+
+
+def _decide(house: House, trained: Mapping[str, Any], audited: Mapping[str, Any]) -> dict[str, Any]:
+    gates = _gates(house, trained["guarantee"], audited)
+    holds = all(gate["holds"] for gate in gates)
+    common = {"name": f"{house.project.project.name}-{trained['run'].removeprefix('run-')}", "adapter": trained["adapter"], "gates": gates, "run": trained["run"]}
+    fields = common | (
+        {"base": trained["base"], "guarantee": trained["guarantee"], "purpose": house.project.purpose.name, "verdict": audited["verdict"]}
+        if holds
+        else {"reasons": [gate["gate"] for gate in gates if not gate["holds"]], "verdict": audited["verdict"]}
+    )
+    folder = house.releases / common["name"]
+    if holds:
+        shutil.copytree(house.project.state / "runs" / trained["run"] / "adapter", folder / "adapter", dirs_exist_ok=True)
+    result = {"decision": "released" if holds else "withheld", **fields}
+    with house.store.transaction() as tx:
+        kind = Predicate.RELEASED if holds else Predicate.WITHHELD
+        index = house.log.append(tx, Statement(predicate=kind, subjects=(Digest(trained["adapter"]),), fields=fields))
+        _record(tx, "release", _run_config(house), result)
+        entry = next(entry for entry in house.log.select(kind, tx=tx) if entry.index == index)
+        if holds:
+            write_atomically(folder / "release.json", entry.envelope)
+    return result
 
 
 def _gates(house: House, guarantee: Mapping[str, Any], audited: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -367,11 +557,7 @@ def load_release(folder: Path, *, public_key: str) -> Release:
     path = folder / "release.json"
     if not path.is_file():
         raise NotReleased("a signed release in this project", remedy="Run `discreet run`; a withheld model is not served.")
-    envelope = path.read_bytes()
-    entry = verify_envelope(envelope, public_key=public_key)
-    if entry.predicate is not Predicate.RELEASED:
-        raise NotReleased("a signed statement that releases a model", value=entry.predicate.value)
-    return _release(folder, entry)
+    return _release(folder, gateway.released_entry(path.read_bytes(), public_key=public_key))
 
 
 def _release(folder: Path, entry: Entry) -> Release:
@@ -384,3 +570,216 @@ def _release(folder: Path, entry: Entry) -> Release:
         guarantee=fields["guarantee"],
         statement=entry.envelope,
     )
+
+
+# Lines 10 and 11, and what is said about it all
+
+
+def gateway_app(house: House, *, api_key_hash: str) -> Starlette:
+    """Returns the gateway's application for the verified release of this project (line 10).
+
+    Raises:
+        NotReleased, EvidenceInvalid, DigestMismatch: when there is no release, or it is not what was signed.
+    """
+    name = _needed(house, "release").get("name", "")
+    key = house.log.public_key()
+    released = load_release(house.releases / name, public_key=key)
+    base = load_base(house, None, Silent())
+    serving = house.project.serve
+    engine = gateway.open_engine(released, base, public_key=key, key=house.keyring.purpose("gateway"))
+    return gateway.app(
+        engine,
+        model_name=released.name,
+        adapter=released.adapter,
+        key=house.keyring.purpose("gateway"),
+        api_key_hash=api_key_hash,
+        on_served=lambda adapter, policy, counts: _count_served(house, adapter, policy, counts),
+        limits=gateway.Limits(max_request_bytes=serving.max_request_bytes, max_new_tokens=serving.max_new_tokens),
+    )
+
+
+def _count_served(house: House, adapter: Digest, policy: Digest, counts: Mapping[str, int]) -> None:
+    """Logs one served request: digests and counts by label, never text."""
+    fields = {"release": adapter, "requests": 1, "policy": policy, "counts": dict(counts)}
+    with house.store.transaction() as tx:
+        house.log.append(tx, Statement(predicate=Predicate.SERVED, subjects=(adapter,), fields=fields))
+
+
+def subject_of(house: House, unit: str) -> SubjectId:
+    """Returns the pseudonym of a person as the project's sources name them."""
+    section = next((section for section in house.project.source if section.role == "train"), house.project.source[0])
+    return subject_id(house.keyring, unit=section.unit, value=unit)
+
+
+def erase(house: House, unit: str) -> dict[str, Any]:
+    """Erases one person from every store (line 11) and returns the certificate. An unknown person gets the same answer.
+
+    Raises:
+        ErasureIncomplete: when a store still holds them; the name of the store is the value.
+    """
+    stores = (house.catalog, corpus.SnapshotStore(house.snapshots, house.keyring))
+    erasure = Erasure(house.store, house.keyring, house.log, stores=stores, unit=house.project.privacy.unit)
+    certificate = erasure.execute(subject_of(house, unit))
+    return {
+        "subject": certificate.request,
+        "stores": list(certificate.stores),
+        "failed": [],
+        "models": [str(Decision.KEPT)],
+        "certificate": certificate.entry,
+        "key_destroyed": True,
+    }
+
+
+def trace(house: House, digest: str) -> list[dict[str, Any]]:
+    """Returns every statement about a record, snapshot or model, each with its inclusion proof (a file of c2sp.org/tlog-proof)."""
+    return [
+        {"index": e.index, "time": e.time, "predicate": e.predicate.value, "fields": dict(e.fields), "proof": bytes(house.log.prove(e.index)).decode()}
+        for e in house.log.entries(Digest(digest))
+    ]
+
+
+def current_report(house: House, *, run: str | None = None) -> Report:
+    """Computes the report of a run from the log alone."""
+    entries = [entry for predicate in Predicate for entry in house.log.select(predicate)]
+    return report.build(entries, run=run, checkpoint=house.log.checkpoint().decode(), public_key=house.log.public_key())
+
+
+def write_report(house: House, *, public: bool = False) -> list[Path]:
+    """Writes the privacy report as HTML and JSON and returns both paths."""
+    built = current_report(house)
+    built = built.public() if public else built
+    stem = "report-public" if public else "report"
+    html, document = house.project.root / f"{stem}.html", house.project.root / f"{stem}.json"
+    write_atomically(html, render_html(built).encode())
+    write_atomically(document, json.dumps(built.to_json(), indent=2, ensure_ascii=False).encode())
+    return [html, document]
+
+
+def export_evidence(house: House, folder: Path, *, public: bool) -> tuple[Path, Path]:
+    """Writes the evidence bundle and, beside it, the public key that verifies it."""
+    bundle = house.log.export(folder, public=public)
+    key = folder.with_name(folder.name + ".pub")
+    write_atomically(key, (house.log.public_key() + "\n").encode())
+    return bundle, key
+
+
+def run(house: House, *, until: str | None, observer: Observer) -> dict[str, Any]:
+    """Runs the stages in order up to and including `until`; finished ones are not repeated.
+
+    Raises:
+        NotFound: when there is no such stage.
+        DiscreetError: whatever a stage raises; what was finished stays finished.
+    """
+    if until is not None and until not in STAGES:
+        raise NotFound(f"a stage out of {', '.join(STAGES)}", value=until)
+    outcome: dict[str, Any] = {}
+    for name in STAGES[: STAGES.index(until) + 1] if until else STAGES:
+        if name == "ingest":
+            if until == "ingest":
+                outcome["ingest"] = {"snapshot": ingest(house, observer).snapshot.root}
+        elif name == "report":
+            outcome["report"] = str(write_report(house)[0])
+        else:
+            outcome[name] = {"train": train, "audit": audit, "release": release}[name](house, observer)
+    return outcome | {"sentence": current_report(house).sentence}
+
+
+def utility_control(house: House, *, generated: Mapping[str, str], observer: Observer) -> list[list[float]]:
+    """Trains the same adapter on the same frozen text without privacy, to say what privacy cost; gives its curve and destroys it.
+
+    Args:
+        generated: file name -> SHA-256 of text that our own code wrote.
+
+    Raises:
+        TrackRefused: when a training source is anything else. A sensitive source never gets here.
+    """
+    _refuse_sensitive(house, generated)
+    trained = _needed(house, "train")
+    done = _finished(house, "utility")
+    if done is not None:
+        return list(done["curve"])
+    observer.stage("utility control (non-private, generated text only)")
+    frozen = ingest(house, observer)
+    base = load_base(house, frozen.public, observer)
+    plan = mechanism.plan_from_json(_needed(house, f"plan/{trained['run']}"))
+    curve = loop.fit_like(plan, _training_documents(house, base, frozen.snapshot), base=base, project=house.project, held_out=frozen.held_out, on_step=lambda step: observer.progress("control", step.number, plan.steps, step.figures()))
+    result = {"curve": [[step, round(loss, 4)] for step, loss in curve]}
+    fields = {"run": f"utility-{trained['run']}", "track": "public", "base": trained["base"], "adapter": None, "plan": None, "guarantee": None, "public_loss": result["curve"], "kind": "utility control"}
+    with house.store.transaction() as tx:
+        house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(Digest(trained["base"]),), fields=fields))
+        gone = {"control": fields["run"], "run": trained["run"], "kind": "non-private, generated text", "reason": "curve measured"}
+        house.log.append(tx, Statement(predicate=Predicate.CONTROL_DESTROYED, subjects=(Digest(trained["base"]),), fields=gone))
+        _record(tx, "utility", _run_config(house), result)
+    return list(result["curve"])
+
+
+def _refuse_sensitive(house: House, generated: Mapping[str, str]) -> None:
+    for section in house.project.source:
+        source = house.project.path(section.path)
+        if not source.is_file() or hashlib.sha256(source.read_bytes()).hexdigest() != generated.get(section.path):
+            raise TrackRefused("a corpus that our own code generated, byte for byte", value=section.name, remedy="Non-private controls never see a source.")
+
+
+# Plumbing
+
+
+class Silent:
+    """An observer that shows nothing."""
+
+    def stage(self, name: str) -> None:
+        pass
+
+    def note(self, line: str) -> None:
+        pass
+
+    def progress(self, task: str, done: int, total: int, figures: Mapping[str, object]) -> None:
+        pass
+
+
+def _run_config(house: House) -> str:
+    """What identifies the computed result: everything but [run], [release] and [serve]."""
+    project = house.project
+    sections = (project.privacy, project.model, project.train, project.audit, project.budget, project.deid)
+    return digest_of([section.model_dump(mode="json") for section in sections] + [section.model_dump(mode="json") for section in project.source])
+
+
+def _result(house: House, name: str, config_digest: str) -> dict[str, Any] | None:
+    with house.store.transaction() as tx:
+        found = tx.execute(select(_stages.c.result).where(_stages.c.name == name, _stages.c.config == config_digest)).scalar_one_or_none()
+    return None if found is None else dict(json.loads(found))
+
+
+def _finished(house: House, name: str) -> dict[str, Any] | None:
+    return _result(house, name, _run_config(house))
+
+
+def _needed(house: House, name: str) -> dict[str, Any]:
+    found = _result(house, name, "" if name.startswith("plan/") else _run_config(house))
+    if found is None:
+        raise NotFound(f"the stage '{name}' to be done for this discreet.toml", remedy="Run `discreet run`.")
+    return found
+
+
+def _record(tx: Connection, name: str, config_digest: str, result: Mapping[str, Any]) -> None:
+    tx.execute(insert(_stages).values(name=name, config=config_digest, result=json.dumps(result)))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all.
+
+    Raises:
+        StorageFull: when the disk is full; the earlier file is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            raise storage_full() from None
+        raise
