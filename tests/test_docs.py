@@ -127,11 +127,8 @@ def test_the_training_loop_runs_as_it_stands() -> None:
     with contextlib.redirect_stdout(printed):
         exec(compile(code[1], "docs/training-loop.md", "exec"), scope)
     assert scope["plan"].guarantee.epsilon <= 3.0
-    learnt = scope["model"].weight.detach().flatten().tolist()
-    assert (
-        learnt[0] > 0 > learnt[1]
-        or (scope["model"](scope["inputs"]).squeeze(1) - scope["targets"]).square().mean() < scope["targets"].square().mean() / 2
-    )
+    loss = (scope["model"](scope["inputs"]).squeeze(1) - scope["targets"]).square().mean()
+    assert loss < scope["targets"].square().mean() / 4
     assert "epsilon" in printed.getvalue()
 
 
