@@ -161,6 +161,8 @@ def sign_note(text: str, *, name: str, signer: Ed25519PrivateKey) -> bytes:
     Raises:
         EvidenceInvalid: when text or name cannot be a note.
     """
+    if not _is_clean(text):
+        raise _malformed()
     key = verifier_key(name=name, signer=signer)
     note = f"{text}\n{_line(key, signer.sign(text.encode()))}".encode()
     open_note(note, keys=[key])  # construction verifies
