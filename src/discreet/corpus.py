@@ -164,11 +164,6 @@ def digests(snapshot: Snapshot, keyring: Keyring) -> list[Digest]:
     return [document.digest for document in _read_manifest(snapshot.path, snapshot.root, keyring.purpose("shards")).documents]
 
 
-def sources(snapshot: Snapshot, keyring: Keyring) -> list[str]:
-    """Returns the names of the sources whose records are in the snapshot, sorted."""
-    return sorted({document.source for document in _read_manifest(snapshot.path, snapshot.root, keyring.purpose("shards")).documents})
-
-
 @final
 class SnapshotStore:
     """What the snapshots hold of a subject, for `governance.erasure`."""
@@ -310,7 +305,7 @@ def _register(snapshot: Snapshot, documents: Sequence[Deidentified], *, log: Log
             "num_documents": len(documents),
             "num_units": snapshot.num_units,
             "policies": sorted({document.policy for document in documents}),
-            "sources": sorted({document.source for document in documents}),
+            "sources": list(snapshot.sources),
         }
         log.append(tx, Statement(predicate=Predicate.FROZEN, subjects=(snapshot.root,), fields=fields))
 
@@ -325,7 +320,8 @@ def _open(path: Path, root: Digest, key: Key) -> Snapshot:
         if document.subject is not None:
             units.setdefault(document.subject, []).append(position)
     by_unit = {subject: tuple(units[subject]) for subject in sorted(units)}
-    return Snapshot(root=root, name=manifest.name, sensitivity=manifest.sensitivity, path=path, units=Sensitive(by_unit))
+    sources = tuple(sorted({document.source for document in manifest.documents}))
+    return Snapshot(root=root, name=manifest.name, sensitivity=manifest.sensitivity, path=path, units=Sensitive(by_unit), sources=sources)
 
 
 def _read_manifest(path: Path, root: Digest, key: Key) -> _Manifest:

@@ -301,8 +301,10 @@ def verify_bundle(path: Path, *, public_key: str, pinned: bytes | None = None) -
     Raises:
         EvidenceInvalid: `failed` names every file, entry and rule that broke.
     """
-    key = note.parse_key(public_key.strip())
     failed = _check_names(path)
+    key = _try(lambda: note.parse_key(public_key.strip()), "public key", failed)
+    if key is None:
+        raise _invalid(failed)
     read: dict[str, bytes] = {}
     for name in ("checkpoint", "leaves", _MANIFEST):
         with _opened(path, name, failed) as file:
@@ -511,6 +513,8 @@ _ONCE: tuple[tuple[Predicate, str], ...] = (
 )
 """(kind, key): no two statements of the kind share a value of the key. A reservation is spent once, whatever crashed."""
 
+_KEYS = frozenset({key for _, _, key, _ in _PRECEDED} | {key for _, key in _ONCE})
+
 
 def _check_story(entries: Sequence[Entry], *, public: bool) -> list[str]:
     """The rules of the table over verified entries. Rules whose earlier kind is internal need an internal bundle."""
@@ -533,8 +537,8 @@ def _check_story(entries: Sequence[Entry], *, public: bool) -> list[str]:
                 broken.append(f"story: entry {entry.index} is a second {kind} of the same {key}")
         if entry.predicate is Predicate.SPENT and (Predicate.CLOSED, "reservation", canonical_json(entry.fields["reservation"])) in seen:
             broken.append(f"story: entry {entry.index} (spent) after its reservation was closed")
-        for name, value in entry.fields.items():
-            seen[entry.predicate, name, canonical_json(value)] = entry
+        for name in _KEYS & set(entry.fields):
+            seen[entry.predicate, name, canonical_json(entry.fields[name])] = entry
     return broken + _check_verdicts(entries)
 
 

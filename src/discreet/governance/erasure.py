@@ -14,8 +14,9 @@ What happens to what was made from the subject:
 An unknown subject gets the same certificate, by the same steps, as a known one: a request cannot be used to learn who is in (PITFALLS 22). The counts of
 a plan are `Sensitive`, and the statement is internal.
 
-Sources: GDPR Art. 17 and 18; shared research on the decision table. Does not cover: identity verification of whoever asks (the caller's), backups until their
-horizon, copies that left the project, retention on a timer, and stores that were not passed in.
+Sources: GDPR Art. 17 and 18; Bourtoule et al. 2021 on what "trained without" would cost. Does not cover: identity verification of whoever asks (the
+caller's), how long an erasure takes (it takes longer for somebody who is in), backups until their horizon, copies that left the project, retention on a
+timer, and stores that were not passed in.
 """
 
 from __future__ import annotations
