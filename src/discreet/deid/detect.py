@@ -18,6 +18,7 @@ years, weekdays and ages below 90 (45 CFR 164.514(b)(2) lets them stand).
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from array import array
@@ -299,7 +300,7 @@ def _is_proper(name: str) -> bool:
 
 
 _GENERIC = frozenset(
-    "hospital center centre clinic imaging practice pharmacy health system healthcare memorial regional general medical family internal university college school llc inc ltd plc corp gmbh llp group sons".split()
+    "hospital center centre clinic imaging practice pharmacy health system healthcare memorial regional general medical family internal university college school llc inc ltd plc corp gmbh llp group sons".split()  # noqa: SIM905 - a table that reads as one
 )
 
 
@@ -363,7 +364,9 @@ def _spellings(label: Label, value: str) -> set[str]:
 def _person_spellings(value: str) -> set[str]:
     """Full name in both orders, without middle names, each part alone, and initial with surname."""
     reversed_order = "," in value
-    parts = [p.lower() for p in re.findall(r"[A-Za-z'-]+", value) if p.lower().strip(".") not in patterns.TITLES and p.upper() not in patterns.CREDENTIALS]
+    parts = [
+        p.lower() for p in re.findall(r"[A-Za-z'-]+", value) if p.lower().strip(".") not in patterns.TITLES and p.upper() not in patterns.CREDENTIALS
+    ]
     parts = [p for p in ("".join(c for c in part if c.isalpha()) for part in parts) if p]
     if not parts:
         return {_SKIPPED.sub("", value).lower()} - {""} if len(value) >= 3 else set()
@@ -440,32 +443,41 @@ def is_last(token: str) -> bool:
 
 
 _NO_NAME = patterns.NOT_NAMES | set(patterns.TITLES)
-_TOKEN = r"[A-Z](?:[a-z]{1,30}|[A-Z]{1,30}|'[A-Z][a-z]{1,30}|[a-z]{1,3}[A-Z][a-z]{1,30})(?:[-'][A-Z]?[A-Za-z]{2,30}){0,2}(?![A-Za-z])"
+_CAPITALISED = r"[A-Z](?:[a-z]{1,30}|[A-Z]{1,30}|'[A-Z][a-z]{1,30}|[a-z]{1,3}[A-Z][a-z]{1,30})(?:[-'][A-Z]?[A-Za-z]{2,30}){0,2}(?![A-Za-z])"
 _PARTICLE = rf"(?:{'|'.join(re.escape(p) for p in sorted(patterns.PARTICLES, key=len, reverse=True))})"
 _GAP = r"[ \t\xa0]{1,2}"
-_NAME = rf"(?:{_TOKEN}|[A-Z]\.(?= ?[A-Z]))(?:(?:{_GAP}(?:(?i:{_PARTICLE}){_GAP}){{0,2}})(?:{_TOKEN}|[A-Z]\b\.?)){{0,3}}"
+_NAME = rf"(?:{_CAPITALISED}|[A-Z]\.(?= ?[A-Z]))(?:(?:{_GAP}(?:(?i:{_PARTICLE}){_GAP}){{0,2}})(?:{_CAPITALISED}|[A-Z]\b\.?)){{0,3}}"
 _LOWER_NAME = r"[a-z][a-z'-]{1,30}(?![a-z])"
 
-_RUN = re.compile(rf"(?<![A-Za-z'-]){_TOKEN}(?:{_GAP}(?:(?:{_PARTICLE}){_GAP}){{0,2}}(?:{_TOKEN}|[A-Z]\.?(?={_GAP}[A-Z]))){{0,4}}")
+_RUN = re.compile(rf"(?<![A-Za-z'-]){_CAPITALISED}(?:{_GAP}(?:(?:{_PARTICLE}){_GAP}){{0,2}}(?:{_CAPITALISED}|[A-Z]\.?(?={_GAP}[A-Z]))){{0,4}}")
 _TITLED = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(patterns.TITLES)})(?:\.|\b)[ \t\n]{{0,2}}(?P<value>{_NAME})")
-_TITLED_LOWER = re.compile(rf"(?<![a-z])(?:dr|mr|mrs|ms|miss|doctor|prof|hi|hey|hello|dear|thanks|thank you|good morning|good afternoon)\b[.,]?[ ](?P<value>{_LOWER_NAME}(?: {_LOWER_NAME})?)", re.IGNORECASE)
+_TITLED_LOWER = re.compile(
+    rf"(?<![a-z])(?:dr|mr|mrs|ms|miss|doctor|prof|hi|hey|hello|dear|thanks|thank you|good morning|good afternoon)\b[.,]?[ ](?P<value>{_LOWER_NAME}(?: {_LOWER_NAME})?)",
+    re.IGNORECASE,
+)
 _COLON = re.compile(rf"[:=][ \t]{{0,4}}(?P<value>{_NAME})")
 _COLON_CUE = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(patterns.COLON_CUES, key=len, reverse=True))})(?: name)?[ \t]{{0,2}}$", re.IGNORECASE)
 _NAMING = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.NAMING_CUES, key=len, reverse=True))}),?[ \t\n]{{1,2}}(?P<value>{_NAME})")
 _PHRASE = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.PHRASE_CUES, key=len, reverse=True))}),?[ \t\n]{{1,2}}(?P<value>{_NAME})")
-_RELATION = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.RELATIONS, key=len, reverse=True))}),?(?: (?:is|was)(?: named| called)?| named| called)?[ \t\n]{{1,2}}(?P<value>{_NAME})")
-_CREDENTIALED = re.compile(rf"(?<![A-Za-z])(?P<value>{_NAME}),? {{1,2}}(?:{'|'.join(re.escape(c) for c in sorted(patterns.CREDENTIALS, key=len, reverse=True))})(?![A-Za-z])")
-_COMMA = re.compile(rf"(?<![A-Za-z'-])(?P<value>{_TOKEN}(?:{_GAP}{_TOKEN})?, ?{_TOKEN}(?:{_GAP}(?:{_TOKEN}|[A-Z]\b\.?))?)")
-_GIVEN = re.compile(rf", ?(?P<value>{_TOKEN})(?: [A-Z]\b\.?)?")
+_RELATION = re.compile(
+    rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.RELATIONS, key=len, reverse=True))}),?(?: (?:is|was)(?: named| called)?| named| called)?[ \t\n]{{1,2}}(?P<value>{_NAME})"
+)
+_CREDENTIALED = re.compile(
+    rf"(?<![A-Za-z])(?P<value>{_NAME}),? {{1,2}}(?:{'|'.join(re.escape(c) for c in sorted(patterns.CREDENTIALS, key=len, reverse=True))})(?![A-Za-z])"
+)
+_COMMA = re.compile(rf"(?<![A-Za-z'-])(?P<value>{_CAPITALISED}(?:{_GAP}{_CAPITALISED})?, ?{_CAPITALISED}(?:{_GAP}(?:{_CAPITALISED}|[A-Z]\b\.?))?)")
+_GIVEN = re.compile(rf", ?(?P<value>{_CAPITALISED})(?: [A-Z]\b\.?)?")
 _SINGLE = re.compile(r"(?<![A-Za-z])[A-Za-z][A-Za-z']+(?:-[A-Za-z']{2,})*(?<!'s)(?<!')")
 _EPONYM = re.compile(rf"(?:'s)?[ \n](?:[a-z]{{1,12}}[ \n])?(?:{'|'.join(patterns.EPONYMS)})\b", re.IGNORECASE)
-_DIRECTION = re.compile(rf"(?<![A-Za-z])(?:North|South|East|West|New|Port|Lake|NORTH|SOUTH|EAST|WEST|NEW|PORT|LAKE|Mount|Fort|Saint|St\.) (?P<value>{_TOKEN})")
+_DIRECTION = re.compile(
+    rf"(?<![A-Za-z])(?:North|South|East|West|New|Port|Lake|NORTH|SOUTH|EAST|WEST|NEW|PORT|LAKE|Mount|Fort|Saint|St\.) (?P<value>{_CAPITALISED})"
+)
 _ENDING = "ville|town|burgh|burg|borough|bury|chester|shire|furt|stad|haven|mouth|berg|fort|ton|side|land|view|port"
 _SUFFIX = re.compile(rf"(?:{_ENDING})$", re.IGNORECASE)
 _TOWN = re.compile(rf"(?<![A-Za-z])[A-Z][a-z]{{2,20}}(?:{_ENDING})(?![A-Za-z])")
 _LIVES = re.compile(
     rf"(?<![A-Za-z])(?i:lives? in|living in|lived in|resides? in|resident of|born in|moved (?:here )?(?:from|to)|native of|grew up in|travel(?:ed|led|ing)? to|flew to|trip to|city|town|hometown is|arrived at|based in)"
-    rf":? (?P<value>{_TOKEN}(?:{_GAP}(?:(?:de|la|of|upon|am|el|los|las|del) )?(?:{_TOKEN}|pho|altos|bajos)){{0,3}})"
+    rf":? (?P<value>{_CAPITALISED}(?:{_GAP}(?:(?:de|la|of|upon|am|el|los|las|del) )?(?:{_CAPITALISED}|pho|altos|bajos)){{0,3}})"
 )
 
 
@@ -479,7 +491,14 @@ def _names(text: str, others: Sequence[Span], regions: Regions) -> Iterator[Span
 
 
 def _cued(text: str, regions: Regions) -> Iterator[Span]:
-    for expression, score, needs_proof in ((_TITLED, STRONG, False), (_COLON, STRONG, False), (_NAMING, STRONG, False), (_CREDENTIALED, SHAPE, True), (_PHRASE, SHAPE, True), (_RELATION, SHAPE, True)):
+    for expression, score, needs_proof in (
+        (_TITLED, STRONG, False),
+        (_COLON, STRONG, False),
+        (_NAMING, STRONG, False),
+        (_CREDENTIALED, SHAPE, True),
+        (_PHRASE, SHAPE, True),
+        (_RELATION, SHAPE, True),
+    ):
         for match in _within(expression, text, regions):
             if expression is _COLON and not _COLON_CUE.search(text, max(0, match.start() - 45), match.start()):
                 continue
@@ -490,15 +509,22 @@ def _cued(text: str, regions: Regions) -> Iterator[Span]:
             if kept is not None:
                 yield Span(*kept, Label.PERSON, score)
     for match in _within(_COMMA, text, regions):
-        last, first = (part.split() for part in match["value"].split(","))
-        given = [t for t in first if len(t) > 1]
-        if given and all(is_first(t) or is_last(t) for t in given) and is_first(given[0]) and all(is_last(t) or not _common(t) for t in last) and not (_common(given[0]) and _common(last[-1])):
+        last, rest = (part.split() for part in match["value"].split(","))
+        given = [t for t in rest if len(t) > 1]
+        if (
+            given
+            and all(is_first(t) or is_last(t) for t in given)
+            and is_first(given[0])
+            and all(is_last(t) or not _common(t) for t in last)
+            and not (_common(given[0]) and _common(last[-1]))
+        ):
             yield Span(*match.span("value"), Label.PERSON, SHAPE)
     for match in _within(_TITLED_LOWER, text, regions):
-        tokens = [t for t in match["value"].split() if not _common(t) and t in names()] if match["value"].islower() else []
-        if tokens and match["value"].startswith(tokens[0]):
+        said = match["value"]
+        listed = list(itertools.takewhile(lambda t: not _common(t) and t in names(), said.split(" "))) if said.islower() else []
+        if listed:
             start = match.start("value")
-            yield Span(start, start + len(" ".join(tokens)), Label.PERSON, SHAPE)
+            yield Span(start, start + len(" ".join(listed)), Label.PERSON, SHAPE)
 
 
 def _trim(text: str, start: int, end: int, *, proof: bool) -> tuple[int, int] | None:
@@ -555,7 +581,11 @@ def _name_from(tokens: Sequence[tuple[int, int, str]], at: int) -> int:
     if stop < len(tokens):
         last = tokens[stop][2]
         unknown = not _common(last) and last.lower() not in names() and not last.isupper()
-        if last.lower() not in patterns.NOT_NAMES and (is_last(last) or (is_first(last) and not _common(last)) or (unknown and not _common(first))) and not (_common(first) and _common(last) and not is_last(last)):
+        if (
+            last.lower() not in patterns.NOT_NAMES
+            and (is_last(last) or (is_first(last) and not _common(last)) or (unknown and not _common(first)))
+            and not (_common(first) and _common(last) and not is_last(last))
+        ):
             stop += 1
             while stop < len(tokens) and (is_last(tokens[stop][2]) and not _common(tokens[stop][2])):
                 stop += 1
@@ -623,7 +653,7 @@ def _trim_place(text: str, start: int, end: int) -> tuple[int, int] | None:
 
 
 _REGIONS = frozenset(patterns.STATE_NAMES.split("|")) | frozenset(
-    "America USA UK US England Scotland Wales Ireland Canada Mexico Europe Africa Asia India China Japan Germany France Spain Italy Poland Portugal Brazil Argentina Russia Ukraine Vietnam Korea Australia".split()
+    "America USA UK US England Scotland Wales Ireland Canada Mexico Europe Africa Asia India China Japan Germany France Spain Italy Poland Portugal Brazil Argentina Russia Ukraine Vietnam Korea Australia".split()  # noqa: SIM905 - a table that reads as one
 )
 
 
