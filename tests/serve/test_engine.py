@@ -40,10 +40,14 @@ def greedy(model, tokenizer, prompt: str, count: int) -> list[int]:
     return ids[start:]
 
 
+def one_hot(token: int) -> torch.Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(token), 258).double()
+
+
 def test_greedy_equals_the_cacheless_oracle(local_engine, tiny_llama, tokenizer):
     prompt = "<|turn|>user\nHow is the patient?<|end|>\n<|turn|>assistant\n"
     expected = greedy(tiny_llama, tokenizer, prompt, 8)
-    assert 256 not in expected, "choose another seed for the tiny model: this one ends at once"
+    assert not {256, 257} & set(expected), "choose another seed for the tiny model: this one ends at once"
     text, last = run(local_engine)
     assert text == tokenizer.decode(expected, skip_special_tokens=True)
     assert last.finish_reason == "length"
@@ -59,10 +63,21 @@ def test_without_a_chat_template_turns_are_labelled_lines(tiny_llama, plain_toke
     engine.close()
 
 
-def test_end_token_stops(local_engine, tiny_llama, monkeypatch):
-    monkeypatch.setattr(local_engine, "_ends", frozenset(range(258)))
-    text, last = run(local_engine)
-    assert (text, last.finish_reason, last.completion_tokens) == ("", "stop", 0)
+def test_every_control_token_ends_the_answer(local_engine, monkeypatch):
+    for end in (256, 257):  # end of text, and the opening of another turn
+        script = iter([ord("a"), ord("b"), end, ord("c")])
+        monkeypatch.setattr(local_engine, "_forward", lambda ids, cache, script=script: (one_hot(next(script)), None))
+        text, last = run(local_engine)
+        assert (text, last.finish_reason, last.completion_tokens) == (local_engine._tokenizer.decode([ord("a"), ord("b")]), "stop", 2)
+
+
+def test_the_next_turn_of_a_plain_conversation_ends_the_answer(tiny_llama, plain_tokenizer, monkeypatch):
+    engine = LocalEngine(tiny_llama, plain_tokenizer, key=Key(bytes(32)))
+    script = iter(plain_tokenizer("Well.\nUser: more", add_special_tokens=False)["input_ids"])
+    monkeypatch.setattr(engine, "_forward", lambda ids, cache: (one_hot(next(script)), None))
+    text, last = run(engine, sampling=Sampling(max_new_tokens=40))
+    assert (text, last.finish_reason) == ("Well.", "stop")
+    engine.close()
 
 
 def test_seeded_sampling_repeats_and_unseeded_does_not(local_engine):

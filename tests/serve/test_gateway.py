@@ -16,12 +16,18 @@ from dataclasses import dataclass, field
 import httpx
 import openai
 import pytest
+import torch
 
-from discreet.errors import OperationFailed, Overloaded
-from discreet.keys import Key
-from discreet.record import Digest
+from discreet import model
+from discreet.config import ModelSection
+from discreet.errors import DigestMismatch, EvidenceInvalid, ModelUnsafe, NotReleased, OperationFailed, Overloaded, RequestInvalid
+from discreet.evidence.log import Log
+from discreet.evidence.statement import Predicate, Statement
+from discreet.keys import Key, Keyring
+from discreet.record import Digest, Release
 from discreet.serve import filters, gateway
-from discreet.serve.engine import Piece, Sampling, Turn
+from discreet.serve.engine import LocalEngine, Piece, Sampling, Turn
+from discreet.store import Store
 
 ADAPTER = Digest("sha256:" + "ab" * 32)
 MODEL = "note-assistant"
@@ -400,8 +406,10 @@ def test_an_engine_that_never_finishes_is_an_error(served, echo, monkeypatch, st
 
 def test_an_answer_out_of_time_is_an_error():
     engine = EchoEngine(cut=1, pause=0.2)
-    with serving(engine, limits=gateway.Limits(max_seconds=0.3)) as running, running.client() as client:
-        pytest.raises(openai.InternalServerError, ask, client).match("TimeoutError")
+    with serving(engine, limits=gateway.Limits(max_seconds=0.3)) as running:
+        client = running.client()
+        with pytest.raises(openai.InternalServerError, match="TimeoutError"):
+            ask(client)
 
 
 def test_nothing_is_served_uncounted(echo):
@@ -493,3 +501,130 @@ def test_the_server_logs_no_traceback(caplog, served):
             logging.getLogger("uvicorn.error").exception("Exception in ASGI application: %s", PROMPT)
     assert caplog.messages == ["RuntimeError"]
     assert "Quistgaard" not in caplog.text
+
+
+# --- only what was released
+
+
+BASE = Digest("sha256:" + "cd" * 32)
+GUARANTEE = {"epsilon": 7.5, "delta": 1e-4, "unit": "patient"}
+
+
+@dataclass
+class Project:
+    """A released adapter: its folder, the base it stands on, and the log that says so."""
+
+    log: Log
+    store: Store
+    release: Release
+    base: model.Base
+
+    def say(self, predicate: Predicate, **fields: object) -> bytes:
+        with self.store.transaction() as tx:
+            self.log.append(tx, Statement(predicate=predicate, subjects=(self.release.adapter,), fields=fields))
+        return self.log.select(predicate)[-1].envelope
+
+    def changed(self, **fields: object) -> Release:
+        return Release(**({name: getattr(self.release, name) for name in Release.__dataclass_fields__} | fields))
+
+    def open(self, release: Release | None = None) -> LocalEngine:
+        return gateway.open_engine(release or self.release, self.base, public_key=self.log.public_key(), key=Key(bytes(32)))
+
+
+@pytest.fixture
+def project(tmp_path, tiny_llama, tokenizer) -> Project:
+    base = model.Base(module=tiny_llama, tokenizer=tokenizer, digest=BASE, name="tiny", path=tmp_path)
+    module = model.attach(base, ModelSection())
+    with torch.no_grad():
+        for parameter in model.trained_parameters(module).values():
+            parameter.add_(0.5)
+    adapter = model.save_adapter(module, tmp_path / "release" / gateway.ADAPTER_FOLDER)
+    store = Store(f"sqlite:///{tmp_path}/discreet.db")
+    log = Log(store, Keyring(store, Key.random()), "example.org/log")
+    said = {"name": MODEL, "base": BASE, "adapter": adapter, "guarantee": GUARANTEE}
+    release = Release(path=tmp_path / "release", statement=b"", **said)
+    project = Project(log=log, store=store, release=release, base=base)
+    project.release = project.changed(statement=project.say(Predicate.RELEASED, **said))
+    yield project
+    store.close()
+
+
+def test_a_released_adapter_is_served_under_its_digest(project, local_engine):
+    engine = project.open()
+    with serving(engine) as running, running.client() as client:
+        adapted = ask(client, "Hello", temperature=0, max_tokens=16).choices[0].message.content
+    with serving(local_engine) as running, running.client() as client:
+        assert ask(client, "Hello", temperature=0, max_tokens=16).choices[0].message.content != adapted, "the adapter changes the answer"
+    engine.close()
+
+
+def test_serve_runs_the_verified_release(project, monkeypatch):
+    ran = []
+    monkeypatch.setattr(gateway, "run", lambda application, **address: ran.append(address))
+    options = {"key": Key(bytes(32)), "api_key_hash": "0" * 64, "on_served": print, "host": "127.0.0.1", "port": 0}
+    gateway.serve(project.release, project.base, public_key=project.log.public_key(), **options)
+    assert ran == [{"host": "127.0.0.1", "port": 0}]
+    with pytest.raises(DigestMismatch):
+        gateway.serve(project.changed(name="other"), project.base, public_key=project.log.public_key(), **options)
+    assert len(ran) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("name", "other"), ("base", "sha256:" + "00" * 32), ("adapter", "sha256:" + "00" * 32), ("guarantee", {**GUARANTEE, "epsilon": 1.0})],
+)
+def test_a_release_that_says_other_than_its_statement_is_refused(project, field, value):
+    with pytest.raises(DigestMismatch, match=field):
+        project.open(project.changed(**{field: value}))
+
+
+def test_a_changed_adapter_is_refused(project):
+    weights = project.release.path / gateway.ADAPTER_FOLDER / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(DigestMismatch, match="adapter"):
+        project.open()
+
+
+def test_another_base_is_refused(project):
+    project.base = model.Base(module=project.base.module, tokenizer=project.base.tokenizer, digest=ADAPTER, name="tiny", path=project.base.path)
+    with pytest.raises(DigestMismatch, match="base"):
+        project.open()
+
+
+def test_a_linked_adapter_is_refused(project, tmp_path):
+    weights = project.release.path / gateway.ADAPTER_FOLDER / "adapter_model.safetensors"
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    weights.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(ModelUnsafe):
+        project.open()
+
+
+def test_only_a_statement_of_release_is_a_release(project):
+    withheld = project.say(Predicate.WITHHELD, name=MODEL, adapter=project.release.adapter, reasons=["epsilon"])
+    with pytest.raises(NotReleased, match="withheld"):
+        project.open(project.changed(statement=withheld))
+
+
+def test_a_forged_statement_is_refused(project):
+    forged = bytearray(project.release.statement)
+    forged[100] ^= 1
+    with pytest.raises(EvidenceInvalid):
+        project.open(project.changed(statement=bytes(forged)))
+    with pytest.raises(EvidenceInvalid):
+        project.open(project.changed(statement=b""))
+
+
+def test_a_statement_of_another_key_is_refused(project, tmp_path):
+    store = Store(f"sqlite:///{tmp_path}/other.db")
+    other = Log(store, Keyring(store, Key.random()), "example.org/log")
+    with pytest.raises(EvidenceInvalid):
+        gateway.open_engine(project.release, project.base, public_key=other.public_key(), key=Key(bytes(32)))
+    store.close()
+
+
+def test_limits_are_validated_when_made():
+    for name, value in (("max_request_bytes", 0), ("max_seconds", 0), ("max_new_tokens", 0), ("temperature", 3), ("top_p", 0)):
+        with pytest.raises(RequestInvalid):
+            gateway.Limits(**{name: value})

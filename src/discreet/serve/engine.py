@@ -311,13 +311,15 @@ def _uniform(stream: Stream) -> float:
 
 
 def _end_tokens(module: torch.nn.Module, tokenizer: Any) -> frozenset[int]:
+    """The tokens after which nothing of this answer comes: end of text, and every control token, which can only close this turn or open another."""
     configured = getattr(getattr(module, "generation_config", None), "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
-    return frozenset(int(end) for end in [*listed, tokenizer.eos_token_id] if end is not None)
+    control = [number for number, token in tokenizer.added_tokens_decoder.items() if token.special]
+    return frozenset(int(end) for end in [*listed, *tokenizer.all_special_ids, *control] if end is not None)
 
 
 def _control_strings(tokenizer: Any) -> re.Pattern[str]:
-    """Matches the spelling of every special token: typed by a caller, it would open or close a turn of the chat template."""
+    """Matches the spelling of every control token: typed by a caller, it would open or close a turn of the chat template."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
     spelled = sorted((re.escape(token) for token in special if len(token) > 1), key=len, reverse=True)
     return re.compile("|".join(spelled) or r"(?!)")

@@ -148,7 +148,7 @@ def open_engine(release: Release, base: model.Base, *, public_key: str, key: Key
     """
     with tempfile.TemporaryDirectory(prefix="discreet-") as private:
         adapter = Path(private) / ADAPTER_FOLDER
-        shutil.copytree(release.path / ADAPTER_FOLDER, adapter)
+        shutil.copytree(release.path / ADAPTER_FOLDER, adapter, symlinks=True)  # a link is refused below, not followed here
         verify_release(release, public_key=public_key, base=base.digest, adapter=model.adapter_digest(adapter))
         return LocalEngine(model.load_adapter(base, adapter), base.tokenizer, key=key, max_waiting=max_waiting)
 
