@@ -14,15 +14,19 @@ Does not cover: more than one machine (federated/), serving itself (serve/), the
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
 import json
 import math
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 from sqlalchemy import Column, Connection, String, Table, Text, insert, select
 
@@ -30,17 +34,19 @@ from discreet import config, corpus
 from discreet.config import Project, SourceSection, digest_of
 from discreet.deid import policy as deid
 from discreet.dp import accounting, mechanism
-from discreet.errors import NotReleased, PlanInvalid, RunInProgress, TrackRefused, UsageError
+from discreet.errors import ConfigInvalid, NotFound, NotReleased, PlanInvalid, RunInProgress, TrackRefused
 from discreet.evidence.log import Log
-from discreet.evidence.statement import Predicate, Statement
-from discreet.governance.catalog import Catalog
+from discreet.evidence.statement import Entry, Predicate, Statement
+from discreet.governance import lineage
+from discreet.governance.catalog import Catalog, subject_id
 from discreet.governance.consent import Consent
+from discreet.governance.erasure import Decision, Erasure
 from discreet.keys import Keyring, open_master
-from discreet.ledger import Ledger, Reservation
+from discreet.ledger import CloseReason, Ledger, Reservation
 from discreet.record import Basis, Deidentified, Digest, Release, Sensitivity, Snapshot, SubjectId
-from discreet.store import Store, metadata
+from discreet.store import Store, metadata, now, storage_full
 
-STAGES = ("ingest", "train", "audit", "release", "report")
+STAGES = ("ingest", "train", "audit", "release")
 BATCH = 512
 CANARY_SOURCE = "audit-canaries"
 
@@ -638,23 +644,6 @@ def trace(house: House, digest: str) -> list[dict[str, Any]]:
     ]
 
 
-def current_report(house: House, *, run: str | None = None) -> Report:
-    """Computes the report of a run from the log alone."""
-    entries = [entry for predicate in Predicate for entry in house.log.select(predicate)]
-    return report.build(entries, run=run, checkpoint=house.log.checkpoint().decode(), public_key=house.log.public_key())
-
-
-def write_report(house: House, *, public: bool = False) -> list[Path]:
-    """Writes the privacy report as HTML and JSON and returns both paths."""
-    built = current_report(house)
-    built = built.public() if public else built
-    stem = "report-public" if public else "report"
-    html, document = house.project.root / f"{stem}.html", house.project.root / f"{stem}.json"
-    write_atomically(html, render_html(built).encode())
-    write_atomically(document, json.dumps(built.to_json(), indent=2, ensure_ascii=False).encode())
-    return [html, document]
-
-
 def export_evidence(house: House, folder: Path, *, public: bool) -> tuple[Path, Path]:
     """Writes the evidence bundle and, beside it, the public key that verifies it."""
     bundle = house.log.export(folder, public=public)
@@ -677,11 +666,9 @@ def run(house: House, *, until: str | None, observer: Observer) -> dict[str, Any
         if name == "ingest":
             if until == "ingest":
                 outcome["ingest"] = {"snapshot": ingest(house, observer).snapshot.root}
-        elif name == "report":
-            outcome["report"] = str(write_report(house)[0])
         else:
             outcome[name] = {"train": train, "audit": audit, "release": release}[name](house, observer)
-    return outcome | {"sentence": current_report(house).sentence}
+    return outcome
 
 
 def utility_control(house: House, *, generated: Mapping[str, str], observer: Observer) -> list[list[float]]:
