@@ -33,6 +33,7 @@
         |-- RunInProgress                           run.in_progress  (http 409)
         |-- NothingLearned                          train.nothing_learned
         |-- KeyUnavailable                          keys.unavailable
+        |-- ErasureIncomplete                       erasure.incomplete
         `-- UpstreamFailed                          upstream.failed  (http 502)
 
 A message states the rule, the value that broke it and the remedy. The value is public by contract: callers never pass text, names or
@@ -41,6 +42,7 @@ identifiers of people. The mathematics (`dp`, `evidence.merkle`, `audit.bounds`)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -155,7 +157,17 @@ class VerificationFailed(DiscreetError):
 
 
 class EvidenceInvalid(VerificationFailed):
+    """Evidence that does not verify; `failed` names every file, entry and rule that broke (empty when one value is malformed)."""
+
     code = "evidence.invalid"
+
+    def __init__(self, rule: str, *, value: object = None, remedy: str = "", failed: Sequence[str] = ()) -> None:
+        super().__init__(rule, value=value, remedy=remedy)
+        self.failed = list(failed)
+
+    def to_json(self) -> dict[str, object]:
+        """Returns the error with `failed` beside it, at the top level as in the answer of a successful verification."""
+        return {**super().to_json(), "failed": self.failed}
 
 
 class DigestMismatch(VerificationFailed):
@@ -196,6 +208,10 @@ class NothingLearned(OperationFailed):
 
 class KeyUnavailable(OperationFailed):
     code = "keys.unavailable"
+
+
+class ErasureIncomplete(OperationFailed):
+    code = "erasure.incomplete"
 
 
 class UpstreamFailed(OperationFailed):
