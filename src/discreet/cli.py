@@ -24,7 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from discreet import __version__
 from discreet.errors import ConfigInvalid, DiscreetError, NotFound, PlanInvalid, RequestInvalid, SourceMissing
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Sensitive text to a language model that keeps it, with proof.")
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Sensitive text to a language model that keeps it, with proof."
+)
 privacy = typer.Typer(no_args_is_help=True, help="What a mechanism costs, without a project.")
 budget = typer.Typer(no_args_is_help=True, help="Privacy budgets: open, show, reserve.")
 consent = typer.Typer(no_args_is_help=True, help="Grants and withdrawals of the people whose data it is.")
@@ -137,7 +139,11 @@ def plan(project: Folder = HERE, as_json: Json = False) -> None:
 
 
 @app.command()
-def report(project: Folder = HERE, public: Annotated[bool, typer.Option("--public", help="Only public and DP-released fields.")] = False, as_json: Json = False) -> None:
+def report(
+    project: Folder = HERE,
+    public: Annotated[bool, typer.Option("--public", help="Only public and DP-released fields.")] = False,
+    as_json: Json = False,
+) -> None:
     """Writes the privacy report (HTML and JSON) from the log alone."""
     from discreet import pipeline
 
@@ -155,11 +161,19 @@ def trace(digest: str, project: Folder = HERE, as_json: Json = False) -> None:
         lines = pipeline.trace(house, digest)
     if not lines:
         raise NotFound("a digest that the log knows", value=digest)
-    _print(as_json, {"digest": digest, "statements": lines}, [f"{e['index']:>6}  {e['time']}  {e['predicate']:<13} {json.dumps(e['fields'])}" for e in lines])
+    _print(
+        as_json,
+        {"digest": digest, "statements": lines},
+        [f"{e['index']:>6}  {e['time']}  {e['predicate']:<13} {json.dumps(e['fields'])}" for e in lines],
+    )
 
 
 @app.command()
-def erase(subject: Annotated[str, typer.Argument(help="The privacy unit as the source names it, e.g. the patient number.")], project: Folder = HERE, as_json: Json = False) -> None:
+def erase(
+    subject: Annotated[str, typer.Argument(help="The privacy unit as the source names it, e.g. the patient number.")],
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
     """Erases one person: their records, their key, their place in every later snapshot; prints the certificate."""
     from discreet import pipeline
 
@@ -263,7 +277,12 @@ def privacy_epsilon(
         raise PlanInvalid("an accountant out of pld, rdp", value=accountant)
     event = _math(lambda: mechanism.poisson_gaussian(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps))
     epsilons = {which: _math(lambda which=which: accounting.epsilon(event, delta=delta, relation=relation, accountant=which)) for which in wanted}
-    document = {"epsilon": _finite(epsilons[wanted[0]]), "accountants": {k: _finite(v) for k, v in epsilons.items()}, "delta": delta, "relation": relation}
+    document = {
+        "epsilon": _finite(epsilons[wanted[0]]),
+        "accountants": {k: _finite(v) for k, v in epsilons.items()},
+        "delta": delta,
+        "relation": relation,
+    }
     _print(as_json, document, [f"epsilon = {value:.4f} ({which}), delta = {delta:g}, {relation}" for which, value in epsilons.items()])
 
 
@@ -279,7 +298,9 @@ def privacy_noise(
     """The smallest noise multiplier for a target epsilon."""
     from discreet.dp import mechanism
 
-    noise = _math(lambda: mechanism.noise_for(epsilon=epsilon, delta=delta, sampling_probability=sampling_probability, steps=steps, accountant=accountant))
+    noise = _math(
+        lambda: mechanism.noise_for(epsilon=epsilon, delta=delta, sampling_probability=sampling_probability, steps=steps, accountant=accountant)
+    )
     document = {"noise_multiplier": noise, "epsilon": epsilon, "delta": delta, "accountant": accountant}
     _print(as_json, document, [f"noise multiplier = {noise:.5f}"])
 
@@ -323,7 +344,11 @@ def budget_show(name: Annotated[str | None, typer.Argument()] = None, project: F
 
     with pipeline.open_house(project) as house:
         budgets = [b.to_json() for b in ([house.ledger.show(name)] if name else house.ledger.budgets())]
-    _print(as_json, {"budgets": budgets}, [f"{b['name']}: epsilon {b['spent_epsilon']:.3f} of {b['epsilon']:g} spent, delta {b['delta']:.2g}" for b in budgets])
+    _print(
+        as_json,
+        {"budgets": budgets},
+        [f"{b['name']}: epsilon {b['spent_epsilon']:.3f} of {b['epsilon']:g} spent, delta {b['delta']:.2g}" for b in budgets],
+    )
 
 
 @budget.command("reserve")
@@ -366,7 +391,9 @@ def catalog_list(project: Folder = HERE, as_json: Json = False) -> None:
 
     with pipeline.open_house(project) as house:
         sources = house.catalog.sources()
-    _print(as_json, {"sources": sources}, [f"{s['name']}: {s['sensitivity']}, owner {s['owner']}, purposes {', '.join(s['purposes'])}" for s in sources])
+    _print(
+        as_json, {"sources": sources}, [f"{s['name']}: {s['sensitivity']}, owner {s['owner']}, purposes {', '.join(s['purposes'])}" for s in sources]
+    )
 
 
 # --- evidence ---------------------------------------------------------------------------------------------------------------------------------------
@@ -424,7 +451,12 @@ class _Bars:
 
     def __init__(self) -> None:
         self._bars = Progress(
-            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=stderr
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=stderr,
         )
         self._tasks: dict[str, TaskID] = {}
         self._tenths: dict[str, int] = {}

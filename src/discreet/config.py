@@ -75,7 +75,8 @@ class SourceSection(_Section):
     retention_days: Count = 3650
     residency: str = Field("", description="where the data must stay, e.g. EU")
     role: Literal["train", "public", "evaluation", "canary"] = Field(
-        "train", description="train: the DP track; public: the non-private track; evaluation: public held-out text; canary: reserved, the audit plants its own"
+        "train",
+        description="train: the DP track; public: the non-private track; evaluation: public held-out text; canary: reserved, the audit plants its own",
     )
 
     @model_validator(mode="after")

@@ -561,4 +561,3 @@ def _pretrain(module: nn.Module, tokenizer: Any, texts: Sequence[str], *, steps:
         optimizer.zero_grad(set_to_none=True)
         module(input_ids=rows_BT, labels=rows_BT).loss.backward()
         optimizer.step()
-
