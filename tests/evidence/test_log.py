@@ -448,6 +448,15 @@ def test_the_owner_of_the_key_cannot_change_a_hidden_leaf(told: House, tmp_path:
     assert failures(bundle, told.key) == ["leaves: not the tree of the checkpoint"]
 
 
+def test_a_node_is_not_shown_as_a_leaf(told: House, tmp_path: Path) -> None:
+    """The root alone, called a tree of one leaf, has the right root: the size that was signed tells."""
+    bundle = export(told, tmp_path, public=True)
+    (bundle / "leaves").write_bytes(note.open_checkpoint((bundle / "checkpoint").read_bytes(), key=note.parse_key(told.key)).root)
+    (bundle / "entries.jsonl").write_bytes(b"")
+    remake(told, bundle, size=1)
+    assert failures(bundle, told.key) == ["leaves: not the tree of the checkpoint"]
+
+
 def test_the_owner_of_the_key_cannot_show_an_internal_bundle_as_public(told: House, tmp_path: Path) -> None:
     bundle = export(told, tmp_path, public=False)
     remake(told, bundle, public=True)
