@@ -311,7 +311,12 @@ class Ledger:
                 remedy="Plan fewer steps or more noise (`discreet plan`). A budget is never refilled.",
             )
         tx.execute(update(_budgets).where(_budgets.c.name == wanted.budget).values(account=after.to_json()))
-        row = {"id": f"{wanted.budget}-{_next_number(tx, wanted.budget)}", "run": wanted.run, "budget": wanted.budget, "plan": wanted.plan}
+        row: dict[str, Any] = {
+            "id": f"{wanted.budget}-{_next_number(tx, wanted.budget)}",
+            "run": wanted.run,
+            "budget": wanted.budget,
+            "plan": wanted.plan,
+        }
         row |= {"snapshot": wanted.snapshot, "price": json.dumps(wanted.price), "state": State.RESERVED.value, "reserved_at": now(tx)}
         tx.execute(insert(_reservations).values(row))
         fields: dict[str, JSON] = {
@@ -353,7 +358,13 @@ def _terms(account: _Account) -> tuple[float, float, Relation]:
 
 
 def _opened(name: str, unit: str, rdp_filter: RdpFilter) -> Statement:
-    numbers = {"budget": name, "epsilon": rdp_filter.epsilon, "delta": rdp_filter.delta, "unit": unit, "relation": rdp_filter.relation}
+    numbers: dict[str, JSON] = {
+        "budget": name,
+        "epsilon": rdp_filter.epsilon,
+        "delta": rdp_filter.delta,
+        "unit": unit,
+        "relation": rdp_filter.relation,
+    }
     fields: dict[str, JSON] = {**numbers, "accountant": "rdp", "orders": list(rdp_filter.orders)}
     return Statement(predicate=Predicate.BUDGET_OPENED, subjects=(digest_of(numbers),), fields=fields)
 
