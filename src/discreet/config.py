@@ -75,15 +75,13 @@ class SourceSection(_Section):
     retention_days: Count = 3650
     residency: str = Field("", description="where the data must stay, e.g. EU")
     role: Literal["train", "public", "evaluation", "canary"] = Field(
-        "train", description="train: the DP track; public: the non-private track; evaluation: public held-out text; canary: reserved for the audit"
+        "train", description="train: the DP track; public: the non-private track; evaluation: public held-out text; canary: reserved, the audit plants its own"
     )
 
     @model_validator(mode="after")
     def _public_track_takes_public_text(self) -> SourceSection:
         if self.role in ("public", "evaluation") and self.sensitivity is not Sensitivity.PUBLIC:
             raise ValueError(f"Expected a source with role = '{self.role}' to have sensitivity = 'public', got '{self.sensitivity}'.")
-        if self.role == "canary" and self.basis is not Basis.GENERATED:
-            raise ValueError("Expected a source with role = 'canary' to have basis = 'generated'.")
         if not self.unit and self.format != "text" and self.sensitivity is not Sensitivity.PUBLIC:
             raise ValueError("Expected `unit` to name the column of the privacy unit of a source that is not public.")
         return self
@@ -118,6 +116,9 @@ class PrivacySection(_Section):
     delta: Probability | None = Field(None, description="left out: 1 / (2 * population)")
     allow_large_delta: str = Field("", description="reason for delta >= 1/population, recorded in the log; empty refuses it")
     unit: str = Field("patient", description="what one epsilon protects: everything this unit contributed")
+    population: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="public estimate of the number of units, canaries included; left out: the exact count is used, and named as unprotected"
+    )
     cap: Count = Field(1, description="documents of one unit used in one step, chosen by keyed hash")
     clip_norm: Positive = 0.5
     steps: Count = 25
@@ -209,6 +210,8 @@ class Project(_Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"Expected every [[source]] to have its own name, got '{name}' twice.")
+        if any(source.role == "canary" for source in self.source):
+            raise ValueError("Expected no [[source]] with role = 'canary': the audit plants its own.")
         return self
 
     @property

@@ -33,6 +33,7 @@
         |-- RunInProgress                           run.in_progress  (http 409)
         |-- NothingLearned                          train.nothing_learned
         |-- KeyUnavailable                          keys.unavailable
+        |-- Overloaded                              serve.overloaded (http 429)
         |-- ErasureIncomplete                       erasure.incomplete
         `-- UpstreamFailed                          upstream.failed  (http 502)
 
@@ -208,6 +209,10 @@ class NothingLearned(OperationFailed):
 
 class KeyUnavailable(OperationFailed):
     code = "keys.unavailable"
+
+
+class Overloaded(OperationFailed):
+    code, http_status = "serve.overloaded", 429
 
 
 class ErasureIncomplete(OperationFailed):

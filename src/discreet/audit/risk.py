@@ -1,0 +1,97 @@
+"""What a guarantee means for one person, in words and in the numbers behind them.
+
+Epsilon is not a risk. From the trade-off curve T (the largest true-positive rate of *any* attack at each false-positive rate) follow figures that are: how often the best
+possible guess "was this person's data used?" is right when both answers were equally likely beforehand, (1 + max(T(x) - x)) / 2, against 50 in 100 by tossing a coin; and how
+many participants such an attacker could point out while wrongly accusing one outsider in a hundred or in a thousand (Kulynych et al. 2024, "Attack-aware noise
+calibration"; Dong, Roth & Su 2019). From epsilon alone follows the factor e^epsilon on the odds of any belief, up to delta.
+
+Guarantees: figures are upper limits on every attacker with any background knowledge but that person's record; percentages are rounded up, never in our favour.
+
+Does not cover: harm from a fact that is true of the whole population; a unit's several documents when the unit is smaller than the person.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, final
+
+from scipy import optimize
+
+from discreet.audit.bounds import TradeOff
+
+FALSE_POSITIVE_RATES = (0.01, 0.001)
+
+
+class Promise(Protocol):
+    """The fields of `dp.accounting.Guarantee` that an explanation needs."""
+
+    @property
+    def epsilon(self) -> float: ...
+    @property
+    def delta(self) -> float: ...
+    @property
+    def unit(self) -> str: ...
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """One plain paragraph, and the public figures in it."""
+
+    sentence: str
+    figures: Mapping[str, Any]
+
+
+def explain(guarantee: Promise, trade_off: TradeOff) -> Explanation:
+    """Says what the guarantee means for one unit.
+
+    Args:
+        guarantee: `.epsilon` >= 0, `.delta` in [0, 1), `.unit` such as "patient".
+        trade_off: the curve of the same guarantee.
+
+    Raises:
+        ValueError: when epsilon or delta is out of range.
+    """
+    if not guarantee.epsilon >= 0 or not 0 <= guarantee.delta < 1:
+        raise ValueError(f"Expected epsilon={guarantee.epsilon} >= 0 and delta={guarantee.delta} in [0, 1).")
+    best = advantage(trade_off)
+    accuracy = (1 + best) / 2
+    caught = {str(rate): trade_off.tpr(rate) for rate in FALSE_POSITIVE_RATES}
+    odds = math.exp(guarantee.epsilon) if guarantee.epsilon < 700 else math.inf
+    right, pointed = _percent(accuracy), _percent(caught["0.01"])
+    sentence = (
+        f"Someone who sees the model and everything else there is to know, and has to guess whether one {guarantee.unit}'s records were used, is right at most "
+        f"{right} times in 100 instead of 50. If they may wrongly point at 1 in 100 of those who were not in it, they find at most {pointed} in 100 of those who "
+        f"were. Up to a chance of {guarantee.delta:.1g}, what the model tells them changes the odds of anything they believe about that {guarantee.unit} by a factor of at most "
+        f"{_factor(odds)}."
+    )
+    figures = {
+        "unit": guarantee.unit,
+        "epsilon": guarantee.epsilon if math.isfinite(guarantee.epsilon) else None,
+        "delta": guarantee.delta,
+        "advantage": best,
+        "accuracy": accuracy,
+        "tpr_at_fpr": caught,
+        "odds_factor": odds if math.isfinite(odds) else None,
+    }
+    return Explanation(sentence=sentence, figures=figures)
+
+
+def advantage(trade_off: TradeOff) -> float:
+    """Returns the largest T(x) - x over x in [0, 1], to 1e-6: 0 means that no attack beats a coin, 1 that one always succeeds.
+
+    T - x is concave, so the search in one dimension cannot stop at a lesser peak.
+    """
+    found = optimize.minimize_scalar(lambda x: x - trade_off.tpr(float(x)), bounds=(0.0, 1.0), method="bounded", options={"xatol": 1e-9})
+    return min(1.0, max(0.0, -float(found.fun)))
+
+
+def _percent(share: float) -> int:
+    """Rounds up, so that the sentence never promises more than the figure; 1e-9 forgives the last float digit."""
+    return min(100, math.ceil(100 * share - 1e-9))
+
+
+def _factor(odds: float) -> str:
+    return f"{odds:.2g}" if odds < 10 else f"{math.ceil(odds):,}" if odds < 1e6 else "more than a million"

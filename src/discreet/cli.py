@@ -1,0 +1,511 @@
+"""Verbs, each short, each one call into the pipeline, the report or one library.
+
+With `--json` a command prints exactly one JSON document on stdout; logs and progress go to stderr. Exit codes: 0 done, 2 usage, 3 refused, 4 verification
+failed, 1 other. A user's mistake never ends in a traceback; an unexpected error prints its type and place only, because its message could quote text
+(set DISCREET_DEBUG=1 to see it all).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from discreet import __version__
+from discreet.errors import ConfigInvalid, DiscreetError, NotFound, PlanInvalid, RequestInvalid, SourceMissing
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Sensitive text to a language model that keeps it, with proof.")
+privacy = typer.Typer(no_args_is_help=True, help="What a mechanism costs, without a project.")
+budget = typer.Typer(no_args_is_help=True, help="Privacy budgets: open, show, reserve.")
+consent = typer.Typer(no_args_is_help=True, help="Grants and withdrawals of the people whose data it is.")
+catalog = typer.Typer(no_args_is_help=True, help="What data exists, whose it is, what for.")
+evidence = typer.Typer(no_args_is_help=True, help="The signed log: export and verify.")
+for name, group in (("privacy", privacy), ("budget", budget), ("consent", consent), ("catalog", catalog), ("evidence", evidence)):
+    app.add_typer(group, name=name)
+
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Folder = Annotated[Path, typer.Option("--project", "-C", help="Folder of the project's discreet.toml.")]
+HERE = Path()
+
+
+def _print(as_json: bool, document: Mapping[str, Any], lines: Iterable[str]) -> None:
+    if as_json:
+        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    else:
+        for line in lines:
+            stdout.print(line, markup=False)
+
+
+# --- the story ------------------------------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    fast: Annotated[bool, typer.Option("--fast", help="A tiny model built on the spot; the whole story in under two minutes.")] = False,
+    folder: Annotated[Path | None, typer.Option("--dir", help="Folder of the demo project; default ./demo/hospital or ./demo/fast.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the demo folder first.")] = False,
+    serve: Annotated[bool | None, typer.Option("--serve/--no-serve", help="Start the gateway and the dashboard at the end; default: ask.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tells the whole story on a generated hospital: from notes to a private, audited, served model."""
+    from discreet import demo as story
+
+    home = folder or Path("demo") / ("fast" if fast else "hospital")
+    if fresh and (home / ".discreet").is_dir():
+        shutil.rmtree(home)
+    outcome = story.tell(home, fast=fast, observer=_Bars())
+    _print(as_json, outcome.to_json(), outcome.lines())
+    asked = serve is None and not as_json and sys.stdin.isatty() and typer.confirm("Start the gateway and the dashboard?", default=True, err=True)
+    if serve or asked:
+        _serve(home, port=None)
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="New project folder.")],
+    example: Annotated[str, typer.Option("--example", help="hospital (generated corpus) or plain (your own data).")] = "plain",
+    as_json: Json = False,
+) -> None:
+    """Makes a project folder with a commented discreet.toml."""
+    from discreet import demo as story
+
+    created = story.init_project(folder, example=example)
+    _print(as_json, {"project": str(folder), "example": example, "files": created}, [f"{folder}/{name}" for name in created])
+
+
+@app.command()
+def run(
+    stage: Annotated[str | None, typer.Argument(help="ingest, train, audit, release or report; all of them when left out.")] = None,
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Runs the project's pipeline, or one stage of it; resumes where it stopped."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        outcome = pipeline.run(house, until=stage, observer=_Bars())
+    _print(as_json, outcome, [f"{name}: {value}" for name, value in _flat(outcome)])
+
+
+@app.command()
+def train(project: Folder = HERE, as_json: Json = False) -> None:
+    """Trains under differential privacy: reserves and spends the budget, then takes the noisy steps."""
+    run("train", project, as_json)
+
+
+@app.command()
+def audit(project: Folder = HERE, as_json: Json = False) -> None:
+    """Attacks the trained model and gives PASS, FAIL or INCONCLUSIVE."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        report = pipeline.run(house, until="audit", observer=_Bars())["audit"]
+    _print(as_json, report, [f"{name}: {value}" for name, value in _flat(report)])
+
+
+@app.command()
+def release(project: Folder = HERE, as_json: Json = False) -> None:
+    """Signs the model out through its gates, or withholds it (exit 3)."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        released = pipeline.run(house, until="release", observer=_Bars())["release"]
+    _print(as_json, released, [f"{name}: {value}" for name, value in _flat(released)])
+
+
+@app.command()
+def plan(project: Folder = HERE, as_json: Json = False) -> None:
+    """Shows the price before any spend: epsilon, time, noise against signal, what is left of the budget."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        price = pipeline.price(house, _Bars())
+    _print(as_json, price.to_json(), price.lines())
+
+
+@app.command()
+def report(project: Folder = HERE, public: Annotated[bool, typer.Option("--public", help="Only public and DP-released fields.")] = False, as_json: Json = False) -> None:
+    """Writes the privacy report (HTML and JSON) from the log alone."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        written = pipeline.write_report(house, public=public)
+    _print(as_json, {"files": [str(p) for p in written]}, [str(p) for p in written])
+
+
+@app.command()
+def trace(digest: str, project: Folder = HERE, as_json: Json = False) -> None:
+    """Prints every statement about one record, model or snapshot, with its inclusion proof."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        lines = pipeline.trace(house, digest)
+    if not lines:
+        raise NotFound("a digest that the log knows", value=digest)
+    _print(as_json, {"digest": digest, "statements": lines}, [f"{e['index']:>6}  {e['time']}  {e['predicate']:<13} {json.dumps(e['fields'])}" for e in lines])
+
+
+@app.command()
+def erase(subject: Annotated[str, typer.Argument(help="The privacy unit as the source names it, e.g. the patient number.")], project: Folder = HERE, as_json: Json = False) -> None:
+    """Erases one person: their records, their key, their place in every later snapshot; prints the certificate."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        certificate = pipeline.erase(house, subject)
+    _print(as_json, certificate, [f"{name}: {value}" for name, value in _flat(certificate)])
+
+
+@app.command()
+def serve(project: Folder = HERE, port: Annotated[int | None, typer.Option(help="Port; default from discreet.toml.")] = None) -> None:
+    """Starts the gateway and the dashboard from the verified release."""
+    _serve(project, port=port)
+
+
+def _serve(project: Path, *, port: int | None) -> None:
+    from discreet import pipeline
+
+    with pipeline.open_house(project, exclusive=False) as house:
+        pipeline.serve(house, port=port, say=lambda line: stderr.print(line, markup=False))
+
+
+# --- text -----------------------------------------------------------------------------------------------------------------------------------------
+
+MAX_REDACT_BYTES = 100_000_000
+
+
+@app.command()
+def redact(
+    file: Annotated[str, typer.Argument(help="A file, or - for standard input.")] = "-",
+    lines: Annotated[bool, typer.Option("--lines", help="JSON Lines in, JSON Lines out; the text is in the field `text`.")] = False,
+    policy: Annotated[str, typer.Option("--policy", help="label, redact or log.")] = "label",
+    as_json: Json = False,
+) -> None:
+    """Removes identifiers from text."""
+    from discreet.deid.policy import BUILTIN
+
+    if policy not in BUILTIN:
+        raise RequestInvalid(f"a policy out of {', '.join(sorted(BUILTIN))}", value=policy)
+    text = _read_text(file)
+    if not lines:
+        found = _redacted(text, policy)
+        _print(as_json, found, [found["text"]])
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            typer.echo(json.dumps(_redact_line(line, number, policy), ensure_ascii=False))
+
+
+def _redact_line(line: str, number: int, policy: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise RequestInvalid("a JSON object with a string field `text` on every line", value=f"line {number}")
+    return {**row, **_redacted(row["text"], policy)}
+
+
+def _redacted(text: str, policy: str) -> dict[str, Any]:
+    from discreet.deid.policy import BUILTIN
+    from discreet.deid.policy import redact as redact_text
+
+    done = redact_text(text, policy=BUILTIN[policy])
+    return {"text": done.text, "spans": [{"start": s.start, "end": s.end, "label": s.label, "score": s.score} for s in done.spans]}
+
+
+def _read_text(file: str) -> str:
+    if file != "-" and not Path(file).is_file():
+        raise SourceMissing("a file that exists", value=file)
+    content = sys.stdin.buffer.read(MAX_REDACT_BYTES + 1) if file == "-" else Path(file).read_bytes()
+    if len(content) > MAX_REDACT_BYTES:
+        raise RequestInvalid(f"at most {MAX_REDACT_BYTES} bytes of text", remedy="Split the file; each part is redacted alone.")
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise RequestInvalid("text in UTF-8", value=f"byte {error.start}") from None
+
+
+# --- privacy ----------------------------------------------------------------------------------------------------------------------------------------
+
+Q = Annotated[float, typer.Option("--sampling-probability", help="Probability that a unit takes part in a step.")]
+Steps = Annotated[int, typer.Option("--steps")]
+Delta = Annotated[float, typer.Option("--delta")]
+
+
+@privacy.command("epsilon")
+def privacy_epsilon(
+    sampling_probability: Q,
+    noise_multiplier: Annotated[float, typer.Option("--noise-multiplier")],
+    steps: Steps,
+    delta: Delta,
+    relation: Annotated[str, typer.Option("--relation")] = "add_remove",
+    accountant: Annotated[str, typer.Option("--accountant", help="pld, rdp or pld,rdp")] = "pld",
+    as_json: Json = False,
+) -> None:
+    """The epsilon of Poisson-sampled Gaussian steps."""
+    from discreet.dp import accounting, mechanism
+
+    wanted = accountant.split(",")
+    if not set(wanted) <= {"pld", "rdp"}:
+        raise PlanInvalid("an accountant out of pld, rdp", value=accountant)
+    event = _math(lambda: mechanism.poisson_gaussian(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps))
+    epsilons = {which: _math(lambda which=which: accounting.epsilon(event, delta=delta, relation=relation, accountant=which)) for which in wanted}
+    document = {"epsilon": _finite(epsilons[wanted[0]]), "accountants": {k: _finite(v) for k, v in epsilons.items()}, "delta": delta, "relation": relation}
+    _print(as_json, document, [f"epsilon = {value:.4f} ({which}), delta = {delta:g}, {relation}" for which, value in epsilons.items()])
+
+
+@privacy.command("noise")
+def privacy_noise(
+    epsilon: Annotated[float, typer.Option("--epsilon")],
+    sampling_probability: Q,
+    steps: Steps,
+    delta: Delta,
+    accountant: Annotated[str, typer.Option("--accountant", help="pld or rdp")] = "pld",
+    as_json: Json = False,
+) -> None:
+    """The smallest noise multiplier for a target epsilon."""
+    from discreet.dp import mechanism
+
+    noise = _math(lambda: mechanism.noise_for(epsilon=epsilon, delta=delta, sampling_probability=sampling_probability, steps=steps, accountant=accountant))
+    document = {"noise_multiplier": noise, "epsilon": epsilon, "delta": delta, "accountant": accountant}
+    _print(as_json, document, [f"noise multiplier = {noise:.5f}"])
+
+
+def _math(call: Callable[[], Any]) -> Any:
+    """Runs mathematics that raises ValueError and turns that into our usage error."""
+    try:
+        return call()
+    except ValueError as error:
+        raise PlanInvalid("parameters that the mathematics accepts", value=str(error)) from None
+
+
+def _finite(value: float) -> float | str:
+    return value if value < float("inf") else "infinity"
+
+
+# --- budget -----------------------------------------------------------------------------------------------------------------------------------------
+
+
+@budget.command("open")
+def budget_open(
+    name: str,
+    epsilon: Annotated[float, typer.Option("--epsilon")],
+    delta: Delta,
+    unit: Annotated[str, typer.Option("--unit")] = "record",
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Opens a budget; it can never be refilled."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        opened = house.ledger.open(name, epsilon=epsilon, delta=delta, unit=unit).to_json()
+    _print(as_json, opened, [f"{k}: {v}" for k, v in _flat(opened)])
+
+
+@budget.command("show")
+def budget_show(name: Annotated[str | None, typer.Argument()] = None, project: Folder = HERE, as_json: Json = False) -> None:
+    """Shows what was spent and what remains."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        budgets = [b.to_json() for b in ([house.ledger.show(name)] if name else house.ledger.budgets())]
+    _print(as_json, {"budgets": budgets}, [f"{b['name']}: epsilon {b['spent_epsilon']:.3f} of {b['epsilon']:g} spent, delta {b['delta']:.2g}" for b in budgets])
+
+
+@budget.command("reserve")
+def budget_reserve(name: str, epsilon: Annotated[float, typer.Option("--epsilon")], project: Folder = HERE, as_json: Json = False) -> None:
+    """Charges a pure epsilon-DP query, or refuses it (exit 3)."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        reservation, remaining = house.ledger.reserve_epsilon(name, epsilon)
+    _print(as_json, {"reservation": reservation, "remaining": remaining}, [f"reserved {reservation}; epsilon left: {remaining:.4f}"])
+
+
+# --- governance -------------------------------------------------------------------------------------------------------------------------------------
+
+
+@consent.command("withdraw")
+def consent_withdraw(subject: str, project: Folder = HERE, as_json: Json = False) -> None:
+    """Records that a person withdrew: none of their records is admitted from now on."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        house.consent.withdraw(pipeline.subject_of(house, subject), house.project.purpose)
+    _print(as_json, {"withdrawn": True, "purpose": house.project.purpose.name}, ["withdrawn"])
+
+
+@consent.command("grant")
+def consent_grant(subject: str, project: Folder = HERE, as_json: Json = False) -> None:
+    """Records a person's consent for the project's purpose."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        house.consent.grant(pipeline.subject_of(house, subject), house.project.purpose)
+    _print(as_json, {"granted": True, "purpose": house.project.purpose.name}, ["granted"])
+
+
+@catalog.command("list")
+def catalog_list(project: Folder = HERE, as_json: Json = False) -> None:
+    """Lists the registered sources."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        sources = house.catalog.sources()
+    _print(as_json, {"sources": sources}, [f"{s['name']}: {s['sensitivity']}, owner {s['owner']}, purposes {', '.join(s['purposes'])}" for s in sources])
+
+
+# --- evidence ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+@evidence.command("export")
+def evidence_export(
+    out: Annotated[Path, typer.Option("--out", help="New folder for the bundle.")] = Path("evidence"),
+    public: Annotated[bool, typer.Option("--public", help="Only what may be published.")] = False,
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Writes a bundle that anyone can verify offline, and the public key beside it."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        bundle, key = pipeline.export_evidence(house, out, public=public)
+    _print(as_json, {"bundle": str(bundle), "key": str(key), "public": public}, [f"bundle: {bundle}", f"key:    {key}"])
+
+
+@evidence.command("verify")
+def evidence_verify(
+    bundle: Path,
+    key: Annotated[Path, typer.Option("--key", help="File with the log's public key.")],
+    as_json: Json = False,
+) -> None:
+    """Verifies a bundle with a public key alone: no network, no database (exit 4 when anything is broken)."""
+    from discreet.errors import EvidenceInvalid
+    from discreet.evidence.log import verify_bundle
+
+    if not key.is_file():
+        raise SourceMissing("a file with the log's public key", value=str(key))
+    try:
+        verified = verify_bundle(bundle, public_key=key.read_text().strip())
+    except EvidenceInvalid as error:
+        _print(as_json, {"valid": False, "failed": error.failed, "checkpoint": None}, ["BROKEN", *error.failed])
+        raise typer.Exit(error.exit_code) from None
+    document = {"valid": True, "failed": [], "checkpoint": verified.checkpoint, "statements": len(verified.entries)}
+    _print(as_json, document, [f"VALID: {len(verified.entries)} statements under this checkpoint", verified.checkpoint])
+
+
+# --- plumbing ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, object]]:
+    for name, value in document.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list):
+            yield prefix + name, value
+
+
+class _Bars:
+    """Shows the story on stderr: one line a stage, one bar a task. On a pipe it prints lines at every tenth of a task instead."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=stderr
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._tenths: dict[str, int] = {}
+
+    def stage(self, name: str) -> None:
+        self.stop()
+        stderr.print(f"[bold]{name}[/bold]")
+
+    def note(self, line: str) -> None:
+        stderr.print("  " + line, markup=False)
+
+    def progress(self, task: str, done: int, total: int, figures: Mapping[str, object]) -> None:
+        said = "  ".join(f"{name} {value}" for name, value in figures.items())
+        if not stderr.is_terminal:
+            self._print_tenth(task, done, total, said)
+            return
+        if task not in self._tasks:
+            self._bars.start()
+            self._tasks[task] = self._bars.add_task(task, total=total, figures=said)
+        self._bars.update(self._tasks[task], completed=done, total=total, figures=said)
+        if done >= total:
+            self._bars.refresh()
+
+    def _print_tenth(self, task: str, done: int, total: int, said: str) -> None:
+        tenth = 10 * done // max(total, 1)
+        if self._tenths.get(task) != tenth:
+            self._tenths[task] = tenth
+            stderr.print(f"  {task} {done}/{total}  {said}", markup=False)
+
+    def stop(self) -> None:
+        self._bars.stop()
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks.clear()
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"discreet {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Runs the command line; maps every error to its documented exit code."""
+    as_json = "--json" in sys.argv
+    try:
+        code = app(standalone_mode=False)
+    except DiscreetError as error:
+        code = _fail(as_json, error.to_json(), f"{error} [{error.code}]", error.exit_code)
+    except click.exceptions.Abort:
+        code = _fail(as_json, {"error": {"code": "aborted"}}, "Stopped.", 1)
+    except click.ClickException as error:
+        code = _fail(as_json, {"error": {"code": "usage", "rule": error.format_message()}}, error.format_message(), 2)
+    except KeyboardInterrupt:
+        code = _fail(as_json, {"error": {"code": "interrupted"}}, "Interrupted; the next call resumes where this one stopped.", 1)
+    except OSError as error:
+        import errno
+
+        if error.errno != errno.ENOSPC:
+            code = _unexpected(as_json, error)
+        else:
+            from discreet.store import storage_full
+
+            code = _fail(as_json, storage_full().to_json(), str(storage_full()), 1)
+    except Exception as error:  # the last line of defence: nothing of an unexpected message is printed
+        code = _unexpected(as_json, error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(as_json: bool, document: dict[str, object], line: str, code: int) -> int:
+    if as_json:
+        typer.echo(json.dumps(document))
+    stderr.print(line, markup=False, style="red")
+    return code
+
+
+def _unexpected(as_json: bool, error: BaseException) -> int:
+    if os.environ.get("DISCREET_DEBUG"):
+        traceback.print_exception(error)
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(place.filename).name}:{place.lineno}"
+    line = f"Unexpected {type(error).__name__} at {where}. This is a defect of discreet; nothing was lost. DISCREET_DEBUG=1 shows more."
+    return _fail(as_json, {"error": {"code": "unexpected", "rule": type(error).__name__, "value": where}}, line, 1)

@@ -1,0 +1,121 @@
+"""Recitation: the control recites what it was trained on and nothing else; probabilities and exposure by their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from discreet.audit import extraction
+from discreet.audit.canaries import SECRET_WORDS
+from discreet.audit.extraction import exposure_bits
+from discreet.errors import ConfigInvalid, OperationFailed
+from discreet.keys import Stream
+
+
+def test_the_control_recites_included_canaries_and_no_held_out_one(control, canaries) -> None:
+    found = extraction.recite(*control, canaries, token_budget=500)
+    assert [recitation.name for recitation in found] == [canary.name for canary in canaries]
+    assert sum(recitation.exact for recitation in found if recitation.included) > 50
+    assert not any(recitation.exact for recitation in found if not recitation.included)
+    for recitation, canary in zip(found, canaries, strict=True):
+        assert recitation.exact == (recitation.continuation == canary.secret) == (recitation.matched_fraction == 1)
+        assert recitation.prompt == canary.prefix
+
+
+def test_an_untrained_model_recites_nothing(untrained, canaries) -> None:
+    found = extraction.recite(*untrained, canaries, token_budget=500)
+    assert not any(recitation.exact for recitation in found)
+    assert np.mean([recitation.matched_fraction for recitation in found]) < 0.1
+
+
+def test_greedy_decoding_and_probability_are_those_of_a_plain_loop(control, canaries) -> None:
+    module, words = control
+    chosen = list(canaries)[:12]
+    module.eval()
+    for recitation, canary in zip(extraction.recite(module, words, chosen, token_budget=37), chosen, strict=True):
+        sequence, total = words(canary.prefix)["input_ids"], 0.0
+        free = list(sequence)
+        with torch.no_grad():
+            for token in words(canary.secret)["input_ids"]:
+                logits = module(input_ids=torch.tensor([sequence]), attention_mask=None).logits[0, -1].double()
+                total += float(torch.log_softmax(logits, -1)[token])
+                sequence.append(token)
+                free.append(int(module(input_ids=torch.tensor([free]), attention_mask=None).logits[0, -1].argmax()))
+        assert recitation.log_probability == pytest.approx(total, abs=1e-4)
+        assert recitation.continuation == words.decode(free[-SECRET_WORDS:])
+
+
+def test_a_recitation_prints_no_text(control, canaries) -> None:
+    found = extraction.recite(*control, list(canaries)[:5], token_budget=500)
+    assert not any(part in repr(found) for recitation in found for part in (recitation.prompt, recitation.continuation))
+
+
+def test_samples_needed_inverts_the_chance_of_saying_it() -> None:
+    recitation = extraction.Recitation(
+        name="canary-0000", included=True, exact=False, matched_fraction=0.0, log_probability=math.log(0.01), prompt="", continuation=""
+    )
+    n = recitation.samples_needed(0.5)
+    assert 1 - 0.99**n == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="probability"):
+        recitation.samples_needed(1.0)
+
+
+def test_exposure_is_high_for_what_was_trained_and_ordinary_for_what_was_not(control, canaries) -> None:
+    module, words = control
+    key = Stream(bytes([9]) * 32)
+    known = [canary for canary in canaries if set(canary.secret.split()) <= set(words.vocabulary)]
+    included = next(canary for canary in known if canary.included)
+    held_out = [canary for canary in known if not canary.included][:8]
+    ranked = {
+        canary.name: extraction.exposure(module, _OpenVocabulary(words), canary, references=255, key=key.fork(canary.name), token_budget=4000)
+        for canary in (included, *held_out)
+    }
+    assert ranked[included.name] == 8.0  # log2(256): first of all
+    assert sum(ranked[canary.name] for canary in held_out) / 8 < 4  # mean 1.44 bits by chance
+
+
+class _OpenVocabulary:
+    """Random reference secrets may use words that no canary has: they share one token."""
+
+    def __init__(self, words) -> None:
+        self._words = words
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        known = set(self._words.vocabulary)
+        return self._words(" ".join(word if word in known else self._words.vocabulary[-1] for word in text.split()))
+
+
+def test_exposure_by_rank() -> None:
+    references = np.log(np.linspace(0.001, 0.5, 1023))
+    assert exposure_bits(0.0, references) == 10
+    assert exposure_bits(-100.0, references) == 0
+    assert exposure_bits(float(np.median(references)), references) == pytest.approx(1.0, abs=0.01)
+    assert exposure_bits(references[-1], references) == 9  # a tie goes to the reference
+
+
+def test_exposure_of_an_unplanted_secret_is_rarely_high() -> None:
+    """P[exposure >= x] = 2^-x: of 2000 draws, Binomial(2000, 1/32) stays within 62.5 +- 31 (4 sd)."""
+    rng = np.random.default_rng(3)
+    high = sum(exposure_bits(rng.normal(), rng.normal(size=255)) >= 5 for _ in range(2000))
+    assert abs(high - 62.5) <= 31
+
+
+def test_exposure_refuses(control, canaries) -> None:
+    for references in ([], [math.nan]):
+        with pytest.raises(ValueError, match="reference"):
+            exposure_bits(0.0, references)
+    with pytest.raises(ConfigInvalid, match="references"):
+        extraction.exposure(*control, next(iter(canaries)), references=0, key=Stream(bytes(32)), token_budget=10)
+
+
+def test_a_tokenizer_that_appends_or_merges_is_refused(control, canaries) -> None:
+    module, words = control
+
+    def closing(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [*words(text)["input_ids"], 0]}
+
+    with pytest.raises(OperationFailed, match="keeps prefix and secret apart"):
+        extraction.recite(module, closing, canaries, token_budget=100)
