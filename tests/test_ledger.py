@@ -135,6 +135,16 @@ def test_a_budget_opens_once_and_is_logged_once(house):
     }
 
 
+def test_budgets_are_listed_with_what_was_spent(house):
+    assert house.ledger.budgets() == []
+    for name in ("b", "a"):
+        house.ledger.open(name, epsilon=1.0, delta=1e-6, unit="patient")
+    house.ledger.reserve_epsilon("a", 0.25)
+    assert [budget.name for budget in house.ledger.budgets()] == ["a", "b"]
+    shown = house.ledger.show("a").to_json()
+    assert (shown["spent_epsilon"], shown["remaining_epsilon"], shown["num_reservations"]) == (0.25, 0.75, 1)
+
+
 @pytest.mark.parametrize("other", [{"epsilon": 9.0}, {"delta": 1e-6}, {"unit": "note"}, {"relation": "replace_one"}])
 def test_other_numbers_under_the_same_name_are_refused(house, other):
     numbers = {"epsilon": 8.0, "delta": 1e-5, "unit": "patient"}

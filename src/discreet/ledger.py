@@ -112,6 +112,12 @@ class Budget:
     remaining_epsilon: float
     num_reservations: int
 
+    def to_json(self) -> dict[str, JSON]:
+        """Returns the budget as JSON values; `spent_epsilon` is what `remaining_epsilon` leaves of `epsilon`."""
+        numbers: dict[str, JSON] = {"name": self.name, "epsilon": self.epsilon, "delta": self.delta, "unit": self.unit, "sources": list(self.sources)}
+        spent = self.epsilon - self.remaining_epsilon
+        return numbers | {"spent_epsilon": spent, "remaining_epsilon": self.remaining_epsilon, "num_reservations": self.num_reservations}
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +208,11 @@ class Ledger:
         """
         with self._store.transaction() as tx:
             return _budget(tx, name)
+
+    def budgets(self) -> list[Budget]:
+        """Returns every budget as it stands, by name."""
+        with self._store.transaction() as tx:
+            return [_budget(tx, name) for name in tx.execute(select(_budgets.c.name).order_by(_budgets.c.name)).scalars().all()]
 
     def filter(self, name: str) -> RdpFilter:
         """Returns the filter of a budget as it stands, for `dp.mechanism.calibrate`. Charging the returned value charges nobody.

@@ -69,6 +69,15 @@ def test_a_record_is_collected_and_logged_once(house):
     assert len(house.log.select(Predicate.COLLECTED)) == 1
 
 
+def test_sources_are_listed_as_declared(house):
+    assert house.catalog.sources() == []
+    _collect(house)
+    [source] = house.catalog.sources()
+    declared = {"name": "notes", "owner": "Records office", "sensitivity": "special", "purposes": ["note-assistant"], "privacy_unit": "patient"}
+    assert {key: source[key] for key in declared} == declared
+    assert json.loads(json.dumps(source)) == source
+
+
 def test_statements_carry_at_most_512_records(house):
     many = [{"id": i, "patient": i, "text": f"note {i}"} for i in range(1100)]
     _collect(house, many)
