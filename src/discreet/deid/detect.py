@@ -1,0 +1,724 @@
+"""Finds identifiers: text in, non-overlapping `Span`s out, as Python string indices of the *original* text.
+
+    original -> view (normalised, with an offset for every character) -> candidates (rows, names, known values) -> spans -> blank them, look again -> spans
+
+The view undoes what hides an identifier from an expression: compatibility forms and accents are folded, other digits become ASCII digits, look-alike Greek and Cyrillic letters
+become Latin, and zero-width characters, soft hyphens and variation selectors vanish (PITFALLS 24).
+
+One resolution rule: the longest candidate wins, then the stronger, then the earlier; what a loser covers beyond the winner stays as a span of its own, so that no
+candidate's text is ever left uncovered because another one was longer.
+
+Guarantees: spans are in range, sorted, disjoint and non-empty. A found span counts as opaque (like a `[LABEL]` mark that stands in the text) and the rest is read again until nothing
+is found, so that redacting a redacted text changes nothing. The result depends on the text and on `known` alone. Time is linear in the text times a bounded number
+of rounds; texts above `MAX_CHARS` are refused.
+
+Does not cover: encoded values (base64, percent, HTML entities), names that no list, cue or `known` value gives away, quasi-identifiers (occupation, rare disease), states, countries,
+years, weekdays and ages below 90 (45 CFR 164.514(b)(2) lets them stand).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import unicodedata
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib import resources
+from types import MappingProxyType
+from typing import final
+
+from discreet.deid import patterns
+from discreet.deid.patterns import GUARDS, PATTERNS, SHAPE, STRONG, WEAK, Label, Pattern
+from discreet.errors import RequestInvalid
+
+MAX_CHARS = 2_000_000
+"""Longest text that one call takes, in code points."""
+
+MAX_ROUNDS = 6
+"""How often a text is read: each round covers more of it. Two are enough for all text we have seen."""
+
+OPAQUE = "\ufffc"
+"""Stands in the view for a span that was found, or for a mark such as [PERSON] or [REDACTED] in the text."""
+
+MARK = re.compile(rf"\[(?:REDACTED|{'|'.join(Label)})\]")
+"""What the operators `label` and `redact` leave behind."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One identifier: `text[start:end]` of the original text, its label, and a score in (0, 1]."""
+
+    start: int
+    end: int
+    label: str
+    score: float
+
+
+def detect(text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({}), labels: Iterable[str] | None = None) -> list[Span]:
+    """Returns the identifiers in the text, sorted by place, none overlapping another.
+
+    Args:
+        text: at most `MAX_CHARS` code points.
+        known: identifiers that this text is known to be about, label -> values; found in other spellings too (letter case, spaces, separators, name order,
+            date format).
+        labels: only these labels; None for all.
+
+    Returns:
+        Spans with indices of `text`.
+
+    Raises:
+        RequestInvalid: when the text is too long or a label is not in the closed list.
+    """
+    if len(text) > MAX_CHARS:
+        raise RequestInvalid(f"a text of at most {MAX_CHARS} characters", value=len(text), remedy="Split it at paragraphs.")
+    wanted = None if labels is None else {parse_label(label) for label in labels}
+    values = [(parse_label(label), value) for label, group in known.items() for value in group]
+    view = normalise(text)
+    found: list[Span] = []
+    regions: Regions = [(0, len(view.text))]
+    for _ in range(MAX_ROUNDS):
+        spans = _read(view, values, regions)
+        if not spans:
+            break
+        found += [Span(*view.original(s.start, s.end), s.label, s.score) for s in spans]
+        view = view.blank([(s.start, s.end) for s in spans])
+        regions = _around((match.span() for match in _OPAQUES.finditer(view.text)), view.text)  # elsewhere nothing has changed
+    return sorted((s for s in found if wanted is None or s.label in wanted), key=lambda s: s.start)
+
+
+def parse_label(label: str) -> Label:
+    """Returns the label of that name, case ignored; a few common synonyms are understood.
+
+    Raises:
+        RequestInvalid: when it is not in the closed list.
+    """
+    name = label.upper()
+    name = {"NAME": "PERSON", "DOB": "DATE", "LICENSE": "LICENCE", "ORGANIZATION": "ORG"}.get(name, name)
+    if name not in Label.__members__:
+        raise RequestInvalid("a label of docs/labels.md", value=label, remedy=f"Labels: {', '.join(Label)}.")
+    return Label[name]
+
+
+# The view ---------------------------------------------------------------------------------------------------------------------------------------------------
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class View:
+    """Normalised text; character i stands for `original[starts[i]:ends[i]]`, or for `original[i]` where the offsets are None."""
+
+    text: str
+    starts: array[int] | None
+    ends: array[int] | None
+
+    def original(self, start: int, end: int) -> tuple[int, int]:
+        """Returns the half-open range of the original text that view[start:end] stands for (start < end)."""
+        if self.starts is None or self.ends is None:
+            return start, end
+        return self.starts[start], self.ends[end - 1]
+
+    def blank(self, ranges: Sequence[tuple[int, int]]) -> View:
+        """Returns the view with each range (sorted, disjoint) replaced by one opaque character that stands for it."""
+        count = len(self.text)
+        starts = self.starts if self.starts is not None else array("q", range(count))
+        ends = self.ends if self.ends is not None else array("q", range(1, count + 1))
+        pieces: list[str] = []
+        new_starts, new_ends, at = array("q"), array("q"), 0
+        for start, end in ranges:
+            pieces += (self.text[at:start], OPAQUE)
+            new_starts += starts[at : start + 1]
+            new_ends += ends[at:start]
+            new_ends.append(ends[end - 1])
+            at = end
+        return View("".join([*pieces, self.text[at:]]), new_starts + starts[at:], new_ends + ends[at:])
+
+
+def normalise(text: str) -> View:
+    """Returns the view of a text: folded characters with the place each one came from, and every mark blanked."""
+    view = View(text, None, None) if text.isascii() else _fold(text)
+    marks = [match.span() for match in MARK.finditer(view.text)] if "[" in view.text else []
+    return view.blank(marks) if marks else view
+
+
+def fold(value: str) -> str:
+    """Returns the normalised form of a value, as it stands in a view."""
+    return value if value.isascii() else _fold(value).text
+
+
+def _fold(text: str) -> View:
+    pieces: list[str] = []
+    starts, ends = array("q"), array("q")
+    for index, character in enumerate(text):
+        folded = character if character < "\x80" else _fold_character(character)
+        if folded:
+            pieces.append(folded)
+            starts.extend([index] * len(folded))
+            ends.extend([index + 1] * len(folded))
+        elif ends and unicodedata.combining(character):
+            ends[-1] = index + 1  # an accent belongs to the letter before it
+    return View("".join(pieces), starts, ends)
+
+
+_LATIN = dict(zip("øØłŁđĐðıəƏħ", "oOlLdDdieEh", strict=True)) | {"ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "þ": "th", "Þ": "Th"}
+_LOOKALIKE = dict(zip("АВЕЅІЈКМНОРСТУХаеоріјѕсухԁһɡΑΒΕΖΗΙΚΜΝΟΡΤΥΧαονɑɩ", "ABESIJKMHOPCTYXaeopijscyxdhgABEZHIKMNOPTYXaovai", strict=True))
+_PUNCTUATION = dict(zip("‘’‚‛′ʼ`´“”„‟″«»−⁃∕⁄․·﹒。", "''''''''\"\"\"\"\"\"\"--//....", strict=True))
+
+
+@lru_cache(maxsize=8192)
+def _fold_character(character: str) -> str:
+    """Folds one character to zero or more ASCII ones where it has such a form; other scripts stay as they are."""
+    if character in _LATIN or character in _LOOKALIKE or character in _PUNCTUATION:
+        return _LATIN.get(character) or _LOOKALIKE.get(character) or _PUNCTUATION[character]
+    if character == OPAQUE:
+        return OPAQUE
+    category = unicodedata.category(character)
+    if category == "Nd":
+        return str(unicodedata.decimal(character))
+    if category == "Pd":
+        return "-"
+    if category == "Zs":
+        return " "
+    if category in ("Zl", "Zp") or character == "\x85":
+        return "\n"
+    if category in ("Cf", "Cc") or character in "\u034f\u115f\u1160\u3164\uffa0" or "\ufe00" <= character <= "\ufe0f":
+        return ""
+    if "\u0300" <= character <= "\u036f" or "\U000e0100" <= character <= "\U000e01ef":
+        return ""
+    decomposed = unicodedata.normalize("NFKD", character)
+    plain = "".join(c for c in decomposed if not "\u0300" <= c <= "\u036f")
+    return "".join(_LATIN.get(c) or _LOOKALIKE.get(c, c) for c in plain) if plain != character else character
+
+
+# Candidates -------------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _read(view: View, values: Sequence[tuple[Label, str]], regions: Regions) -> list[Span]:
+    """One round over the regions of a view: every candidate, then the resolution rule. Spans are indices of the view."""
+    text = view.text
+    candidates = [*_rows(text, regions), *_known(text, values)]
+    candidates += _names(text, candidates, regions)
+    return _resolve(candidates, text)
+
+
+_OPAQUES = re.compile(OPAQUE + "++")
+_GUARD = re.compile("|".join(f"(?:{guard})" for guard in GUARDS))
+_COMPILED = tuple((row, row.compiled()) for row in PATTERNS)
+_FILLER = r"(?:(?:is|was|are|number|numbers|num|no|nr|id|the|at|to|as|of|on|my|his|her|their|me|us|new|code|been|reads|below|above|for|with|from|this|your|or|and|home|work|cell)\b[^\w\ufffc]{0,4}){0,4}$"
+
+
+@cache
+def _context(words: tuple[str, ...]) -> re.Pattern[str]:
+    alternatives = "|".join(re.escape(word).replace(r"\ ", r"\s{1,3}") for word in sorted(words, key=len, reverse=True))
+    return re.compile(rf"(?<![a-z0-9])(?:{alternatives})(?![a-z])[^\w\ufffc]{{0,6}}{_FILLER}", re.IGNORECASE)
+
+
+def scan(row: Pattern, text: str) -> Iterator[tuple[int, int]]:
+    """Yields where one row matches in a normalised text: expression, validator and context, without guards."""
+    return _scan(row, row.compiled(), text, [(0, len(text))])
+
+
+def _scan(row: Pattern, expression: re.Pattern[str], text: str, regions: Regions) -> Iterator[tuple[int, int]]:
+    group: str | int = "value" if "value" in expression.groupindex else 0
+    context = _context(row.context) if row.context else None
+    for match in _within(expression, text, regions):
+        start, end = match.span(group)
+        if row.validator is not None and not row.validator(text[start:end]):
+            continue
+        if context is not None and not context.search(text, max(0, start - 70), start):
+            continue
+        yield start, end
+
+
+Regions = Sequence[tuple[int, int]]
+"""Parts of a view worth reading, sorted and disjoint."""
+
+_BEFORE, _AFTER = 90, 120
+_DIGITS = re.compile(r"\d++")
+_SPACE = re.compile(r"\s")
+
+
+def _around(marks: Iterable[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+    """Returns the regions around the marks, widened to white space so that no value is cut."""
+    regions: list[tuple[int, int]] = []
+    for first, last in marks:
+        if regions and last <= regions[-1][1] - _AFTER:
+            continue
+        gap = _SPACE.search(text, last + _AFTER)
+        start, end = max(0, first - _BEFORE), gap.start() if gap else len(text)
+        if regions and start <= regions[-1][1]:
+            regions[-1] = regions[-1][0], max(end, regions[-1][1])
+        else:
+            regions.append((start, end))
+    return regions
+
+
+def _within(expression: re.Pattern[str], text: str, regions: Regions) -> Iterator[re.Match[str]]:
+    for start, end in regions:
+        yield from expression.finditer(text, start, end)
+
+
+def _rows(text: str, regions: Regions) -> Iterator[Span]:
+    lowered = text.lower()
+    near_digits = _meet(_around((match.span() for match in _DIGITS.finditer(text)), text), regions)
+    for row, expression in _COMPILED:
+        if row.anchors and not any(anchor in lowered for anchor in row.anchors):
+            continue
+        for start, end in _scan(row, expression, text, near_digits if row.digits else regions):
+            if _plausible(row, text, start, end):
+                yield Span(start, end, row.label, row.score)
+
+
+def _meet(some: Regions, others: Regions) -> list[tuple[int, int]]:
+    """Returns what lies in both."""
+    met, at = [], 0
+    for start, end in some:
+        while at < len(others) and others[at][1] <= start:
+            at += 1
+        index = at
+        while index < len(others) and others[index][0] < end:
+            met.append((max(start, others[index][0]), min(end, others[index][1])))
+            index += 1
+    return met
+
+
+def _plausible(row: Pattern, text: str, start: int, end: int) -> bool:
+    """Applies the guards, and asks of an organisation or a place that it is more than ordinary words."""
+    if row.label in (Label.ORG, Label.LOCATION):
+        return _is_proper(text[start:end])
+    if row.score >= STRONG and row.label is not Label.DATE:
+        return True
+    return not any(guard.start() <= start and end <= guard.end() for guard in _GUARD.finditer(text, max(0, start - 60), end + 40))
+
+
+def _is_proper(name: str) -> bool:
+    """Says whether a capitalised phrase has a word that is no ordinary word ("Howell Memorial Hospital", not "Mental Health")."""
+    words = [word.lower() for word in re.findall(r"[A-Za-z][A-Za-z']+", name)]
+    return any((word not in _words() or word in names()) and word not in _GENERIC for word in words)
+
+
+_GENERIC = frozenset(
+    "hospital center centre clinic imaging practice pharmacy health system healthcare memorial regional general medical family internal university college school llc inc ltd plc corp gmbh llp group sons".split()  # noqa: SIM905 - a table that reads as one
+)
+
+
+# Known values -----------------------------------------------------------------------------------------------------------------------------------------------
+
+_MAX_GAP = 4
+_SKIPPED = re.compile(r"[^0-9A-Za-z]+")
+
+
+def _known(text: str, values: Sequence[tuple[Label, str]]) -> Iterator[Span]:
+    """Yields where a known value stands, in any spelling: letters and digits are compared, case and what stands between them is not."""
+    if not values:
+        return
+    squeezed, places = _squeeze(text)
+    for label, value in values:
+        for needle in sorted(_spellings(label, fold(value))):
+            yield from (Span(start, end, label, 1.0) for start, end in _find(needle, text, squeezed, places, label))
+
+
+def _squeeze(text: str) -> tuple[str, array[int]]:
+    """Returns the letters and digits of the text in lower case, with the place of each."""
+    places = array("q", (i for i, c in enumerate(text) if c.isalnum() and len(c.lower()) == 1))
+    return "".join([text[i] for i in places]).lower(), places
+
+
+def _find(needle: str, text: str, squeezed: str, places: array[int], label: Label) -> Iterator[tuple[int, int]]:
+    at = squeezed.find(needle)
+    while at >= 0:
+        last = at + len(needle) - 1
+        start, end = places[at], places[last] + 1
+        whole = not text[start - 1 : start].isalnum() and not text[end : end + 1].isalnum()
+        close = len(needle) >= 4 or end - start == len(needle)
+        if whole and close and all(places[i + 1] - places[i] <= _MAX_GAP for i in range(at, last)) and _as_name(label, needle, text[start:end]):
+            yield start, end
+        at = squeezed.find(needle, at + 1)
+
+
+def _as_name(label: Label, needle: str, found: str) -> bool:
+    """A known name that is also a word ("May", "Bean") counts only with a capital letter."""
+    return label is not Label.PERSON or needle not in _words() or found[:1].isupper()
+
+
+def _spellings(label: Label, value: str) -> set[str]:
+    """Returns the spellings of a known value to look for, squeezed to lower-case letters and digits."""
+    squeezed = _SKIPPED.sub("", value).lower()
+    if label is Label.PERSON:
+        return _person_spellings(value)
+    if label is Label.AGE and (not squeezed.isdigit() or int(squeezed) < 90):
+        return set()
+    spellings = {squeezed}
+    if label is Label.DATE:
+        spellings |= _date_spellings(value)
+    if label in (Label.PHONE, Label.FAX) and len(patterns.digits(value)) >= 10:
+        number = patterns.digits(value)
+        spellings |= {number, number[-10:], number[-7:]}
+    if label is Label.ADDRESS:
+        spellings |= {_SKIPPED.sub("", part).lower() for part in re.split(r"[,\n]", value) if len(part.strip()) >= 4}
+    return {s for s in spellings if len(s) >= 3}
+
+
+def _person_spellings(value: str) -> set[str]:
+    """Full name in both orders, without middle names, each part alone, and initial with surname."""
+    reversed_order = "," in value
+    parts = [
+        p.lower() for p in re.findall(r"[A-Za-z'-]+", value) if p.lower().strip(".") not in patterns.TITLES and p.upper() not in patterns.CREDENTIALS
+    ]
+    parts = [p for p in ("".join(c for c in part if c.isalpha()) for part in parts) if p]
+    if not parts:
+        return {_SKIPPED.sub("", value).lower()} - {""} if len(value) >= 3 else set()
+    if reversed_order:
+        parts = parts[1:] + parts[:1]
+    first, last = parts[0], parts[-1]
+    spellings = {p for p in parts if len(p) >= 3} | {"".join(parts), "".join([*parts[-1:], *parts[:-1]]), first + last, last + first}
+    if len(parts) > 1 and len(last) >= 3:
+        spellings |= {first[0] + last, last + first[0]}
+    for piece in re.findall(r"[A-Za-z']+", value):
+        spellings.add(piece.replace("'", "").lower())
+    return {s for s in spellings if len(s) >= 3}
+
+
+def _date_spellings(value: str) -> set[str]:
+    parts = [int(p) for p in re.findall(r"\d+", value)]
+    month = next((i + 1 for i, name in enumerate(patterns.MONTHS) if re.search(rf"\b{name[:3]}", value, re.IGNORECASE)), None)
+    if month is not None and len(parts) >= 2:
+        day, year = parts[0], parts[1]
+    elif len(parts) >= 3 and parts[0] > 31:
+        year, month, day = parts[:3]
+    elif len(parts) >= 3:
+        month, day, year = parts[:3]
+        if month > 12:
+            month, day = day, month
+    else:
+        return set()
+    if not 1 <= month <= 12:
+        return set()
+    short, name = f"{year % 100:02d}", patterns.MONTHS[month - 1]
+    spellings = set()
+    for m, d in ((f"{month:02d}", f"{day:02d}"), (str(month), str(day))):
+        for y in (str(year), short):
+            spellings |= {y + m + d, m + d + y, d + m + y}
+        for n in (name, name[:3]):
+            spellings |= {n + d + str(year), d + n + str(year), d + n + short, n + d + short, n + d, d + n}
+    for n in (name, name[:3]):
+        spellings |= {n + str(day) + suffix + y for suffix in ("st", "nd", "rd", "th") for y in (str(year), "")}
+    return {s for s in spellings if len(s) >= 6 or not s.isdigit()}
+
+
+# Names ------------------------------------------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _words() -> frozenset[str]:
+    lines = (resources.files("discreet.deid") / "words.txt").read_text(encoding="utf-8").split("\n")
+    return frozenset(line for line in lines if line and not line.startswith("#")) | patterns.NOT_NAMES
+
+
+@cache
+def names() -> Mapping[str, str]:
+    """Returns the gazetteer: name in lower case -> its flags (F, M, G first name; L last name; S may be a surrogate)."""
+    lines = (resources.files("discreet.deid") / "names.txt").read_text(encoding="utf-8").split("\n")
+    pairs = (line.split(" ") for line in lines if line and not line.startswith("#"))
+    return {name.lower(): flags for name, flags in pairs}
+
+
+@cache
+def places() -> frozenset[str]:
+    """Returns towns and cities, as they are written."""
+    lines = (resources.files("discreet.deid") / "places.txt").read_text(encoding="utf-8").split("\n")
+    return frozenset(line for line in lines if line and not line.startswith("#"))
+
+
+def is_first(token: str) -> bool:
+    """Says whether a token is a first name of the gazetteer."""
+    return any(flag in names().get(token.lower(), "") for flag in "FMG")
+
+
+def is_last(token: str) -> bool:
+    """Says whether a token is a last name of the gazetteer."""
+    return "L" in names().get(token.lower(), "")
+
+
+_NO_NAME = patterns.NOT_NAMES | set(patterns.TITLES)
+_CAPITALISED = r"[A-Z](?:[a-z]{1,30}|[A-Z]{1,30}|'[A-Z][a-z]{1,30}|[a-z]{1,3}[A-Z][a-z]{1,30})(?:[-'][A-Z]?[A-Za-z]{2,30}){0,2}(?![A-Za-z])"
+_PARTICLE = rf"(?:{'|'.join(re.escape(p) for p in sorted(patterns.PARTICLES, key=len, reverse=True))})"
+_GAP = r"[ \t\xa0]{1,2}"
+_NAME = rf"(?:{_CAPITALISED}|[A-Z]\.(?= ?[A-Z]))(?:(?:{_GAP}(?:(?i:{_PARTICLE}){_GAP}){{0,2}})(?:{_CAPITALISED}|[A-Z]\b\.?)){{0,3}}"
+_LOWER_NAME = r"[a-z][a-z'-]{1,30}(?![a-z])"
+
+_RUN = re.compile(rf"(?<![A-Za-z'-]){_CAPITALISED}(?:{_GAP}(?:(?:{_PARTICLE}){_GAP}){{0,2}}(?:{_CAPITALISED}|[A-Z]\.?(?={_GAP}[A-Z]))){{0,4}}")
+_TITLED = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(patterns.TITLES)})(?:\.|\b)[ \t\n]{{0,2}}(?P<value>{_NAME})")
+_TITLED_LOWER = re.compile(
+    rf"(?<![a-z])(?:dr|mr|mrs|ms|miss|doctor|prof|hi|hey|hello|dear|thanks|thank you|good morning|good afternoon)\b[.,]?[ ](?P<value>{_LOWER_NAME}(?: {_LOWER_NAME})?)",
+    re.IGNORECASE,
+)
+_COLON = re.compile(rf"[:=][ \t]{{0,4}}(?P<value>{_NAME})")
+_COLON_CUE = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(patterns.COLON_CUES, key=len, reverse=True))})(?: name)?[ \t]{{0,2}}$", re.IGNORECASE)
+_SPEAKER = re.compile(rf"(?<![a-z])(?:{'|'.join(patterns.SPEAKERS)})[ \t]{{0,2}}$", re.IGNORECASE)
+_ADDRESSED = re.compile(
+    rf"(?:(?<=[a-z,;] )|(?<=[a-z],\n))(?P<value>{_CAPITALISED})(?!{_GAP}[A-Z])|(?:(?<=[.?!:] )|(?<=\n)|\A)(?P<opening>{_CAPITALISED})(?=, )"
+)
+_ARTICLE = re.compile(r"\b(?:the|a|an|in|on|of|since|by|until|from|during|last|next|this|every|early|late|mid)\s$", re.IGNORECASE)
+_NAMING = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.NAMING_CUES, key=len, reverse=True))}),?[ \t\n]{{1,2}}(?P<value>{_NAME})")
+_PHRASE = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.PHRASE_CUES, key=len, reverse=True))}),?[ \t\n]{{1,2}}(?P<value>{_NAME})")
+_RELATION = re.compile(
+    rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.RELATIONS, key=len, reverse=True))}),?(?: (?:is|was)(?: named| called)?| named| called)?[ \t\n]{{1,2}}(?P<value>{_NAME})"
+)
+_CREDENTIALED = re.compile(
+    rf"(?<![A-Za-z])(?P<value>{_NAME}),? {{1,2}}(?:{'|'.join(re.escape(c) for c in sorted(patterns.CREDENTIALS, key=len, reverse=True))})(?![A-Za-z])"
+)
+_COMMA = re.compile(rf"(?<![A-Za-z'-])(?P<value>{_CAPITALISED}(?:{_GAP}{_CAPITALISED})?, ?{_CAPITALISED}(?:{_GAP}(?:{_CAPITALISED}|[A-Z]\b\.?))?)")
+_GIVEN = re.compile(rf", ?(?P<value>{_CAPITALISED})(?: [A-Z]\b\.?)?")
+_DRUG = re.compile(rf"[a-z]{{2}}(?:{'|'.join(patterns.DRUG_ENDINGS)})$")
+_SINGLE = re.compile(r"(?<![A-Za-z])[A-Za-z][A-Za-z']+(?:-[A-Za-z']{2,})*(?<!'s)(?<!')")
+_EPONYM = re.compile(rf"(?:'s)?[ \n](?:[a-z]{{1,12}}[ \n])?(?:{'|'.join(patterns.EPONYMS)})\b", re.IGNORECASE)
+_DIRECTION = re.compile(
+    rf"(?<![A-Za-z])(?:North|South|East|West|New|Port|Lake|NORTH|SOUTH|EAST|WEST|NEW|PORT|LAKE|Mount|Fort|Saint|St\.) (?P<value>{_CAPITALISED})"
+)
+_ENDING = "ville|town|burgh|burg|borough|bury|chester|shire|furt|stad|haven|mouth|berg|fort|ton|side|land|view|port"
+_SUFFIX = re.compile(rf"(?:{_ENDING})$", re.IGNORECASE)
+_TOWN = re.compile(rf"(?<![A-Za-z])[A-Z][a-z]{{2,20}}(?:{_ENDING})(?![A-Za-z])")
+_LIVES = re.compile(
+    rf"(?<![A-Za-z])(?i:lives? in|living in|lived in|resides? in|resident of|born in|moved (?:here )?(?:from|to)|native of|grew up in|travel(?:ed|led|ing)? to|flew to|trip to|city|town|hometown is|arrived at|based in)"
+    rf":? (?P<value>{_CAPITALISED}(?:{_GAP}(?:(?:de|la|of|upon|am|el|los|las|del) )?(?:{_CAPITALISED}|pho|altos|bajos)){{0,3}})"
+)
+
+
+def _names(text: str, others: Sequence[Span], regions: Regions) -> Iterator[Span]:
+    """Yields people and towns: cues, titles, lists and pairs of the gazetteer, then every other mention of what was found."""
+    people = [*_cued(text, regions), *_listed(text, regions)]
+    taken = [s for s in others if s.label is Label.PERSON]
+    yield from people
+    yield from _mentions(text, [*people, *taken])
+    yield from _towns(text, regions)
+
+
+def _cued(text: str, regions: Regions) -> Iterator[Span]:
+    for expression, score, needs_proof in (
+        (_TITLED, STRONG, False),
+        (_COLON, STRONG, False),
+        (_NAMING, STRONG, False),
+        (_CREDENTIALED, SHAPE, True),
+        (_PHRASE, SHAPE, True),
+        (_RELATION, SHAPE, True),
+    ):
+        for match in _within(expression, text, regions):
+            if expression is _COLON and not _COLON_CUE.search(text, max(0, match.start() - 45), match.start()):
+                continue
+            speaks = expression is _COLON and _SPEAKER.search(text, max(0, match.start() - 45), match.start()) is not None
+            kept = _trim(text, *match.span("value"), proof=needs_proof or speaks)
+            after = _GIVEN.match(text, kept[1]) if kept is not None and expression is _COLON else None
+            if kept is not None and after is not None and is_first(after["value"]):
+                kept = kept[0], after.end()
+            if kept is not None:
+                yield Span(*kept, Label.PERSON, score)
+    yield from _addressed(text, regions)
+    for match in _within(_COMMA, text, regions):
+        surname, rest = [part.split() for part in match["value"].split(",")]
+        given = [t for t in rest if len(t) > 1]
+        if (
+            given
+            and all(is_first(t) or is_last(t) for t in given)
+            and is_first(given[0])
+            and all(is_last(t) or not _common(t) for t in surname)
+            and not (_common(given[0]) and _common(surname[-1]))
+        ):
+            yield Span(*match.span("value"), Label.PERSON, SHAPE)
+    for match in _within(_TITLED_LOWER, text, regions):
+        said = match["value"]
+        listed = list(itertools.takewhile(lambda t: not _common(t) and t in names(), said.split(" "))) if said.islower() else []
+        if listed:
+            start = match.start("value")
+            yield Span(start, start + len(" ".join(listed)), Label.PERSON, SHAPE)
+
+
+def _addressed(text: str, regions: Regions) -> Iterator[Span]:
+    """Yields first names that are also words where only a name has a capital: within a sentence, or in front of one and a comma ("Dawn, how are you?")."""
+    for match in _within(_ADDRESSED, text, regions):
+        group = "value" if match["value"] else "opening"
+        token = match[group]
+        usual = "U" in names().get(token.lower(), "") and token.lower() not in _NO_NAME and token not in _REGIONS and not token.isupper()
+        if usual and not _ARTICLE.search(text, max(0, match.start() - 9), match.start()) and not _EPONYM.match(text, match.end()):
+            yield Span(*match.span(group), Label.PERSON, WEAK)
+
+
+def _trim(text: str, start: int, end: int, *, proof: bool) -> tuple[int, int] | None:
+    """Cuts a cued run down to what can be a name: ordinary words at its end go; with `proof` a lone ordinary word is no name at all."""
+    tokens = [(m.start() + start, m.end() + start, m.group()) for m in re.finditer(r"[A-Za-z][A-Za-z'.-]*", text[start:end])]
+    if not tokens or tokens[0][2].lower().rstrip(".") in _NO_NAME:
+        return None
+    first = tokens[0][2]
+    if first.lower() in _words() and first.lower() not in names() and (proof or len(tokens) == 1 or _common(tokens[1][2])):
+        return None
+    shout = text[start:end].isupper()
+    keep = 1
+    for _, _, token in tokens[1:]:
+        bare = token.rstrip(".").lower()
+        if bare in _NO_NAME or (_common(bare) and not is_last(bare)) or (shout and bare not in names() and len(bare) > 1):
+            break
+        keep += 1
+    while keep > 1 and tokens[keep - 1][2].lower() in patterns.PARTICLES:
+        keep -= 1
+    if proof and keep == 1 and ((_common(first) and "U" not in names().get(first.lower(), "")) or len(first.rstrip(".")) < 3):
+        return None
+    if proof and keep == 1 and first.isupper() and first.lower() not in names():
+        return None
+    stop = tokens[keep - 1][1]
+    if _EPONYM.match(text, stop):
+        return None
+    return tokens[0][0], stop - (text[stop - 1] == "." and len(tokens[keep - 1][2]) > 2)
+
+
+def _common(token: str) -> bool:
+    bare = token.lower()
+    return bare in _words() or token in places() or (bare not in names() and _DRUG.search(bare) is not None)
+
+
+def _listed(text: str, regions: Regions) -> Iterator[Span]:
+    """Yields runs of capitalised words that the gazetteer knows: first and last name together, or a first name that is no ordinary word."""
+    for match in _within(_RUN, text, regions):
+        tokens = [(m.start() + match.start(), m.end() + match.start(), m.group()) for m in re.finditer(r"[A-Za-z][A-Za-z'-]*\.?", match.group())]
+        at = 0
+        while at < len(tokens):
+            stop = _name_from(tokens, at)
+            if stop > at and not _EPONYM.match(text, tokens[stop - 1][1]):
+                yield Span(tokens[at][0], tokens[stop - 1][1], Label.PERSON, SHAPE if stop - at > 1 else WEAK)
+            at = max(stop, at + 1)
+
+
+def _name_from(tokens: Sequence[tuple[int, int, str]], at: int) -> int:
+    """Returns the end of the name that starts at token `at`, or `at` where none does."""
+    first = tokens[at][2]
+    if first.lower() in _NO_NAME:
+        return at
+    if not is_first(first):
+        return _unlisted(tokens, at)
+    stop = at + 1
+    while stop < len(tokens) and (len(tokens[stop][2].rstrip(".")) == 1 or tokens[stop][2].lower() in patterns.PARTICLES):
+        stop += 1
+    if stop < len(tokens):
+        last = tokens[stop][2]
+        unknown = not _common(last) and last.lower() not in names() and not last.isupper()
+        if (
+            last.lower() not in patterns.NOT_NAMES
+            and (is_last(last) or (is_first(last) and not _common(last)) or (unknown and not _common(first)))
+            and not (_common(first) and _common(last) and not is_last(last))
+        ):
+            stop += 1
+            while stop < len(tokens) and (is_last(tokens[stop][2]) and not _common(tokens[stop][2])):
+                stop += 1
+            return stop
+    return at if _common(first) or len(first) < 3 else at + 1
+
+
+def _unlisted(tokens: Sequence[tuple[int, int, str]], at: int) -> int:
+    """Two neighbours that no list has, neither an ordinary word nor in capitals, are taken for a name, with an initial between them or without."""
+    stop = at + 1
+    while stop < len(tokens) and (len(tokens[stop][2].rstrip(".")) == 1 or tokens[stop][2].lower() in patterns.PARTICLES):
+        stop += 1
+    if stop >= len(tokens):
+        return at
+    pair = tokens[at][2], tokens[stop][2]
+    rare = all(len(t) > 2 and not t.isupper() and not _common(t) and t not in _REGIONS for t in pair)
+    return stop + 1 if rare and (any(t.lower() in names() for t in pair) or stop > at + 1) else at
+
+
+def _mentions(text: str, people: Sequence[Span]) -> Iterator[Span]:
+    """Yields every other place where a part of a found name stands: capitalised or upper case, and lower case when it is no ordinary word."""
+    parts: set[str] = set()
+    for span in people:
+        parts.update(t.lower() for t in re.findall(r"[A-Za-z][A-Za-z'-]+", text[span.start : span.end]))
+    parts -= _NO_NAME | set(patterns.PARTICLES)
+    if not parts:
+        return
+    tokens = [match for match in _SINGLE.finditer(text) if match.group().lower() in parts]
+    as_word = {match.group() for match in tokens}
+    for match in tokens:
+        if _counts_as_mention(match.group(), as_word) and not _EPONYM.match(text, match.end()):
+            yield Span(match.start(), match.end(), Label.PERSON, WEAK)
+
+
+def _counts_as_mention(token: str, as_word: set[str]) -> bool:
+    """An ordinary word ("Young") counts only with one capital, and only where the text never uses it in lower case."""
+    bare = token.lower()
+    if bare not in _words() and len(token) > 2:
+        return True
+    return token[0].isupper() and not token[1:].isupper() and bare in names() and bare not in as_word
+
+
+def _towns(text: str, regions: Regions) -> Iterator[Span]:
+    for match in _within(_places_expression(), text, regions):
+        yield Span(*match.span(), Label.LOCATION, SHAPE)
+    for match in _within(_DIRECTION, text, regions):
+        stem = _SUFFIX.sub("", match["value"]).lower()
+        if (match["value"].lower() in names() or stem in names()) and match["value"].lower() not in patterns.NOT_NAMES:
+            yield Span(*match.span(), Label.LOCATION, SHAPE)
+    for match in _within(_TOWN, text, regions):
+        stem = _SUFFIX.sub("", match.group()).lower()
+        if stem in names() and match.group().lower() not in _words() and not is_last(match.group()) and not is_first(match.group()):
+            yield Span(*match.span(), Label.LOCATION, SHAPE)
+    for match in _within(_LIVES, text, regions):
+        kept = _trim_place(text, *match.span("value"))
+        if kept is not None:
+            yield Span(*kept, Label.LOCATION, SHAPE)
+
+
+def _trim_place(text: str, start: int, end: int) -> tuple[int, int] | None:
+    tokens = [m.group() for m in re.finditer(r"[A-Za-z][A-Za-z'-]*", text[start:end])]
+    if not tokens or all(t.lower() in _words() or t in _REGIONS for t in tokens) or text[start:end] in _REGIONS:
+        return None
+    return start, end
+
+
+_REGIONS = frozenset(patterns.STATE_NAMES.split("|")) | frozenset(
+    "America USA UK US England Scotland Wales Ireland Canada Mexico Europe Africa Asia India China Japan Germany France Spain Italy Poland Portugal Brazil Argentina Russia Ukraine Vietnam Korea Australia".split()  # noqa: SIM905 - a table that reads as one
+)
+
+
+@cache
+def _places_expression() -> re.Pattern[str]:
+    alternatives = "|".join(re.escape(p) for p in sorted(places(), key=len, reverse=True))
+    return re.compile(rf"(?<![\w-])(?:{alternatives})(?![\w-])")
+
+
+# Resolution -------------------------------------------------------------------------------------------------------------------------------------------------
+
+_ORDER = {label: index for index, label in enumerate(Label)}
+
+
+def _resolve(candidates: Iterable[Span], text: str) -> list[Span]:
+    """Longest first, then strongest, then earliest; what a loser covers alone stays with the loser's label."""
+    taken = bytearray(len(text))
+    chosen: list[Span] = []
+    for span in sorted(set(candidates), key=lambda s: (s.start - s.end, -s.score, s.start, _ORDER[Label(s.label)])):
+        for start, end in _free(taken, span.start, span.end):
+            start, end = _strip(text, start, end)
+            if start < end:
+                taken[start:end] = b"\x01" * (end - start)
+                chosen.append(Span(start, end, span.label, span.score))
+    return sorted(chosen, key=lambda s: s.start)
+
+
+def _free(taken: bytearray, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yields the stretches of [start, end) that nobody has taken."""
+    at = taken.find(0, start, end)
+    while at >= 0:
+        stop = taken.find(1, at, end)
+        stop = end if stop < 0 else stop
+        yield at, stop
+        at = taken.find(0, stop, end) if stop < end else -1
+
+
+def _strip(text: str, start: int, end: int) -> tuple[int, int]:
+    """Drops spaces, opaque characters and stray marks at both ends; nothing is left of a stretch without a letter or digit."""
+    whole = not any(c.isalnum() for c in text[start:end])
+    if whole:
+        return start, start
+    while text[start].isspace() or text[start] in ",;:" + OPAQUE:
+        start += 1
+    while text[end - 1].isspace() or text[end - 1] in ",;:" + OPAQUE:
+        end -= 1
+    return start, end

@@ -1,0 +1,558 @@
+"""What happens to a found value: functions of the value, its label and a key; nothing is remembered.
+
+`redact`, `label`, `mask` and `generalise` need no key. `Surrogates` gives stand-ins for one subject: one original always becomes one stand-in (across letter case,
+spacing and name order, and, with the same key, across documents), two originals never become one within a document, and no stand-in is a value of the subject. Choices
+are HMACs of (label, normalised value) under the subject's key, so that nobody without the key can test a guess, and nothing depends on the order of
+documents or on anybody else's data (PITFALLS 26, 39). `shift_date` moves every date of a subject by one secret number of days, in the format it was written in.
+
+Stand-ins are of the kind that cannot belong to somebody where such a kind exists: telephone numbers 555-01xx (NANP), addresses of RFC 5737 and RFC 2606, social security
+numbers of the never issued area 000, payment cards that fail Luhn.
+
+`ff1_encrypt` and `ff1_decrypt` are FF1 of NIST SP 800-38G, with the floor of 10^6 values of revision 1.
+
+Does not cover: agreement of gender between a stand-in and pronouns when the gazetteer does not know the name, weekdays of dates without a year, and two documents of one
+subject of which one has a rare collision of stand-ins: there the document that has both originals resolves it.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, timedelta
+from enum import StrEnum
+from functools import cache
+from typing import final, overload
+
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import ECB
+
+from discreet.deid.detect import fold, is_first, names
+from discreet.deid.patterns import CREDENTIALS, MONTHS, PARTICLES, TITLES, Label, digits, is_card
+from discreet.keys import Key
+
+REDACTED = "[REDACTED]"
+
+
+@final
+class Operator(StrEnum):
+    """What a policy does with a label."""
+
+    KEEP = "keep"
+    REDACT = "redact"
+    LABEL = "label"
+    MASK = "mask"
+    GENERALISE = "generalise"
+    SURROGATE = "surrogate"
+    SHIFT = "shift"
+    TOKEN = "token"  # noqa: S105 - the name of an operator, not a credential
+    VAULT = "vault"
+
+
+def redact(_value: str, _label: Label) -> str:
+    """Returns the same mark for everything."""
+    return REDACTED
+
+
+def label_only(_value: str, label: Label) -> str:
+    """Returns the label in brackets, `[PERSON]`."""
+    return f"[{label}]"
+
+
+def mask(value: str, _label: Label) -> str:
+    """Returns the value with every letter and digit starred; punctuation and length stay."""
+    return "".join("*" if c.isalnum() else c for c in value)
+
+
+SMALL_ZIP3 = frozenset("036 059 063 102 203 556 692 790 821 823 830 831 878 879 884 890 893".split())  # noqa: SIM905 - a table that reads as one
+"""Three-digit ZIP areas of at most 20,000 people (2000 census; HHS guidance on 45 CFR 164.514(b)(2)(i)(B))."""
+
+
+def generalise(value: str, label: Label) -> str:
+    """Returns a coarser value that Safe Harbor lets stand: the first three digits of a ZIP code, the year of a date, `90+`; the label for everything else."""
+    number = digits(value)
+    if label is Label.AGE:
+        return "90+"
+    if label is Label.ZIP and len(number) in (5, 9) and number == re.sub(r"[\s-]", "", value):
+        return "000**" if number[:3] in SMALL_ZIP3 else number[:3] + "**"
+    parsed = _Parsed.of(value) if label is Label.DATE else None
+    if parsed is not None and parsed.has_year:
+        return str(parsed.day.year)
+    return label_only(value, label)
+
+
+def token(value: str, label: Label, key: Key) -> str:
+    """Returns a keyed, irreversible token of the value: `PERSON_` and 16 base32 characters (80 bits of HMAC-SHA256). Equal values give equal tokens."""
+    digest = key.derive("deid/token").mac(f"{label}\0{canonical(value)}".encode())
+    return f"{label}_{base64.b32encode(digest).decode()[:16]}"
+
+
+def canonical(value: str) -> str:
+    """Returns the letters and digits of the folded value in lower case: what two spellings of one value have in common."""
+    return "".join(c for c in fold(value).lower() if c.isalnum())
+
+
+# Dates ------------------------------------------------------------------------------------------------------------------------------------------------------
+
+MAX_SHIFT_DAYS = 365
+
+
+def date_offset(key: Key) -> int:
+    """Returns the subject's number of days: one for all their dates, in [-365, -1] or [1, 365], fixed by the key."""
+    point = int.from_bytes(key.derive("deid/date").mac(b"offset")[:8], "big") % (2 * MAX_SHIFT_DAYS)
+    return point - MAX_SHIFT_DAYS if point < MAX_SHIFT_DAYS else point - MAX_SHIFT_DAYS + 1
+
+
+def shift_date(value: str, days: int) -> str | None:
+    """Returns the date moved by a number of days, written in the same format; None where the value is not understood.
+
+    Intervals between full dates are kept exactly. A date without a year is moved in a year of 366 days; one without a day is moved as the fifteenth of its month.
+    """
+    parsed = _Parsed.of(value)
+    if parsed is None:
+        return None
+    try:
+        moved = parsed.day + timedelta(days=days)
+    except OverflowError:
+        return None
+    return parsed.write(moved, days)
+
+
+_WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
+_MONTH_WORD = re.compile(r"(?<![A-Za-z])(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*", re.IGNORECASE)
+_DAY_WORD = re.compile(r"(?<![A-Za-z])(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*", re.IGNORECASE)
+
+
+@final
+class _Parsed:
+    """A date and the places of its parts in the text it was read from: field name -> (start, end)."""
+
+    __slots__ = ("day", "has_year", "parts", "text")
+
+    def __init__(self, text: str, day: date, parts: Mapping[str, tuple[int, int]]) -> None:
+        self.text, self.day, self.parts = text, day, parts
+        self.has_year = "y" in parts
+
+    @staticmethod
+    def of(value: str) -> _Parsed | None:
+        """Reads a date in any format of the pattern table; the text is folded first."""
+        text = fold(value)
+        month = _MONTH_WORD.search(text)
+        numbers = [(m.start(), m.end()) for m in re.finditer(r"\d+", text)]
+        parts = _named_parts(text, month, numbers) if month else _numeric_parts(text, numbers)
+        if parts is None:
+            return None
+        year = int(text[slice(*parts["y"])]) if "y" in parts else 2004
+        if "y" in parts and parts["y"][1] - parts["y"][0] <= 2:
+            year += 1900 if year > 68 else 2000
+        number = _month_number(text[slice(*parts["m"])])
+        day = int(text[slice(*parts["d"])]) if "d" in parts else 15
+        try:
+            return _Parsed(text, date(year, number, day), parts)
+        except ValueError:
+            return None
+
+    def write(self, moved: date, days: int) -> str:
+        """Writes another date in the place and the manner of this one."""
+        padded = any(self.text[start] == "0" for name, (start, _) in self.parts.items() if name in "md") or all(
+            end - start == 2 for name, (start, end) in self.parts.items() if name in "md" and self.text[start].isdigit()
+        )
+        written = {name: self._part(name, moved, padded=padded) for name in self.parts}
+        weekday = _DAY_WORD.match(self.text)
+        pieces = [(*place, written[name]) for name, place in self.parts.items()]
+        if weekday and weekday.group().lower() not in ("may", "mar"):
+            pieces.append((*weekday.span(), _weekday_after(weekday.group(), days)))
+        text = self.text
+        for start, end, piece in sorted(pieces, reverse=True):
+            text = text[:start] + piece + text[end:]
+        return _ordinal(text) if "d" in self.parts else text
+
+    def _part(self, name: str, moved: date, *, padded: bool) -> str:
+        start, end = self.parts[name]
+        old = self.text[start:end]
+        if name == "y":
+            return f"{moved.year:04d}" if len(old) == 4 else f"{moved.year % 100:02d}"
+        if name == "m" and not old[0].isdigit():
+            return _month_word(old, moved.month)
+        number = moved.month if name == "m" else moved.day
+        return f"{number:02d}" if padded else str(number)
+
+
+def _named_parts(text: str, month: re.Match[str], numbers: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]] | None:
+    parts = {"m": month.span()}
+    for start, end in numbers:
+        if end - start == 4 and "y" not in parts:
+            parts["y"] = (start, end)
+        elif end - start <= 2 and "d" not in parts and text[start - 1 : start] != "'" and text[end : end + 1] != ":":
+            parts["d"] = (start, end)
+        elif end - start == 2 and "y" not in parts and text[end : end + 1] != ":" and text[start - 1 : start] in "' -/":
+            parts["y"] = (start, end)
+    return parts if "d" in parts or "y" in parts else None
+
+
+def _numeric_parts(text: str, numbers: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]] | None:
+    sizes = [end - start for start, end in numbers]
+    if sizes and sizes[0] == 8:
+        at = numbers[0][0]
+        return {"y": (at, at + 4), "m": (at + 4, at + 6), "d": (at + 6, at + 8)}
+    if len(sizes) >= 3 and sizes[0] == 4:
+        return dict(zip("ymd", numbers[:3], strict=True))
+    if len(sizes) >= 3:
+        order = "dmy" if int(text[slice(*numbers[0])]) > 12 else "mdy"
+        return dict(zip(order, numbers[:3], strict=True))
+    if len(sizes) == 2 and sizes[1] == 4:
+        return dict(zip("my", numbers, strict=True))
+    if len(sizes) == 2:
+        return dict(zip("dm" if int(text[slice(*numbers[0])]) > 12 else "md", numbers, strict=True))
+    return None
+
+
+def _month_number(word: str) -> int:
+    return int(word) if word.isdigit() else next(i + 1 for i, name in enumerate(MONTHS) if name.startswith(word[:3].lower()))
+
+
+def _month_word(old: str, month: int) -> str:
+    new = MONTHS[month - 1] if len(old) > 4 or old.lower() in MONTHS else MONTHS[month - 1][:3]
+    return _like(old, new)
+
+
+def _weekday_after(old: str, days: int) -> str:
+    index = next(i for i, name in enumerate(_WEEKDAYS) if name.startswith(old[:3].lower()))
+    new = _WEEKDAYS[(index + days) % 7]
+    return _like(old, new if len(old) > 5 or old.lower() in _WEEKDAYS else new[:3])
+
+
+def _ordinal(text: str) -> str:
+    def suffix(match: re.Match[str]) -> str:
+        day = int(match[1])
+        return match[1] + ("th" if 10 <= day % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th"))
+
+    return re.sub(r"(\d{1,2})(?:st|nd|rd|th)\b", suffix, text)
+
+
+def _like(old: str, new: str) -> str:
+    """Returns the new word in the letter case of the old one."""
+    if old.isupper() and len(old) > 1:
+        return new.upper()
+    if old.islower():
+        return new.lower()
+    return new[:1].upper() + new[1:]
+
+
+# Surrogates -------------------------------------------------------------------------------------------------------------------------------------------------
+
+_TOWNS = "Ashford Dalebrook Elmhurst Fairmeadow Glenbrook Harrowgate Kingsmere Larkfield Millbrook Northwick Oakdale Pinecrest Quarrybank Ridgewell Stonebridge Thornbury Underhill Valebrook Westerly Yarrowdale Ambleton Birchwood Cloverdale Dunmore Eastbrook Foxhollow Greenvale Hazelton Ironwood Juniper Kestrel Lakemont Maplewood Newmarsh Orchard Prestwick Rosedale Silverton Tarnwell Willowmere".split()  # noqa: SIM905 - a table that reads as one
+_STREETS = "Alder Aspen Beech Birch Cedar Chestnut Cypress Elm Fern Hawthorn Hickory Juniper Larch Laurel Linden Maple Oak Pine Poplar Rowan Spruce Sycamore Walnut Willow".split()  # noqa: SIM905 - a table that reads as one
+_STREET_KINDS = ("Street", "Avenue", "Road", "Lane", "Drive", "Court")
+_COMPANY_END = re.compile(r"(?:\s|,)+(?:(?:Regional|General|Memorial|Community|VA|Family|Internal) )*(?:[A-Za-z]+ )?[A-Za-z&]+\.?$")
+
+
+@cache
+def _pool(flag: str) -> tuple[str, ...]:
+    """Names that may stand in: of women (F), of men (M), last names (L); lower case, sorted."""
+    other = {"F": "M", "M": "F", "L": ""}[flag]
+    return tuple(
+        sorted(
+            name
+            for name, flags in names().items()
+            if "S" in flags and flag in flags and not (other and other in flags) and len(name) >= 3 and (flag != "L" or not is_first(name))
+        )
+    )
+
+
+@final
+class Surrogates:
+    """Stand-ins for one subject in one document. The same key gives the same stand-ins in the next document.
+
+    Args:
+        key: the subject's key.
+        values: every (label, value) that will be asked for, known identifiers first; none of them becomes a stand-in.
+    """
+
+    __slots__ = ("_choice", "_days", "_key", "_names", "_taken")
+
+    def __init__(self, key: Key, values: Iterable[tuple[Label, str]]) -> None:
+        self._key = key.derive("deid/surrogate")
+        self._days = date_offset(key)
+        pairs = list(values)
+        self._taken = {canonical(value) for _, value in pairs} | {
+            part for label, value in pairs if label is Label.PERSON for part in _name_parts(value)
+        }
+        self._choice: dict[tuple[Label, str], str] = {}
+        self._names: dict[str, str] = {}
+        for part in dict.fromkeys(part for label, value in pairs if label is Label.PERSON for part in _name_parts(value)):
+            self._name(part)
+
+    def __repr__(self) -> str:
+        return "<surrogates>"
+
+    def of(self, value: str, label: Label) -> str:
+        """Returns the stand-in for a value: never the value itself, nor another value of the subject."""
+        if label is Label.PERSON:
+            return self._person(value)
+        if label is Label.DATE:
+            return shift_date(value, self._days) or label_only(value, label)
+        if label is Label.AGE:
+            return generalise(value, label)
+        same = (label, canonical(value))
+        if label in _FORMATTED:
+            return self._formatted(value, label)
+        if same not in self._choice:
+            self._choice[same] = self._made(value, label)
+        return self._choice[same]
+
+    def _person(self, value: str) -> str:
+        folded = fold(value)
+        parts = re.findall(r"[A-Za-z]+(?:'[A-Za-z]+)*", folded)
+        if not parts:
+            return label_only(value, Label.PERSON)
+        return re.sub(r"[A-Za-z]+(?:'[A-Za-z]+)*\.?", lambda m: self._name_like(m.group(), parts), folded)
+
+    def _name_like(self, old: str, parts: Sequence[str]) -> str:
+        bare = old.rstrip(".")
+        if _is_frame(bare) and len(parts) > 1:
+            return old
+        if len(bare) == 1:
+            return self._initial(bare) + old[1:]
+        return _like(bare, self._name(bare.lower())) + old[len(bare) :]
+
+    def _initial(self, letter: str) -> str:
+        options = [c for c in "ABCDEFGHJKLMNPRSTW" if c != letter.upper()]
+        return options[self._draw(Label.PERSON, letter.lower(), 0) % len(options)]
+
+    def _name(self, part: str) -> str:
+        if part not in self._names:
+            flags = names().get(part, "L")
+            flag = (
+                "L"
+                if not reads_as_first(part)
+                else "M"
+                if "M" in flags and "F" not in flags
+                else "F"
+                if "F" in flags and "M" not in flags
+                else ("M", "F")[self._draw(Label.PERSON, part, 0) % 2]
+            )
+            self._names[part] = self._free(_pool(flag), Label.PERSON, part)
+        return self._names[part].capitalize()
+
+    def _made(self, value: str, label: Label) -> str:
+        same = canonical(value)
+        if label is Label.EMAIL:
+            host = ("example.com", "example.net", "example.org")[self._draw(label, same, 1) % 3]
+            return f"{self._free([f'{a[0]}{b}{n}' for a, b, n in self._triples(label, same)], label, same)}@{host}"
+        if label is Label.URL:
+            return f"https://example.org/{self._scrambled('abcdefgh', label, same)}"
+        if label is Label.IP:
+            return self._free([f"{net}.{host}" for net in ("192.0.2", "198.51.100", "203.0.113") for host in range(1, 255)], label, same)
+        if label is Label.ADDRESS:
+            street, kind = _STREETS[self._draw(label, same, 1) % len(_STREETS)], _STREET_KINDS[self._draw(label, same, 2) % len(_STREET_KINDS)]
+            return self._free([f"{number} {street} {kind}" for number in range(11, 9989)], label, same)
+        if label is Label.LOCATION:
+            return _like(value, self._free(_TOWNS, label, same))
+        return self._organisation(value, same)
+
+    def _organisation(self, value: str, same: str) -> str:
+        end = _COMPANY_END.search(value)
+        name = self._free(_pool("L"), Label.ORG, same).capitalize()
+        return _like(value, name + (" " + end.group().strip(" ,") if end else " Group"))
+
+    def _triples(self, label: Label, same: str) -> list[tuple[str, str, int]]:
+        first, last = _pool("F") + _pool("M"), _pool("L")
+        return [
+            (
+                first[self._draw(label, same, 10 + i) % len(first)],
+                last[self._draw(label, same, 40 + i) % len(last)],
+                self._draw(label, same, 70 + i) % 90 + 10,
+            )
+            for i in range(20)
+        ]
+
+    def _formatted(self, value: str, label: Label) -> str:
+        """Keeps punctuation, length and letter case; the letters and digits come from the spelling-independent value."""
+        same = canonical(value)
+        if (label, same) not in self._choice:
+            self._choice[label, same] = self._scrambled(same, label, same)
+        characters = iter(self._choice[label, same])
+        out = [(next(characters, "0") if c.isalnum() else c) for c in fold(value)]
+        return "".join(c.upper() if old.isupper() else c for c, old in zip(out, fold(value), strict=True))
+
+    def _scrambled(self, shape: str, label: Label, same: str) -> str:
+        for attempt in range(1000):
+            stream = self._key.stream(label, same, attempt).bytes(4 * len(shape))
+            made = "".join(_scramble(c, stream[4 * i : 4 * i + 4], label) for i, c in enumerate(shape))
+            made = _harmless(made, label)
+            if made != same and made not in self._taken:
+                self._taken.add(made)
+                return made
+        return "0" * len(shape)
+
+    def _free(self, options: Sequence[str], label: Label, same: str) -> str:
+        """Returns the first choice of the key that is neither an original of the subject nor given away; walks on from there."""
+        at = self._draw(label, same, 0) % len(options)
+        for step in range(len(options)):
+            option = options[(at + step) % len(options)]
+            if canonical(option) not in self._taken:
+                self._taken.add(canonical(option))
+                return option
+        return label_only(same, label)
+
+    def _draw(self, label: Label, same: str, number: int) -> int:
+        return int.from_bytes(self._key.mac(f"{label}\0{same}\0{number}".encode())[:8], "big")
+
+
+_FORMATTED = frozenset(
+    (
+        Label.PHONE,
+        Label.FAX,
+        Label.SSN,
+        Label.MRN,
+        Label.HEALTH_PLAN,
+        Label.ACCOUNT,
+        Label.LICENCE,
+        Label.VEHICLE,
+        Label.DEVICE,
+        Label.MAC,
+        Label.ZIP,
+        Label.CARD,
+        Label.IBAN,
+        Label.NATIONAL_ID,
+        Label.SECRET,
+        Label.ID,
+    )
+)
+
+
+def _scramble(character: str, noise: bytes, label: Label) -> str:
+    draw = int.from_bytes(noise, "big")
+    if character.isdigit():
+        return str(draw % 10)
+    if label in (Label.PHONE, Label.FAX):
+        return character
+    return "abcdefghjkmnpqrstuvwxyz"[draw % 23] if label is not Label.MAC else "abcdef"[draw % 6]
+
+
+def _harmless(made: str, label: Label) -> str:
+    """Moves a made number into a range that is never issued, where there is one."""
+    if label in (Label.PHONE, Label.FAX) and made[:1] == "1" and made.isdigit() and len(made) == 11:
+        return "1" + _harmless(made[1:], label)
+    if label in (Label.PHONE, Label.FAX) and made.isdigit() and len(made) == 10:
+        return str(2 + int(made[0]) % 8) + made[1:3] + "55501" + made[8:]
+    if label is Label.SSN and made.isdigit() and len(made) == 9:
+        return "000" + made[3:]
+    if label is Label.CARD and is_card(made):
+        return made[:-1] + str((int(made[-1]) + 1) % 10)
+    return made
+
+
+def _name_parts(value: str) -> list[str]:
+    return [p.lower() for p in re.findall(r"[A-Za-z]+(?:'[A-Za-z]+)*", fold(value)) if len(p) > 1 and not _is_frame(p)]
+
+
+def _is_frame(part: str) -> bool:
+    """Titles, credentials and particles stay as they are: they say nothing about who it is."""
+    return part.lower() in TITLES or part.lower() in PARTICLES or part in CREDENTIALS
+
+
+def reads_as_first(part: str) -> bool:
+    """Says whether the gazetteer takes a name for a first name before a last name; unknown names are last names. Depends on the name alone, so every document agrees."""
+    return names().get(part.lower(), "L")[0] in "FMG"
+
+
+# FF1 --------------------------------------------------------------------------------------------------------------------------------------------------------
+
+_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
+MIN_DOMAIN = 1_000_000
+
+
+@overload
+def ff1_encrypt(key: bytes, tweak: bytes, digits: str, radix: int = 10) -> str: ...
+@overload
+def ff1_encrypt(key: bytes, tweak: bytes, digits: Sequence[int], radix: int = 10) -> list[int]: ...
+def ff1_encrypt(key: bytes, tweak: bytes, digits: str | Sequence[int], radix: int = 10) -> str | list[int]:
+    """Encrypts numerals to as many numerals of the same radix (FF1, NIST SP 800-38G, AES).
+
+    Args:
+        key: 16, 24 or 32 bytes.
+        tweak: public context, at most 2**32 - 1 bytes; the same numerals differ under another tweak.
+        digits: text of 0-9a-z for a radix up to 36, or numbers in [0, radix).
+        radix: in [2, 65536], with radix ** len(digits) >= 10**6.
+
+    Returns:
+        Text for text, numbers for numbers.
+
+    Raises:
+        ValueError: when the domain is too small to be safe, or an argument is outside its range.
+    """
+    return _ff1(key, tweak, digits, radix, encrypt=True)
+
+
+@overload
+def ff1_decrypt(key: bytes, tweak: bytes, digits: str, radix: int = 10) -> str: ...
+@overload
+def ff1_decrypt(key: bytes, tweak: bytes, digits: Sequence[int], radix: int = 10) -> list[int]: ...
+def ff1_decrypt(key: bytes, tweak: bytes, digits: str | Sequence[int], radix: int = 10) -> str | list[int]:
+    """Returns the numerals of which `ff1_encrypt` made these. Arguments and errors are those of `ff1_encrypt`."""
+    return _ff1(key, tweak, digits, radix, encrypt=False)
+
+
+def _ff1(key: bytes, tweak: bytes, numerals: str | Sequence[int], radix: int, *, encrypt: bool) -> str | list[int]:
+    if len(key) not in (16, 24, 32):
+        raise ValueError(f"Expected a key of 16, 24 or 32 bytes, got {len(key)}.")
+    if not 2 <= radix <= 65536 or (isinstance(numerals, str) and radix > 36):
+        raise ValueError(f"Expected 2 <= radix <= 65536 (36 for text), got {radix}.")
+    numbers = [_ALPHABET.find(c) for c in numerals] if isinstance(numerals, str) else list(numerals)
+    if not all(0 <= n < radix for n in numbers):
+        raise ValueError(f"Expected numerals of radix {radix}.")
+    if len(numbers) < 2 or radix ** len(numbers) < MIN_DOMAIN:
+        raise ValueError(f"Expected radix ** length >= {MIN_DOMAIN} (NIST SP 800-38G), got {radix} ** {len(numbers)}.")
+    out = _feistel(key, tweak, numbers, radix, encrypt=encrypt)
+    return "".join(_ALPHABET[n] for n in out) if isinstance(numerals, str) else out
+
+
+def _feistel(key: bytes, tweak: bytes, numbers: list[int], radix: int, *, encrypt: bool) -> list[int]:
+    """The ten rounds of algorithms 7 and 8; names are the standard's."""
+    n, t = len(numbers), len(tweak)
+    u = n // 2
+    v = n - u
+    a, b = _number(numbers[:u], radix), _number(numbers[u:], radix)
+    width = ((radix**v - 1).bit_length() + 7) // 8
+    d = 4 * ((width + 3) // 4) + 4
+    head = bytes((1, 2, 1)) + radix.to_bytes(3, "big") + bytes((10, u % 256)) + n.to_bytes(4, "big") + t.to_bytes(4, "big")
+    for i in range(10) if encrypt else range(9, -1, -1):
+        size = u if i % 2 == 0 else v
+        inner = b if encrypt else a
+        block = tweak + bytes((-t - width - 1) % 16) + bytes((i,)) + inner.to_bytes(width, "big")
+        y = int.from_bytes(_expand(key, head + block, d), "big")
+        if encrypt:
+            a, b = b, (a + y) % radix**size
+        else:
+            a, b = (b - y) % radix**size, a
+    return _numerals(a, radix, u) + _numerals(b, radix, v)
+
+
+def _expand(key: bytes, message: bytes, count: int) -> bytes:
+    """CBC-MAC of the message, stretched to `count` bytes with further cipher blocks (steps 6.ii and 6.iii)."""
+    cipher = Cipher(AES(key), ECB()).encryptor()  # noqa: S305 - FF1 is defined on the raw block cipher
+    r = bytes(16)
+    for at in range(0, len(message), 16):
+        r = cipher.update(bytes(x ^ y for x, y in zip(r, message[at : at + 16], strict=True)))
+    s = r
+    for j in range(1, (count + 15) // 16):
+        s += cipher.update((int.from_bytes(r, "big") ^ j).to_bytes(16, "big"))
+    return s[:count]
+
+
+def _number(numerals: Sequence[int], radix: int) -> int:
+    value = 0
+    for numeral in numerals:
+        value = value * radix + numeral
+    return value
+
+
+def _numerals(value: int, radix: int, count: int) -> list[int]:
+    out = []
+    for _ in range(count):
+        value, numeral = divmod(value, radix)
+        out.append(numeral)
+    return out[::-1]
