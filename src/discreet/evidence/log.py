@@ -139,9 +139,12 @@ class Log:
 
         Raises:
             ClockBackwards: when the clock is behind the latest recorded time.
-            EvidenceInvalid: when the envelope would be too large.
+            EvidenceInvalid: when the envelope would be too large, or entries under the last checkpoint are gone.
         """
         index = _next(tx, _entries.c.position)
+        signed = tx.execute(select(func.max(_checkpoints.c.size))).scalar_one_or_none() or 0
+        if index < signed:
+            raise _invalid([f"log: rollback, {signed} entries were signed and {index} are here"])
         serial = _next(tx, _entries.c.serial) if statement_.predicate.public else None
         time = datetime.fromtimestamp(now(tx), UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         envelope = statement.sign(
@@ -298,8 +301,10 @@ def verify_bundle(path: Path, *, public_key: str, pinned: bytes | None = None) -
     Raises:
         EvidenceInvalid: `failed` names every file, entry and rule that broke.
     """
-    key = note.parse_key(public_key.strip())
     failed = _check_names(path)
+    key = _try(lambda: note.parse_key(public_key.strip()), "public key", failed)
+    if key is None:
+        raise _invalid(failed)
     read: dict[str, bytes] = {}
     for name in ("checkpoint", "leaves", _MANIFEST):
         with _opened(path, name, failed) as file:
@@ -462,13 +467,14 @@ def _opened(folder: Path, name: str, failed: list[str]) -> Iterator[IO[bytes] | 
         failed.append(f"{name}: not a regular file that can be read")
         yield None
         return
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > _CAPS[name]:
+        os.close(descriptor)
+        failed.append(f"{name}: not a regular file of at most {_CAPS[name]} bytes")
+        yield None
+        return
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _CAPS[name]:
-            failed.append(f"{name}: not a regular file of at most {_CAPS[name]} bytes")
-            yield None
-        else:
-            yield file
+        yield file
 
 
 def _lines(file: IO[bytes], seen: _Seen, failed: list[str]) -> Iterator[bytes]:
@@ -507,6 +513,8 @@ _ONCE: tuple[tuple[Predicate, str], ...] = (
 )
 """(kind, key): no two statements of the kind share a value of the key. A reservation is spent once, whatever crashed."""
 
+_KEYS = frozenset({key for _, _, key, _ in _PRECEDED} | {key for _, key in _ONCE})
+
 
 def _check_story(entries: Sequence[Entry], *, public: bool) -> list[str]:
     """The rules of the table over verified entries. Rules whose earlier kind is internal need an internal bundle."""
@@ -529,8 +537,8 @@ def _check_story(entries: Sequence[Entry], *, public: bool) -> list[str]:
                 broken.append(f"story: entry {entry.index} is a second {kind} of the same {key}")
         if entry.predicate is Predicate.SPENT and (Predicate.CLOSED, "reservation", canonical_json(entry.fields["reservation"])) in seen:
             broken.append(f"story: entry {entry.index} (spent) after its reservation was closed")
-        for name, value in entry.fields.items():
-            seen[entry.predicate, name, canonical_json(value)] = entry
+        for name in _KEYS & set(entry.fields):
+            seen[entry.predicate, name, canonical_json(entry.fields[name])] = entry
     return broken + _check_verdicts(entries)
 
 

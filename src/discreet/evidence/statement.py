@@ -121,11 +121,11 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.CLOSED: _public("reservation reason", "run budget plan steps"),
         Predicate.TRAINED: _public(
             "run track base adapter plan guarantee",
-            "reservation budget steps recipe parameters public_loss public_loss_before control_public_loss seconds device kind",
+            "reservation budget steps recipe parameters public_loss public_loss_before control_public_loss device kind",
         ),
         Predicate.AUDITED: _public(
             "adapter verdict epsilon_lower ceiling",
-            "run delta level detectable layers canaries methods controls extraction membership report promised",
+            "run delta level detectable layers canaries methods controls extraction report promised",
         ),
         Predicate.CONTROL_DESTROYED: _public("control", "run kind reason"),
         Predicate.KEY_DESTROYED: _public("run", "reason kind"),
