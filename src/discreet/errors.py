@@ -33,6 +33,7 @@
         |-- RunInProgress                           run.in_progress  (http 409)
         |-- NothingLearned                          train.nothing_learned
         |-- KeyUnavailable                          keys.unavailable
+        |-- ErasureIncomplete                       erasure.incomplete
         |-- Overloaded                              serve.overloaded (http 429)
         `-- UpstreamFailed                          upstream.failed  (http 502)
 
@@ -212,6 +213,10 @@ class KeyUnavailable(OperationFailed):
 
 class Overloaded(OperationFailed):
     code, http_status = "serve.overloaded", 429
+
+
+class ErasureIncomplete(OperationFailed):
+    code = "erasure.incomplete"
 
 
 class UpstreamFailed(OperationFailed):

@@ -125,7 +125,8 @@ class Deidentified:
 class Snapshot:
     """A frozen corpus (line 4), built by `corpus`: sealed shards on disk under `path`, named by the Merkle root over its record digests.
 
-    `units` maps each privacy unit to the positions of its documents; it is sensitive (who is in, and how often), so it stays in memory.
+    `units` maps each privacy unit to the positions of its documents; it is sensitive (who is in, and how often), so it stays in memory. `sources` are the
+    sorted names of the sources it was made from: the ledger charges what was trained on them to one budget, and reserves nothing without them.
     """
 
     root: Digest
@@ -133,6 +134,7 @@ class Snapshot:
     sensitivity: Sensitivity
     path: Path
     units: Sensitive[Mapping[SubjectId, tuple[int, ...]]]
+    sources: tuple[str, ...] = ()
 
     @property
     def num_units(self) -> int:

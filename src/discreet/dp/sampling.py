@@ -1,0 +1,85 @@
+"""Who takes part in a step: Poisson sampling by privacy unit, the cap on one unit's documents, and micro-batches that never split a unit.
+
+Each unit takes part in each step independently with the plan's probability; that independence is what the accountant's Poisson event means, so nothing here
+shuffles, fills up or skips. An empty sample is a step like any other: it is noised and counted. Positions and sizes are private; only the plan's
+probability is public.
+
+Guarantees: inclusion is exact to 2^-53 and independent across units, steps and keys; a unit's choice of documents depends on no other unit; all documents of
+one unit land in one micro-batch. Source: Abadi et al. 2016, "Deep Learning with Differential Privacy" (Poisson); units after Chua et al. 2024.
+
+Does not cover: truncated Poisson, sampling without replacement, distributed shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from discreet.dp import csprng
+from discreet.keys import Stream
+
+
+def poisson(num_units: int, probability: float, key: Stream) -> torch.Tensor:
+    """Draws the units that take part in one step.
+
+    Args:
+        num_units: size of the population, >= 0.
+        probability: inclusion probability of each unit, in [0, 1].
+        key: this step's stream; a different one for every step.
+
+    Returns:
+        int64 [k], the sorted positions of the included units in [0, num_units); k may be 0.
+
+    Raises:
+        ValueError: when the probability is NaN or outside [0, 1], or `num_units` is negative.
+    """
+    return torch.nonzero(csprng.bernoulli(key, num_units, probability)).squeeze(1)
+
+
+def capped(positions: torch.Tensor, cap: int, key: Stream) -> torch.Tensor:
+    """Chooses at most `cap` of one unit's documents, uniformly at random.
+
+    Args:
+        positions: int64 [n], the documents of one unit.
+        cap: largest number kept, >= 1.
+        key: a stream forked for this step and this unit, so that the choice is independent of everyone else.
+
+    Returns:
+        int64 [min(n, cap)], sorted.
+
+    Raises:
+        ValueError: when `cap` is below 1.
+    """
+    if cap < 1:
+        raise ValueError(f"Expected cap={cap} >= 1.")
+    if len(positions) <= cap:
+        return positions.sort().values
+    order = csprng.uniform(key, len(positions)).argsort()
+    return positions[order[:cap].to(positions.device)].sort().values
+
+
+def micro_batches(lengths_by_unit: Sequence[Sequence[int]], token_budget: int) -> list[list[int]]:
+    """Groups the sampled units into micro-batches of similar length whose padded size stays within the budget.
+
+    Args:
+        lengths_by_unit: for each sampled unit, the token counts of its documents.
+        token_budget: largest padded size (documents times longest document) of a micro-batch, >= 1. A single unit above it gets a micro-batch of its own.
+
+    Returns:
+        lists of indices into `lengths_by_unit`, longest documents last; every unit with a document appears exactly once. Empty for an empty sample.
+
+    Raises:
+        ValueError: when the budget is below 1.
+    """
+    if token_budget < 1:
+        raise ValueError(f"Expected token_budget={token_budget} >= 1.")
+    groups: list[list[int]] = []
+    num_documents = 0
+    for unit in sorted((u for u, lengths in enumerate(lengths_by_unit) if lengths), key=lambda u: (max(lengths_by_unit[u]), u)):
+        num_documents += len(lengths_by_unit[unit])
+        if not groups or num_documents * max(lengths_by_unit[unit]) > token_budget:
+            groups.append([])
+            num_documents = len(lengths_by_unit[unit])
+        groups[-1].append(unit)
+    return groups

@@ -1,0 +1,1 @@
+"""Which data exists, who may use it for what, what came from what, and how it is forgotten."""

@@ -1,0 +1,162 @@
+"""What was made from what: artifacts by digest, and derived-from edges between them.
+
+    record --> snapshot --> model --> ...
+
+Functions of an open transaction, so that an edge is written in the same transaction as the thing it describes. A child can be registered only when all
+its parents are: an artifact of unknown origin does not get a name here, and what has no name here is not served (PITFALLS 21). A digest has one kind for
+life. Closures are one recursive query, in SQLite and in PostgreSQL alike; a cycle cannot be written, because parents exist before their children.
+
+Guarantees: `descendants` is complete over the edges that were written. Source: W3C PROV-DM, `wasDerivedFrom`.
+
+Does not cover: edges that nobody wrote (a file copied by hand), and which sentence of a parent went into a child.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import islice
+from typing import TypeVar, final
+
+from sqlalchemy import Column, Connection, ForeignKey, Index, String, Table, delete, insert, select
+
+from discreet.errors import NotFound, RecordConflict
+from discreet.record import Digest
+from discreet.store import metadata
+
+T = TypeVar("T")
+
+_IN_ONE_QUERY = 500
+"""Bound parameters of one query; SQLite allows 32,766, PostgreSQL 65,535."""
+
+_artifacts = Table(
+    "artifacts",
+    metadata,
+    Column("digest", String(71), primary_key=True),
+    Column("kind", String(16), nullable=False),
+    Column("protects", String(64), nullable=False),
+)
+_derivations = Table(
+    "derivations",
+    metadata,
+    Column("child", String(71), ForeignKey("artifacts.digest"), primary_key=True),
+    Column("parent", String(71), ForeignKey("artifacts.digest"), primary_key=True),
+    Index("derivations_by_parent", "parent"),
+)
+
+
+class Kind(StrEnum):
+    """What a digest names."""
+
+    RECORD = "record"
+    SNAPSHOT = "snapshot"
+    MODEL = "model"
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A node of the lineage. `protects` is the privacy unit for which its training was differentially private; empty when it was not."""
+
+    digest: Digest
+    kind: Kind
+    protects: str = ""
+
+
+def register(tx: Connection, artifacts: Sequence[Artifact]) -> None:
+    """Writes artifacts that have no parents here (records, base models). Idempotent.
+
+    Raises:
+        RecordConflict: when a digest is known as something else.
+    """
+    stored = {artifact.digest: artifact for artifact in _find(tx, [artifact.digest for artifact in artifacts])}
+    known = dict(stored)
+    for artifact in artifacts:
+        if known.setdefault(artifact.digest, artifact) != artifact:
+            raise RecordConflict("one kind for one digest", value=f"{artifact.digest} as {known[artifact.digest].kind} and {artifact.kind}")
+    rows = [{"digest": a.digest, "kind": a.kind.value, "protects": a.protects} for a in known.values() if a.digest not in stored]
+    if rows:
+        tx.execute(insert(_artifacts), rows)
+
+
+def derive(tx: Connection, child: Artifact, *, parents: Iterable[Digest]) -> None:
+    """Writes that `child` was made from `parents`. Idempotent.
+
+    Raises:
+        NotFound: when a parent is not registered: a child of unknown origin is refused.
+        RecordConflict: when the child is known as something else.
+    """
+    wanted = list(dict.fromkeys(parents))
+    unknown = set(wanted) - {artifact.digest for artifact in _find(tx, wanted)}
+    if unknown or child.digest in wanted:
+        raise NotFound("every parent of an artifact to be registered before it", value=f"{len(unknown)} unknown parents of {child.digest}")
+    register(tx, [child])
+    stored = set(tx.execute(select(_derivations.c.parent).where(_derivations.c.child == child.digest)).scalars())
+    rows = [{"child": child.digest, "parent": parent} for parent in wanted if parent not in stored]
+    if rows:
+        tx.execute(insert(_derivations), rows)
+
+
+def retire(tx: Connection, digest: Digest) -> None:
+    """Forgets an artifact that was destroyed and from which nothing was derived.
+
+    Raises:
+        NotFound: when there is no such artifact.
+        RecordConflict: when other artifacts were made from it.
+    """
+    if not _find(tx, [digest]):
+        raise NotFound("a registered artifact", value=digest)
+    if descendants(tx, [digest]):
+        raise RecordConflict("an artifact without descendants", value=digest, remedy="Destroy and retire its descendants first.")
+    tx.execute(delete(_derivations).where(_derivations.c.child == digest))
+    tx.execute(delete(_artifacts).where(_artifacts.c.digest == digest))
+
+
+def ancestors(tx: Connection, digests: Sequence[Digest]) -> list[Artifact]:
+    """Returns everything that any of `digests` was made from, without themselves unless one comes from another, sorted by digest."""
+    return _closure(tx, digests, start=_derivations.c.child, reached=_derivations.c.parent)
+
+
+def descendants(tx: Connection, digests: Sequence[Digest]) -> list[Artifact]:
+    """Returns everything that was made from any of `digests`, sorted by digest."""
+    return _closure(tx, digests, start=_derivations.c.parent, reached=_derivations.c.child)
+
+
+def find(tx: Connection, digest: Digest) -> Artifact:
+    """Returns the artifact of that digest.
+
+    Raises:
+        NotFound: when it is not registered.
+    """
+    for artifact in _find(tx, [digest]):
+        return artifact
+    raise NotFound("a registered artifact", value=digest)
+
+
+def is_known(tx: Connection, digest: Digest) -> bool:
+    """Returns whether the digest is registered."""
+    return bool(_find(tx, [digest]))
+
+
+def chunks(items: Iterable[T], size: int = _IN_ONE_QUERY) -> Iterator[list[T]]:
+    """Yields the items in lists of at most `size`."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _closure(tx: Connection, digests: Sequence[Digest], *, start: Column[str], reached: Column[str]) -> list[Artifact]:
+    found: set[Digest] = set()
+    for chunk in chunks(dict.fromkeys(digests)):
+        step = select(reached.label("digest")).where(start.in_(chunk)).cte("reached", recursive=True)
+        step = step.union(select(reached.label("digest")).join(step, start == step.c.digest))  # UNION drops what was reached before
+        found.update(Digest(digest) for digest in tx.execute(select(step.c.digest)).scalars())
+    return _find(tx, sorted(found))
+
+
+def _find(tx: Connection, digests: Sequence[Digest]) -> list[Artifact]:
+    rows = [
+        row for chunk in chunks(digests) for row in tx.execute(select(_artifacts).where(_artifacts.c.digest.in_(chunk)).order_by(_artifacts.c.digest))
+    ]
+    return [Artifact(digest=Digest(row.digest), kind=Kind(row.kind), protects=row.protects) for row in rows]

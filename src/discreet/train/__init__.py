@@ -1,0 +1,1 @@
+"""Training: one differentially private step, state that resumes, the loop around them (extra: train)."""

@@ -1,0 +1,157 @@
+"""State that resumes a run without re-sampling, re-noising or re-spending: trained parameters, optimiser state and where the run stands, sealed.
+
+    FOLDER/state        one file: safetensors under AES-256-GCM, the run's name authenticated with it
+
+No seed is in it (PITFALLS 40): sampling and noise come from the run key by step number, and that key lives in `keys.py` and is destroyed when the run closes.
+Parameters after a noised step are the mechanism's output, but Adam's state of a *non-private* control is not, so every checkpoint is sealed alike.
+
+Guarantees: a checkpoint is the state before or after a step, never between (written beside, synced, renamed); one of another run, plan or base model does not
+open; what `restore` puts back is bit for bit what `save` took.
+
+Does not cover: several ranks, checkpoints larger than memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from discreet.errors import DigestMismatch
+from discreet.keys import Key
+from discreet.model import trained_parameters
+from discreet.store import storage_full
+
+_FILE = "state"
+_HEADER = "discreet"
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoints:
+    """Where a run keeps its state, and under which key.
+
+    Attributes:
+        folder: one run's own folder.
+        key: seals the state (`keyring.purpose("checkpoint")`), not the run key.
+        run: name of the run, authenticated with the state.
+    """
+
+    folder: Path
+    key: Key
+    run: str
+
+    @property
+    def _context(self) -> bytes:
+        return b"checkpoint/" + self.run.encode()
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, curve: tuple[tuple[int, float], ...], subject: Mapping[str, str]) -> None:
+        """Writes the state after `step`, in place of the one before.
+
+        Args:
+            step: steps taken, >= 0.
+            curve: (step, public held-out loss) so far.
+            subject: digests of what is trained (plan, base model, snapshot): `restore` asks for the same.
+
+        Raises:
+            StorageFull: when the disk is full; the state before stays.
+        """
+        header = json.dumps({"step": step, "curve": curve, "subject": dict(sorted(subject.items()))})
+        content = safetensors.torch.save(_state(model, optimizer), metadata={_HEADER: header})
+        _write(self.folder / _FILE, self.key.seal(content, context=self._context))
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, subject: Mapping[str, str]) -> tuple[int, tuple[tuple[int, float], ...]] | None:
+        """Puts a saved state back; returns its step and curve, or None when there is none.
+
+        Raises:
+            SealBroken: when the file was changed, cut short, or belongs to another run or key.
+            DigestMismatch: when it is the state of another plan, base model or snapshot.
+        """
+        path = self.folder / _FILE
+        if not path.exists():
+            return None
+        content = self.key.open(path.read_bytes(), context=self._context)
+        header = json.loads(_metadata(content)[_HEADER])
+        differing = sorted(name for name in header["subject"].keys() | subject.keys() if header["subject"].get(name) != subject.get(name))
+        if differing:
+            raise DigestMismatch("a checkpoint of this plan, base model and snapshot", value=f"another {', '.join(differing)}", remedy="Start a new run.")
+        _restore(model, optimizer, safetensors.torch.load(content))
+        return int(header["step"]), tuple((int(step), float(loss)) for step, loss in header["curve"])
+
+    def destroy(self) -> None:
+        """Deletes the state. Idempotent."""
+        (self.folder / _FILE).unlink(missing_ok=True)
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The header of safetensors bytes: 8 bytes of length, then JSON."""
+    length = int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
+    return metadata
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters as `parameter/NAME`, optimiser state as `optimizer/KEY/NAME`; every value of torch's own optimisers is a tensor or None."""
+    tensors = {}
+    for name, parameter in trained_parameters(model).items():
+        tensors[f"parameter/{name}"] = parameter.detach().contiguous().clone()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().contiguous().clone()
+    return tensors
+
+
+def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    parameters = trained_parameters(model)
+    states: dict[nn.Parameter, dict[str, Any]] = {}
+    if {f"parameter/{name}" for name in parameters} != {name for name in tensors if name.startswith("parameter/")}:
+        raise DigestMismatch("a checkpoint with the parameters that this run trains")
+    for path, tensor in tensors.items():
+        kind, _, rest = path.partition("/")
+        if kind == "parameter":
+            with torch.no_grad():
+                parameters[rest].copy_(tensor)
+        else:
+            key, _, name = rest.partition("/")
+            states.setdefault(parameters[name], {})[key] = tensor
+    for parameter, state in states.items():
+        optimizer.state[parameter] = state
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file beside its place, syncs it and renames it over the old one."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor, partial = tempfile.mkstemp(prefix=".state-", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(partial).replace(path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise storage_full() from None
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

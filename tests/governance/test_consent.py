@@ -1,0 +1,178 @@
+"""Consent: each rule of the table refuses, decisions are logged once, what was said outlives erasure, nobody is named."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from discreet.errors import NotAdmitted, SourceMissing, SourceNotText
+from discreet.evidence.statement import Predicate
+from discreet.governance.catalog import subject_id
+from discreet.governance.consent import Reason
+from discreet.governance.erasure import Erasure
+from discreet.record import Basis, Digest, Purpose, Sensitivity, SubjectId
+
+PURPOSE = Purpose("note-assistant")
+OTHER = Purpose("research")
+
+
+@pytest.fixture
+def records(house):
+    project, section = house.notes(opt_outs="optouts.txt")
+    house.write("optouts.txt", "")
+    return house.catalog.collect(house.catalog.register(project, section))
+
+
+@pytest.fixture
+def source(house, records):
+    return house.catalog.register(*house.notes(opt_outs="optouts.txt"))
+
+
+def refusals(house, records, purpose=PURPOSE):
+    return {reason for _, reason in house.consent.admit_all(records, purpose)[1]}
+
+
+def test_a_declared_purpose_is_admitted_on_the_basis_of_the_source(house, records):
+    admitted = house.consent.admit(records[0], PURPOSE)
+    assert (admitted.record, admitted.purpose, admitted.basis) == (records[0], PURPOSE, Basis.PUBLIC_TASK)
+    [entry] = house.log.select(Predicate.ADMITTED)
+    assert entry.subjects == (records[0].digest,)
+    assert dict(entry.fields) == {"purpose": "note-assistant", "basis": "public_task"}
+
+
+def test_another_purpose_has_no_basis_until_it_is_granted(house, records):
+    with pytest.raises(NotAdmitted, match="no basis for purpose"):
+        house.consent.admit(records[0], OTHER)
+    house.consent.grant(records[0].subject, OTHER)
+    assert house.consent.admit(records[0], OTHER).basis is Basis.CONSENT
+    assert refusals(house, records[2:], OTHER) == {Reason.NO_BASIS}, "a grant is one subject's"
+
+
+def test_a_withdrawal_refuses_and_a_later_grant_admits(house, records):
+    house.consent.admit_all(records, PURPOSE)
+    house.consent.withdraw(records[0].subject, PURPOSE)
+    admitted, refused = house.consent.admit_all(records, PURPOSE)
+    assert [a.record for a in admitted] == records[2:]
+    assert refused == [(record.digest, Reason.OBJECTED) for record in records[:2]]
+    with pytest.raises(NotAdmitted, match="objected"):
+        house.consent.admit(records[1], PURPOSE)
+    house.consent.grant(records[0].subject, PURPOSE, basis=Basis.CONTRACT)
+    assert house.consent.admit(records[0], PURPOSE).basis is Basis.CONTRACT
+
+
+def test_a_general_withdrawal_overrides_an_earlier_grant(house, records):
+    subject = records[0].subject
+    house.consent.withdraw(subject)
+    house.consent.grant(subject, OTHER)
+    assert refusals(house, records[:1], OTHER) == set()
+    assert refusals(house, records[:1], PURPOSE) == {Reason.OBJECTED}
+    house.consent.withdraw(subject)
+    assert refusals(house, records[:1], OTHER) == {Reason.OBJECTED}
+
+
+def test_a_change_is_logged_once_and_names_records_not_people(house, records):
+    for _ in range(2):
+        house.consent.withdraw(records[0].subject, PURPOSE)
+    [entry] = house.log.select(Predicate.CONSENT_CHANGED)
+    assert set(entry.subjects) == {record.digest for record in records[:2]}
+    assert dict(entry.fields) == {"change": "objected", "purpose": "note-assistant"}
+    stranger = subject_id(house.keyring, unit="patient", value="P-99")
+    house.consent.withdraw(stranger)
+    assert len(house.log.select(Predicate.CONSENT_CHANGED)) == 2, "a stranger's objection is kept for when they come"
+
+
+def test_opt_outs_are_refused_whenever_the_list_has_them(house, records, source):
+    assert house.consent.load_opt_outs(source) == 0
+    house.write("optouts.txt", "\ufeffP-404\r\n\n  P-2 \n")
+    assert house.consent.load_opt_outs(source) == 2
+    assert house.consent.load_opt_outs(source) == 0
+    admitted, refused = house.consent.admit_all(records, PURPOSE)
+    assert [a.record for a in admitted] == records[:2]
+    assert refused == [(records[2].digest, Reason.OBJECTED)]
+    house.consent.grant(records[2].subject, PURPOSE)
+    assert refusals(house, records) == set()
+    assert house.consent.load_opt_outs(source) == 1, "the list overrides a grant while it lists the unit"
+    assert refusals(house, records) == {Reason.OBJECTED}
+    house.write("optouts.txt", "")
+    house.consent.load_opt_outs(source)
+    assert refusals(house, records) == {Reason.OBJECTED}, "to vanish from a list is not a grant"
+
+
+def test_a_list_that_cannot_be_read_stops_the_run(house, source):
+    (house.root / "optouts.txt").unlink()
+    with pytest.raises(SourceMissing, match="opt-out"):
+        house.consent.load_opt_outs(source)
+    for content in (b"P-1\n\xff\n", b"P-1\x00"):
+        house.write("optouts.txt", content)
+        with pytest.raises(SourceNotText) as caught:
+            house.consent.load_opt_outs(source)
+        assert "P-1" not in str(caught.value)
+        assert caught.value.__context__ is None
+
+
+def test_retention_counts_from_the_recorded_time(house, monkeypatch):
+    records = house.catalog.collect(house.catalog.register(*house.notes(retention_days=30)))
+    start = time.time()
+    monkeypatch.setattr(time, "time", lambda: start + 29 * 86_400)
+    assert refusals(house, records) == set()
+    monkeypatch.setattr(time, "time", lambda: start + 31 * 86_400)
+    assert refusals(house, records) == {Reason.RETENTION}
+    house.consent.grant(records[0].subject, PURPOSE)
+    assert refusals(house, records) == {Reason.RETENTION}, "a grant does not make old data young"
+
+
+def test_forged_and_unknown_records_are_refused(house, records):
+    forged = [
+        replace(records[0], digest=Digest("sha256:" + "0" * 64)),
+        replace(records[0], subject=records[2].subject),
+        replace(records[0], source="elsewhere"),
+        replace(records[0], sensitivity=Sensitivity.PUBLIC),
+    ]
+    for record in forged:
+        with pytest.raises(NotAdmitted, match="not collected"):
+            house.consent.admit(record, PURPOSE)
+
+
+def test_an_erased_subject_is_refused_even_with_a_grant_and_at_reingestion(house, records):
+    Erasure(house.store, house.keyring, house.log, stores=[house.catalog], unit="patient").execute(records[0].subject)
+    house.consent.grant(records[0].subject, PURPOSE)
+    with pytest.raises(NotAdmitted, match="erased"):
+        house.consent.admit(records[0], PURPOSE)
+    project, section = house.notes(opt_outs="optouts.txt")
+    for _ in range(2):
+        again = house.catalog.collect(house.catalog.register(project, section))
+        assert [record.text.reveal() for record in again] == ["Wilhelmina has a fracture."]
+    dropped = [entry for entry in house.log.select(Predicate.REFUSED) if "num_records" in entry.fields]
+    assert [(e.fields["reason"], e.fields["num_records"]) for e in dropped] == [("erased", 2)], "logged once"
+
+
+def test_decisions_are_logged_once_in_few_statements(house):
+    many = [{"id": i, "patient": i, "text": f"note {i}"} for i in range(1030)]
+    records = house.catalog.collect(house.catalog.register(*house.notes(many)))
+    house.consent.withdraw(records[7].subject)
+    for _ in range(2):
+        admitted, refused = house.consent.admit_all(records, PURPOSE)
+        assert (len(admitted), len(refused)) == (1029, 1)
+    assert [len(e.subjects) for e in house.log.select(Predicate.ADMITTED)] == [512, 512, 5]
+    assert [e.subjects for e in house.log.select(Predicate.REFUSED)] == [(records[7].digest,)]
+
+
+def test_revoked_is_asked_before_each_later_stage(house, records):
+    house.consent.admit_all(records, PURPOSE)
+    digests = [record.digest for record in records]
+    assert house.consent.revoked(digests, PURPOSE) == []
+    house.consent.withdraw(records[2].subject)
+    assert house.consent.revoked(digests, PURPOSE) == [(records[2].digest, Reason.OBJECTED)]
+    stranger = Digest("sha256:" + "1" * 64)
+    assert (stranger, Reason.NOT_COLLECTED) in house.consent.revoked([*digests, stranger], PURPOSE)
+
+
+def test_what_subjects_said_names_nobody_in_the_database(house, records):
+    subject: SubjectId = records[0].subject
+    house.consent.withdraw(subject)
+    with house.store.transaction() as tx:
+        said = tx.exec_driver_sql("SELECT * FROM consent_events").all()
+    assert len(said) == 1
+    assert subject not in str(said)
