@@ -1584,6 +1584,12 @@ RELATIONS = (
     "stepdaughter",
 )
 
+DRUG_ENDINGS = (
+    "profen|cillin|mycin|statin|olol|pril|sartan|azole|azine|setron|zepam|zolam|caine|floxacin|cycline|sone|solone|formin|gliptin|gliflozin|glutide|tidine|parin|xaban|mab|tinib|ciclovir|triptan|dronate|"
+    "lukast|terol|tropium|barbital|codone|morphone|phylline|thiazide|semide|lactone|dipine|zosin|oxetine|lopram|traline|piprazole|apine|peridone|trexate|prazole|cetamol|thyroxine|gabalin|pentin|toin"
+).split("|")
+"""Ends of generic drug names (WHO INN stems): an unknown word with one is no name."""
+
 PARTICLES = (
     "de",
     "da",
