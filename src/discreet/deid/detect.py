@@ -457,6 +457,11 @@ _TITLED_LOWER = re.compile(
 )
 _COLON = re.compile(rf"[:=][ \t]{{0,4}}(?P<value>{_NAME})")
 _COLON_CUE = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(patterns.COLON_CUES, key=len, reverse=True))})(?: name)?[ \t]{{0,2}}$", re.IGNORECASE)
+_SPEAKER = re.compile(rf"(?<![a-z])(?:{'|'.join(patterns.SPEAKERS)})[ \t]{{0,2}}$", re.IGNORECASE)
+_ADDRESSED = re.compile(
+    rf"(?:(?<=[a-z,;] )|(?<=[a-z],\n))(?P<value>{_CAPITALISED})(?!{_GAP}[A-Z])|(?:(?<=[.?!:] )|(?<=\n)|\A)(?P<opening>{_CAPITALISED})(?=, )"
+)
+_ARTICLE = re.compile(r"\b(?:the|a|an|in|on|of|since|by|until|from|during|last|next|this|every|early|late|mid)\s$", re.IGNORECASE)
 _NAMING = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.NAMING_CUES, key=len, reverse=True))}),?[ \t\n]{{1,2}}(?P<value>{_NAME})")
 _PHRASE = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.PHRASE_CUES, key=len, reverse=True))}),?[ \t\n]{{1,2}}(?P<value>{_NAME})")
 _RELATION = re.compile(
@@ -467,6 +472,7 @@ _CREDENTIALED = re.compile(
 )
 _COMMA = re.compile(rf"(?<![A-Za-z'-])(?P<value>{_CAPITALISED}(?:{_GAP}{_CAPITALISED})?, ?{_CAPITALISED}(?:{_GAP}(?:{_CAPITALISED}|[A-Z]\b\.?))?)")
 _GIVEN = re.compile(rf", ?(?P<value>{_CAPITALISED})(?: [A-Z]\b\.?)?")
+_DRUG = re.compile(rf"[a-z]{{2}}(?:{'|'.join(patterns.DRUG_ENDINGS)})$")
 _SINGLE = re.compile(r"(?<![A-Za-z])[A-Za-z][A-Za-z']+(?:-[A-Za-z']{2,})*(?<!'s)(?<!')")
 _EPONYM = re.compile(rf"(?:'s)?[ \n](?:[a-z]{{1,12}}[ \n])?(?:{'|'.join(patterns.EPONYMS)})\b", re.IGNORECASE)
 _DIRECTION = re.compile(
@@ -502,21 +508,23 @@ def _cued(text: str, regions: Regions) -> Iterator[Span]:
         for match in _within(expression, text, regions):
             if expression is _COLON and not _COLON_CUE.search(text, max(0, match.start() - 45), match.start()):
                 continue
-            kept = _trim(text, *match.span("value"), proof=needs_proof)
-            given = _GIVEN.match(text, kept[1]) if kept is not None and expression is _COLON else None
-            if kept is not None and given is not None and is_first(given["value"]):
-                kept = kept[0], given.end()
+            speaks = expression is _COLON and _SPEAKER.search(text, max(0, match.start() - 45), match.start()) is not None
+            kept = _trim(text, *match.span("value"), proof=needs_proof or speaks)
+            after = _GIVEN.match(text, kept[1]) if kept is not None and expression is _COLON else None
+            if kept is not None and after is not None and is_first(after["value"]):
+                kept = kept[0], after.end()
             if kept is not None:
                 yield Span(*kept, Label.PERSON, score)
+    yield from _addressed(text, regions)
     for match in _within(_COMMA, text, regions):
-        last, rest = (part.split() for part in match["value"].split(","))
+        surname, rest = [part.split() for part in match["value"].split(",")]
         given = [t for t in rest if len(t) > 1]
         if (
             given
             and all(is_first(t) or is_last(t) for t in given)
             and is_first(given[0])
-            and all(is_last(t) or not _common(t) for t in last)
-            and not (_common(given[0]) and _common(last[-1]))
+            and all(is_last(t) or not _common(t) for t in surname)
+            and not (_common(given[0]) and _common(surname[-1]))
         ):
             yield Span(*match.span("value"), Label.PERSON, SHAPE)
     for match in _within(_TITLED_LOWER, text, regions):
@@ -527,10 +535,23 @@ def _cued(text: str, regions: Regions) -> Iterator[Span]:
             yield Span(start, start + len(" ".join(listed)), Label.PERSON, SHAPE)
 
 
+def _addressed(text: str, regions: Regions) -> Iterator[Span]:
+    """Yields first names that are also words where only a name has a capital: within a sentence, or in front of one and a comma ("Dawn, how are you?")."""
+    for match in _within(_ADDRESSED, text, regions):
+        group = "value" if match["value"] else "opening"
+        token = match[group]
+        usual = "U" in names().get(token.lower(), "") and token.lower() not in _NO_NAME and token not in _REGIONS and not token.isupper()
+        if usual and not _ARTICLE.search(text, max(0, match.start() - 9), match.start()) and not _EPONYM.match(text, match.end()):
+            yield Span(*match.span(group), Label.PERSON, WEAK)
+
+
 def _trim(text: str, start: int, end: int, *, proof: bool) -> tuple[int, int] | None:
     """Cuts a cued run down to what can be a name: ordinary words at its end go; with `proof` a lone ordinary word is no name at all."""
     tokens = [(m.start() + start, m.end() + start, m.group()) for m in re.finditer(r"[A-Za-z][A-Za-z'.-]*", text[start:end])]
-    if not tokens or tokens[0][2].lower().rstrip(".") in _NO_NAME or (tokens[0][2].lower() in _words() and tokens[0][2].lower() not in names()):
+    if not tokens or tokens[0][2].lower().rstrip(".") in _NO_NAME:
+        return None
+    first = tokens[0][2]
+    if first.lower() in _words() and first.lower() not in names() and (proof or len(tokens) == 1 or _common(tokens[1][2])):
         return None
     shout = text[start:end].isupper()
     keep = 1
@@ -541,8 +562,7 @@ def _trim(text: str, start: int, end: int, *, proof: bool) -> tuple[int, int] | 
         keep += 1
     while keep > 1 and tokens[keep - 1][2].lower() in patterns.PARTICLES:
         keep -= 1
-    first = tokens[0][2]
-    if proof and keep == 1 and (_common(first) or (len(first.rstrip(".")) < 3)):
+    if proof and keep == 1 and ((_common(first) and "U" not in names().get(first.lower(), "")) or len(first.rstrip(".")) < 3):
         return None
     if proof and keep == 1 and first.isupper() and first.lower() not in names():
         return None
@@ -553,7 +573,8 @@ def _trim(text: str, start: int, end: int, *, proof: bool) -> tuple[int, int] | 
 
 
 def _common(token: str) -> bool:
-    return token.lower() in _words() or token in places()
+    bare = token.lower()
+    return bare in _words() or token in places() or (bare not in names() and _DRUG.search(bare) is not None)
 
 
 def _listed(text: str, regions: Regions) -> Iterator[Span]:

@@ -242,10 +242,7 @@ def _like(old: str, new: str) -> str:
 
 # Surrogates -------------------------------------------------------------------------------------------------------------------------------------------------
 
-_TOWNS = (
-    "Ashford Dalebrook Elmhurst Fairmeadow Glenbrook Harrowgate Kingsmere Larkfield Millbrook Northwick Oakdale Pinecrest Quarrybank Ridgewell Stonebridge Thornbury Underhill Valebrook Westerly Yarrowdale "
-    "Ambleton Birchwood Cloverdale Dunmore Eastbrook Foxhollow Greenvale Hazelton Ironwood Juniper Kestrel Lakemont Maplewood Newmarsh Orchard Prestwick Rosedale Silverton Tarnwell Willowmere"
-).split()  # noqa: SIM905 - a table that reads as one
+_TOWNS = "Ashford Dalebrook Elmhurst Fairmeadow Glenbrook Harrowgate Kingsmere Larkfield Millbrook Northwick Oakdale Pinecrest Quarrybank Ridgewell Stonebridge Thornbury Underhill Valebrook Westerly Yarrowdale Ambleton Birchwood Cloverdale Dunmore Eastbrook Foxhollow Greenvale Hazelton Ironwood Juniper Kestrel Lakemont Maplewood Newmarsh Orchard Prestwick Rosedale Silverton Tarnwell Willowmere".split()  # noqa: SIM905 - a table that reads as one
 _STREETS = "Alder Aspen Beech Birch Cedar Chestnut Cypress Elm Fern Hawthorn Hickory Juniper Larch Laurel Linden Maple Oak Pine Poplar Rowan Spruce Sycamore Walnut Willow".split()  # noqa: SIM905 - a table that reads as one
 _STREET_KINDS = ("Street", "Avenue", "Road", "Lane", "Drive", "Court")
 _COMPANY_END = re.compile(r"(?:\s|,)+(?:(?:Regional|General|Memorial|Community|VA|Family|Internal) )*(?:[A-Za-z]+ )?[A-Za-z&]+\.?$")

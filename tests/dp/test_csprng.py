@@ -1,0 +1,116 @@
+"""The stream cipher against RFC 8439, and the samplers against their distributions.
+
+Statistics run on fixed keys, so they cannot flake: each threshold is the quantile of a false alarm of 1e-6 for a fresh key.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from discreet.dp import csprng
+from discreet.keys import Stream
+
+FALSE_ALARM = 1e-6
+
+
+def stream(number: int = 1) -> Stream:
+    return Stream(number.to_bytes(32, "little"))
+
+
+def test_stream_is_chacha20_of_rfc_8439() -> None:
+    # RFC 8439, appendix A.1, test vectors 1 and 2: zero key and nonce, block counters 0 and 1.
+    blocks = stream(0).bytes(128).hex()
+    assert blocks[:128] == (
+        "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7da41597c5157488d7724e03fb8d84a376a43b8f41518a11cc387b669b2ee6586"
+    )
+    assert blocks[128:] == (
+        "9f07e7be5551387a98ba977c732d080dcb0f29a048e3656912c6533e32ee7aed29b721769ce64e43d57133b074d839d531ed1f28510afb45ace10a1f4b794d6f"
+    )
+
+
+def test_a_key_replays_its_draws_and_forks_are_independent() -> None:
+    assert torch.equal(csprng.normal(stream(), (7,)), csprng.normal(stream(), (7,)))
+    assert not torch.equal(csprng.normal(stream().fork("a"), (7,)), csprng.normal(stream().fork("b"), (7,)))
+    used = stream()
+    used.bytes(1000)
+    assert torch.equal(csprng.normal(used.fork("a"), (7,)), csprng.normal(stream().fork("a"), (7,)))
+
+
+def test_draws_do_not_touch_the_global_generator() -> None:
+    before = torch.random.get_rng_state()
+    csprng.normal(stream(), (100,))
+    csprng.bernoulli(stream(), 100, 0.5)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_uniform_is_the_53_high_bits() -> None:
+    draws = csprng.uniform(stream(0), 2)
+    words = np.frombuffer(stream(0).bytes(16), dtype="<u8")
+    assert draws.tolist() == [int(word >> np.uint64(11)) / 2**53 for word in words]
+    assert draws.dtype == torch.float64
+
+
+def test_uniform_is_uniform() -> None:
+    draws = csprng.uniform(stream(), 200_000).numpy()
+    assert (draws >= 0).all()
+    assert (draws < 1).all()
+    assert stats.kstest(draws, "uniform").pvalue > FALSE_ALARM
+
+
+def test_normal_is_standard_normal() -> None:
+    draws = csprng.normal(stream(), (200_001,), dtype=torch.float64).numpy()
+    n = len(draws)
+    assert stats.kstest(draws, "norm").pvalue > FALSE_ALARM
+    low, high = stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], n)
+    assert low < float((draws**2).sum()) < high
+    assert abs(draws.mean()) < stats.norm.isf(FALSE_ALARM / 2) / math.sqrt(n)
+
+
+def test_normal_coordinates_are_independent() -> None:
+    """Box-Muller makes pairs; neither pairs nor neighbours may correlate."""
+    draws = csprng.normal(stream(), (100_000,), dtype=torch.float64)
+    for lag in (1, 2, 50_000):
+        correlation = float((draws[:-lag] * draws[lag:]).mean())
+        assert abs(correlation) < stats.norm.isf(FALSE_ALARM / 2) / math.sqrt(len(draws) - lag)
+
+
+def test_normal_spans_chunks_without_repeating(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csprng, "_CHUNK", 8)
+    draws = csprng.normal(stream(), (5, 9))
+    assert draws.shape == (5, 9)
+    assert len(draws.unique()) == 45
+
+
+def test_normal_is_finite_where_the_uniform_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stream, "bytes", lambda self, count: bytes(count))
+    assert csprng.normal(stream(), (4,)).isfinite().all()
+
+
+def test_bernoulli_rate() -> None:
+    n, probability = 200_000, 0.01
+    hits = int(csprng.bernoulli(stream(), n, probability).sum())
+    assert stats.binomtest(hits, n, probability).pvalue > FALSE_ALARM
+
+
+def test_bernoulli_is_exact_at_the_ends_and_strict_at_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not csprng.bernoulli(stream(), 1000, 0.0).any()
+    assert csprng.bernoulli(stream(), 1000, 1.0).all()
+    monkeypatch.setattr(Stream, "bytes", lambda self, count: (2**63).to_bytes(8, "little") * (count // 8))
+    assert not csprng.bernoulli(stream(), 1, 0.5).any()
+    assert csprng.bernoulli(stream(), 1, 0.5 + 2**-53).all()
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.1, math.nan])
+def test_bernoulli_refuses(probability: float) -> None:
+    with pytest.raises(ValueError, match="probability"):
+        csprng.bernoulli(stream(), 1, probability)
+
+
+def test_negative_count_is_refused() -> None:
+    with pytest.raises(ValueError, match="count"):
+        csprng.uniform(stream(), -1)
