@@ -232,6 +232,17 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def moved(base: Base, section: ModelSection, *, start: Path | None, adapter: Path) -> tuple[int, int]:
+    """Counts the parameter tensors of an adapter that differ from where training started, and all of them.
+
+    Args:
+        start: folder of the adapter that training started from, or None for an untrained one.
+    """
+    before = trained_parameters(attach(base, section) if start is None else load_adapter(base, start))
+    after = trained_parameters(load_adapter(base, adapter))
+    return sum(not torch.equal(before[name], parameter) for name, parameter in after.items()), len(after)
+
+
 def save_adapter(module: nn.Module, folder: Path) -> Digest:
     """Writes what was learnt to `folder` (replaced whole) and returns its digest. PEFT's format for LoRA, else the trained parameters by name.
 

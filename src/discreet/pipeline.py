@@ -14,7 +14,6 @@ Does not cover: more than one machine (federated/), serving itself (serve/), the
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -40,7 +39,7 @@ from discreet.deid import policy as deid
 from discreet.dp import accounting, mechanism
 from discreet.errors import ConfigInvalid, NotFound, NotReleased, PlanInvalid, RunInProgress, TrackRefused
 from discreet.evidence.log import Log
-from discreet.evidence.statement import Entry, Predicate, Statement
+from discreet.evidence.statement import JSON, Entry, Predicate, Statement
 from discreet.governance import lineage
 from discreet.governance.catalog import Catalog, subject_id
 from discreet.governance.consent import Consent
@@ -50,7 +49,7 @@ from discreet.ledger import Budget, CloseReason, Ledger, Reservation
 from discreet.model import Base, PublicText
 from discreet.record import Basis, Deidentified, Digest, Release, Sensitivity, Snapshot, SubjectId
 from discreet.serve import gateway
-from discreet.store import Store, metadata, storage_full
+from discreet.store import Store, metadata, write_atomically
 from discreet.train import loop
 from discreet.train.checkpoint import Checkpoints
 from discreet.train.step import tokenize
@@ -210,7 +209,7 @@ def _log_deidentified(house: House, source: str, documents: Sequence[Deidentifie
             counts: Counter[str] = Counter()
             for document in batch:
                 counts.update(document.counts)
-            fields = {"source": source, "policy": policy, "counts": dict(sorted(counts.items()))}
+            fields: dict[str, JSON] = {"source": source, "policy": policy, "counts": dict(sorted(counts.items()))}
             house.log.append(tx, Statement(predicate=Predicate.DEIDENTIFIED, subjects=tuple(d.digest for d in batch), fields=fields))
 
 
@@ -225,7 +224,7 @@ def plant_canaries(house: House) -> Canaries:
     committed = canary.commitment(canaries, salt=key.mac(b"commitment"), design=_design(house))
     with house.store.transaction() as tx:
         if committed not in {entry.fields["commitment"] for entry in house.log.select(Predicate.COMMITTED, tx=tx)}:
-            fields = {"commitment": committed, "canaries": len(canaries), "kind": "canaries and reading of the audit"}
+            fields: dict[str, JSON] = {"commitment": committed, "canaries": len(canaries), "kind": "canaries and reading of the audit"}
             house.log.append(tx, Statement(predicate=Predicate.COMMITTED, subjects=(committed,), fields=fields))
     return canaries
 
@@ -784,9 +783,8 @@ def gateway_app(house: House, *, api_key_hash: str) -> Starlette:
     Raises:
         NotReleased, EvidenceInvalid, DigestMismatch: when there is no release, or it is not what was signed.
     """
-    name = _needed(house, "release").get("name", "")
     key = house.log.public_key()
-    released = load_release(house.releases / name, public_key=key)
+    released = load_release(house.releases / released_name(house), public_key=key)
     base = load_base(house, None, Silent())
     serving = house.project.serve
     engine = gateway.open_engine(released, base, public_key=key, key=house.keyring.purpose("gateway"))
@@ -803,7 +801,7 @@ def gateway_app(house: House, *, api_key_hash: str) -> Starlette:
 
 def _count_served(house: House, adapter: Digest, policy: Digest, counts: Mapping[str, int]) -> None:
     """Logs one served request: digests and counts by label, never text."""
-    fields = {"release": adapter, "requests": 1, "policy": policy, "counts": dict(counts)}
+    fields: dict[str, JSON] = {"release": adapter, "requests": 1, "policy": policy, "counts": dict(counts)}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.SERVED, subjects=(adapter,), fields=fields))
 
@@ -964,22 +962,13 @@ def _record(tx: Connection, name: str, config_digest: str, result: Mapping[str, 
     tx.execute(insert(_stages).values(name=name, config=config_digest, result=json.dumps(result)))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all.
+def released_name(house: House) -> str:
+    """Returns the name under which the released model is served.
 
     Raises:
-        StorageFull: when the disk is full; the earlier file is kept.
+        NotReleased: when the model was withheld. NotFound: when nothing was decided yet.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
-            raise storage_full() from None
-        raise
+    decided = _needed(house, "release")
+    if decided["decision"] != "released":
+        raise NotReleased("a released model", remedy="The report says which gate did not hold.")
+    return str(decided["name"])

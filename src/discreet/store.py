@@ -12,6 +12,7 @@ Does not cover: PostgreSQL's own write-ahead log and dead tuples, which are the 
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -150,3 +151,24 @@ def _migrate(tx: Connection) -> None:
     for migration in MIGRATIONS[version:]:
         migration(tx)
     tx.execute(update(_schema).values(version=len(MIGRATIONS)))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all.
+
+    Raises:
+        StorageFull: when the disk is full; the earlier file is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            raise storage_full() from None
+        raise
