@@ -79,12 +79,17 @@ def test_known_name_in_every_spelling(written: str) -> None:
     assert letters <= {i for s in spans for i in range(s.start, s.end)}
 
 
-@pytest.mark.parametrize("written", ["1977-10-09", "10/09/1977", "10/9/77", "9 Oct 1977", "October 9, 1977", "October 9th, 1977", "19771009", "09.10.1977", "Oct 9"])
+@pytest.mark.parametrize(
+    "written", ["1977-10-09", "10/09/1977", "10/9/77", "9 Oct 1977", "October 9, 1977", "October 9th, 1977", "19771009", "09.10.1977", "Oct 9"]
+)
 def test_known_date_in_every_format(written: str) -> None:
     assert any(written in span or span in written for span in found(f"it was {written}, so", known={"DATE": ["1977-10-09"]}))
 
 
-@pytest.mark.parametrize("written", ["(322) 555-0124", "322.555.0124", "3225550124", "322 555 0124", "555-0124", "+1 322 555 0124", "３２２-５５５-０１２４", "322–555–0124"])
+@pytest.mark.parametrize(
+    "written",
+    ["(322) 555-0124", "322.555.0124", "3225550124", "322 555 0124", "555-0124", "+1 322 555 0124", "３２２-５５５-０１２４", "322–555–0124"],
+)
 def test_known_number_with_other_separators(written: str) -> None:
     text = f"number {written} works"
     covered = {i for s in detect(text, known={"PHONE": ["322-555-0124"]}) for i in range(s.start, s.end)}
@@ -166,7 +171,10 @@ def test_longest_candidate_wins_and_no_part_of_a_loser_is_left() -> None:
     text = "see https://portal.example.org/p/MR408814 and MR408814"
     spans = found(text, known={"MRN": ["MR408814"]})
     assert spans == {"https://portal.example.org/p/MR408814": "URL", "MR408814": "MRN"}
-    assert module._resolve([Span(0, 6, "PERSON", 0.9), Span(4, 12, "ORG", 0.5)], "abcdefghijkl") == [Span(0, 4, "PERSON", 0.9), Span(4, 12, "ORG", 0.5)]
+    assert module._resolve([Span(0, 6, "PERSON", 0.9), Span(4, 12, "ORG", 0.5)], "abcdefghijkl") == [
+        Span(0, 4, "PERSON", 0.9),
+        Span(4, 12, "ORG", 0.5),
+    ]
 
 
 def test_labels_narrow_the_answer() -> None:
@@ -195,7 +203,25 @@ def test_fold_is_what_a_view_holds() -> None:
     assert fold("Ｍü\u00adller\u200b—１２") == "Muller-12"
 
 
-@pytest.mark.parametrize("piece", ["A", "a@", "1-", "Aa ", "(555) ", "MRN: 1", "password=", "eyJaaaaaaaaaa.", "a://b:", "Dr. Smith ", "Aa, ", "-----BEGIN PRIVATE KEY-----", "[PERSON]", "\u200b"])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "A",
+        "a@",
+        "1-",
+        "Aa ",
+        "(555) ",
+        "MRN: 1",
+        "password=",
+        "eyJaaaaaaaaaa.",
+        "a://b:",
+        "Dr. Smith ",
+        "Aa, ",
+        "-----BEGIN PRIVATE KEY-----",
+        "[PERSON]",
+        "\u200b",
+    ],
+)
 def test_work_is_bounded_on_hostile_text(piece: str) -> None:
     text = (piece * 20_000)[:20_000]
     started = time.process_time()
