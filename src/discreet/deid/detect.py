@@ -75,7 +75,7 @@ def detect(text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({
     if len(text) > MAX_CHARS:
         raise RequestInvalid(f"a text of at most {MAX_CHARS} characters", value=len(text), remedy="Split it at paragraphs.")
     wanted = None if labels is None else {parse_label(label) for label in labels}
-    values = [(parse_label(label), value) for label, group in known.items() for value in group]
+    values = list(dict.fromkeys((parse_label(label), value) for label, group in known.items() for value in group))
     view = normalise(text)
     found: list[Span] = []
     regions: Regions = [(0, len(view.text))]
@@ -206,7 +206,7 @@ def _read(view: View, values: Sequence[tuple[Label, str]], regions: Regions) -> 
 _OPAQUES = re.compile(OPAQUE + "++")
 _GUARD = re.compile("|".join(f"(?:{guard})" for guard in GUARDS))
 _COMPILED = tuple((row, row.compiled()) for row in PATTERNS)
-_FILLER = r"(?:(?:is|was|are|number|numbers|num|no|nr|id|the|at|to|as|of|on|my|his|her|their|me|us|new|code|been|reads|below|above|for|with|from|this|your|or|and|home|work|cell)\b[^\w\ufffc]{0,4}){0,4}$"
+_FILLER = r"(?:(?:is|was|are|number|numbers|num|no|nr|id|the|at|to|as|on|my|his|her|their|me|us|new|code|been|reads|below|above|for|with|from|this|your|or|and|home|work|cell)\b[^\w\ufffc]{0,4}){0,4}$"
 
 
 @cache
@@ -472,7 +472,7 @@ _CREDENTIALED = re.compile(
 )
 _COMMA = re.compile(rf"(?<![A-Za-z'-])(?P<value>{_CAPITALISED}(?:{_GAP}{_CAPITALISED})?, ?{_CAPITALISED}(?:{_GAP}(?:{_CAPITALISED}|[A-Z]\b\.?))?)")
 _GIVEN = re.compile(rf", ?(?P<value>{_CAPITALISED})(?: [A-Z]\b\.?)?")
-_DRUG = re.compile(rf"[a-z]{{2}}(?:{'|'.join(patterns.DRUG_ENDINGS)})$")
+_DRUG = re.compile(rf"[a-z]{{2}}(?:{patterns.DRUG_ENDINGS})$")
 _SINGLE = re.compile(r"(?<![A-Za-z])[A-Za-z][A-Za-z']+(?:-[A-Za-z']{2,})*(?<!'s)(?<!')")
 _EPONYM = re.compile(rf"(?:'s)?[ \n](?:[a-z]{{1,12}}[ \n])?(?:{'|'.join(patterns.EPONYMS)})\b", re.IGNORECASE)
 _DIRECTION = re.compile(
@@ -628,25 +628,27 @@ def _unlisted(tokens: Sequence[tuple[int, int, str]], at: int) -> int:
 
 def _mentions(text: str, people: Sequence[Span]) -> Iterator[Span]:
     """Yields every other place where a part of a found name stands: capitalised or upper case, and lower case when it is no ordinary word."""
-    parts: set[str] = set()
+    parts: dict[str, float] = {}
     for span in people:
-        parts.update(t.lower() for t in re.findall(r"[A-Za-z][A-Za-z'-]+", text[span.start : span.end]))
-    parts -= _NO_NAME | set(patterns.PARTICLES)
+        for token in re.findall(r"[A-Za-z][A-Za-z'-]+", text[span.start : span.end]):
+            parts[token.lower()] = max(span.score, parts.get(token.lower(), 0.0))
+    for token in _NO_NAME | set(patterns.PARTICLES):
+        parts.pop(token, None)
     if not parts:
         return
     tokens = [match for match in _SINGLE.finditer(text) if match.group().lower() in parts]
     as_word = {match.group() for match in tokens}
     for match in tokens:
-        if _counts_as_mention(match.group(), as_word) and not _EPONYM.match(text, match.end()):
+        if _counts_as_mention(match.group(), as_word, parts[match.group().lower()]) and not _EPONYM.match(text, match.end()):
             yield Span(match.start(), match.end(), Label.PERSON, WEAK)
 
 
-def _counts_as_mention(token: str, as_word: set[str]) -> bool:
+def _counts_as_mention(token: str, as_word: set[str], score: float) -> bool:
     """An ordinary word ("Young") counts only with one capital, and only where the text never uses it in lower case."""
     bare = token.lower()
     if bare not in _words() and len(token) > 2:
         return True
-    return token[0].isupper() and not token[1:].isupper() and bare in names() and bare not in as_word
+    return token[0].isupper() and not token[1:].isupper() and (bare in names() or score >= STRONG) and bare not in as_word
 
 
 def _towns(text: str, regions: Regions) -> Iterator[Span]:
