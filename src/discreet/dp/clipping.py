@@ -571,7 +571,7 @@ class _Layout:
             ValueError: when shapes or the range of `documents` are wrong.
         """
         given_D = torch.as_tensor(units, device=device)
-        if given_D.dim() != 1 or given_D.is_floating_point():
+        if given_D.dim() != 1 or (given_D.is_floating_point() and len(given_D) > 0):
             raise ValueError(f"Expected units to be integers of shape [D], got {given_D.dtype} of shape {list(given_D.shape)}.")
         names_U, unit_D = torch.unique(given_D.long(), return_inverse=True)
         if documents is None:
