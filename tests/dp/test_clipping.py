@@ -186,6 +186,22 @@ def test_oracle_for_vectors_and_flattened_rows() -> None:
     check(Flat().double(), square_loss, torch.randn(4, 7, 6).double(), [0, 1, 2, 3])
 
 
+def test_oracle_for_layers_without_a_rule() -> None:
+    """Attention, convolution and recurrence hold weights that autograd differentiates one unit at a time."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+            self.convolve = nn.Conv1d(8, 4, 3)
+            self.recur = nn.GRU(4, 5, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.recur(self.convolve(self.attend(x).mT).mT)[0]
+
+    check(Mixed().double(), square_loss, torch.randn(4, 6, 8).double(), [0, 1, 2, 1])
+
+
 class GemmaLikeNorm(nn.Module):
     """x / rms(x) * (1 + w)."""
 
@@ -306,6 +322,19 @@ def test_bound_holds_for_every_unit(name: str, dtype: torch.dtype) -> None:
         found = clipped_sum(model, language_loss, tokens(1, length), [0], clip_norm=0.125)
         assert 0.1249 < norm_of(found.gradients) <= 0.125
         assert all(gradient.dtype == torch.float32 for gradient in found.gradients.values())
+
+
+def test_bound_allows_for_reduced_matmul_precision() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        norms = []
+        for precision in ("highest", "high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            norms.append(norm_of(clipped_sum(nn.Linear(5, 4), square_loss, torch.randn(1, 3, 5), [0], clip_norm=0.01).gradients))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert 0.01 >= norms[0] > 0.01 * (1 - 1e-5)
+    assert norms[0] > norms[1] > norms[2] > 0.008
 
 
 def test_bfloat16_is_close_to_float64() -> None:
@@ -514,6 +543,14 @@ def test_time_first_batches_are_caught_even_when_square() -> None:
     model = nn.Linear(3, 2)
     with pytest.raises(ValueError, match="mixes documents"):
         clipped_sum(model, lambda m, x: m(x).square().sum((0, 2)), torch.randn(4, 4, 3), [0, 1, 2, 3], clip_norm=1.0)
+
+
+def test_a_probe_that_says_nothing_is_repeated() -> None:
+    """The first batch reaches no chosen row, so only the second can show the mixing."""
+    model = nn.Sequential(nn.Linear(3, 3), Centred(), nn.Linear(3, 2))
+    clipped_sum(model, lambda m, x: m(x).square().sum((1, 2)) * 0, torch.randn(4, 5, 3), [0, 1, 2, 3], clip_norm=1.0)
+    with pytest.raises(ValueError, match="mixes documents"):
+        clipped_sum(model, square_loss, torch.randn(4, 5, 3), [0, 1, 2, 3], clip_norm=1.0)
 
 
 def test_inputs_changed_in_place_are_refused() -> None:
