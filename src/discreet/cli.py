@@ -8,13 +8,14 @@ failed, 1 other. A user's mistake never ends in a traceback; an unexpected error
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 import click
 import typer
@@ -22,9 +23,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from discreet import __version__
-from discreet.errors import ConfigInvalid, DiscreetError, NotFound, PlanInvalid, RequestInvalid, SourceMissing
+from discreet.errors import DiscreetError, NotFound, PlanInvalid, RequestInvalid, SourceMissing
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Sensitive text to a language model that keeps it, with proof.")
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Sensitive text to a language model that keeps it, with proof."
+)
 privacy = typer.Typer(no_args_is_help=True, help="What a mechanism costs, without a project.")
 budget = typer.Typer(no_args_is_help=True, help="Privacy budgets: open, show, reserve.")
 consent = typer.Typer(no_args_is_help=True, help="Grants and withdrawals of the people whose data it is.")
@@ -32,6 +35,8 @@ catalog = typer.Typer(no_args_is_help=True, help="What data exists, whose it is,
 evidence = typer.Typer(no_args_is_help=True, help="The signed log: export and verify.")
 for name, group in (("privacy", privacy), ("budget", budget), ("consent", consent), ("catalog", catalog), ("evidence", evidence)):
     app.add_typer(group, name=name)
+
+T = TypeVar("T")
 
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False, soft_wrap=True)
@@ -137,12 +142,17 @@ def plan(project: Folder = HERE, as_json: Json = False) -> None:
 
 
 @app.command()
-def report(project: Folder = HERE, public: Annotated[bool, typer.Option("--public", help="Only public and DP-released fields.")] = False, as_json: Json = False) -> None:
+def report(
+    project: Folder = HERE,
+    public: Annotated[bool, typer.Option("--public", help="Only public and DP-released fields.")] = False,
+    as_json: Json = False,
+) -> None:
     """Writes the privacy report (HTML and JSON) from the log alone."""
     from discreet import pipeline
+    from discreet import report as reports
 
     with pipeline.open_house(project) as house:
-        written = pipeline.write_report(house, public=public)
+        written = reports.write(house.log, house.project.root, public=public)
     _print(as_json, {"files": [str(p) for p in written]}, [str(p) for p in written])
 
 
@@ -155,11 +165,19 @@ def trace(digest: str, project: Folder = HERE, as_json: Json = False) -> None:
         lines = pipeline.trace(house, digest)
     if not lines:
         raise NotFound("a digest that the log knows", value=digest)
-    _print(as_json, {"digest": digest, "statements": lines}, [f"{e['index']:>6}  {e['time']}  {e['predicate']:<13} {json.dumps(e['fields'])}" for e in lines])
+    _print(
+        as_json,
+        {"digest": digest, "statements": lines},
+        [f"{e['index']:>6}  {e['time']}  {e['predicate']:<13} {json.dumps(e['fields'])}" for e in lines],
+    )
 
 
 @app.command()
-def erase(subject: Annotated[str, typer.Argument(help="The privacy unit as the source names it, e.g. the patient number.")], project: Folder = HERE, as_json: Json = False) -> None:
+def erase(
+    subject: Annotated[str, typer.Argument(help="The privacy unit as the source names it, e.g. the patient number.")],
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
     """Erases one person: their records, their key, their place in every later snapshot; prints the certificate."""
     from discreet import pipeline
 
@@ -176,9 +194,31 @@ def serve(project: Folder = HERE, port: Annotated[int | None, typer.Option(help=
 
 def _serve(project: Path, *, port: int | None) -> None:
     from discreet import pipeline
+    from discreet.serve import gateway
+    from discreet.web import pages
 
     with pipeline.open_house(project, exclusive=False) as house:
-        pipeline.serve(house, port=port, say=lambda line: stderr.print(line, markup=False))
+        api_key, hashed = gateway.new_api_key()
+        application = pipeline.gateway_app(house, api_key_hash=hashed)
+        application.router.routes.extend(pages.routes(pages.HouseProvider(house)))
+        host, chosen = house.project.serve.host, house.project.serve.port if port is None else port
+        for line in _invitation(f"http://{host}:{chosen}", api_key, pipeline.released_name(house)):
+            stderr.print(line, markup=False)
+        gateway.run(application, host=host, port=chosen)
+
+
+def _invitation(address: str, api_key: str, name: str) -> list[str]:
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Write a clinic note: cough for two weeks."}]})
+    return [
+        f"dashboard  {address}/",
+        f"gateway    {address}/v1   key (shown once): {api_key}",
+        "",
+        f"curl -s {address}/v1/chat/completions -H 'Authorization: Bearer {api_key}' -H 'Content-Type: application/json' -d '{body}'",
+        "",
+        "from openai import OpenAI",
+        f'client = OpenAI(base_url="{address}/v1", api_key="{api_key}")',
+        f'print(client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Write a clinic note."}}]).choices[0].message.content)',
+    ]
 
 
 # --- text -----------------------------------------------------------------------------------------------------------------------------------------
@@ -259,12 +299,18 @@ def privacy_epsilon(
     from discreet.dp import accounting, mechanism
 
     wanted = accountant.split(",")
-    if not set(wanted) <= {"pld", "rdp"}:
-        raise PlanInvalid("an accountant out of pld, rdp", value=accountant)
-    event = _math(lambda: mechanism.poisson_gaussian(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps))
-    epsilons = {which: _math(lambda which=which: accounting.epsilon(event, delta=delta, relation=relation, accountant=which)) for which in wanted}
-    document = {"epsilon": _finite(epsilons[wanted[0]]), "accountants": {k: _finite(v) for k, v in epsilons.items()}, "delta": delta, "relation": relation}
-    _print(as_json, document, [f"epsilon = {value:.4f} ({which}), delta = {delta:g}, {relation}" for which, value in epsilons.items()])
+    if not set(wanted) <= {"pld", "rdp"} or relation not in get_args(accounting.Relation):
+        raise PlanInvalid("an accountant out of pld, rdp and a relation out of add_remove, replace_one", value=f"{accountant}, {relation}")
+    event = mechanism.event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
+    price = _math(lambda: accounting.guarantee(event, delta=delta, relation=cast("accounting.Relation", relation)))
+    epsilons = {which: price.epsilon if which == "pld" else price.epsilon_rdp for which in wanted}
+    document = {
+        "epsilon": _finite(epsilons[wanted[0]]),
+        "accountants": {k: _finite(v) for k, v in epsilons.items()},
+        "delta": delta,
+        "relation": relation,
+    }
+    _print(as_json, document, [f"epsilon = {_finite(value)} ({which}), delta = {delta:g}, {relation}" for which, value in epsilons.items()])
 
 
 @privacy.command("noise")
@@ -273,18 +319,19 @@ def privacy_noise(
     sampling_probability: Q,
     steps: Steps,
     delta: Delta,
-    accountant: Annotated[str, typer.Option("--accountant", help="pld or rdp")] = "pld",
     as_json: Json = False,
 ) -> None:
     """The smallest noise multiplier for a target epsilon."""
     from discreet.dp import mechanism
 
-    noise = _math(lambda: mechanism.noise_for(epsilon=epsilon, delta=delta, sampling_probability=sampling_probability, steps=steps, accountant=accountant))
-    document = {"noise_multiplier": noise, "epsilon": epsilon, "delta": delta, "accountant": accountant}
+    noise = _math(
+        lambda: mechanism.noise_for(epsilon=epsilon, delta=delta, sampling_probability=sampling_probability, steps=steps)
+    )
+    document = {"noise_multiplier": noise, "epsilon": epsilon, "delta": delta, "accountant": "pld"}
     _print(as_json, document, [f"noise multiplier = {noise:.5f}"])
 
 
-def _math(call: Callable[[], Any]) -> Any:
+def _math(call: Callable[[], T]) -> T:
     """Runs mathematics that raises ValueError and turns that into our usage error."""
     try:
         return call()
@@ -292,8 +339,8 @@ def _math(call: Callable[[], Any]) -> Any:
         raise PlanInvalid("parameters that the mathematics accepts", value=str(error)) from None
 
 
-def _finite(value: float) -> float | str:
-    return value if value < float("inf") else "infinity"
+def _finite(value: float | None) -> float | str:
+    return "infinity" if value is None or math.isinf(value) else value
 
 
 # --- budget -----------------------------------------------------------------------------------------------------------------------------------------
@@ -312,7 +359,7 @@ def budget_open(
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        opened = house.ledger.open(name, epsilon=epsilon, delta=delta, unit=unit).to_json()
+        opened = pipeline.budget_fields(house.ledger.open(name, epsilon=epsilon, delta=delta, unit=unit))
     _print(as_json, opened, [f"{k}: {v}" for k, v in _flat(opened)])
 
 
@@ -322,8 +369,12 @@ def budget_show(name: Annotated[str | None, typer.Argument()] = None, project: F
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        budgets = [b.to_json() for b in ([house.ledger.show(name)] if name else house.ledger.budgets())]
-    _print(as_json, {"budgets": budgets}, [f"{b['name']}: epsilon {b['spent_epsilon']:.3f} of {b['epsilon']:g} spent, delta {b['delta']:.2g}" for b in budgets])
+        budgets = [pipeline.budget_fields(b) for b in ([house.ledger.show(name)] if name else house.ledger.budgets())]
+    _print(
+        as_json,
+        {"budgets": budgets},
+        [f"{b['name']}: epsilon {b['remaining_epsilon']:.3f} of {b['epsilon']:g} left, delta {b['delta']:.2g}, unit {b['unit']}" for b in budgets],
+    )
 
 
 @budget.command("reserve")
@@ -332,8 +383,9 @@ def budget_reserve(name: str, epsilon: Annotated[float, typer.Option("--epsilon"
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        reservation, remaining = house.ledger.reserve_epsilon(name, epsilon)
-    _print(as_json, {"reservation": reservation, "remaining": remaining}, [f"reserved {reservation}; epsilon left: {remaining:.4f}"])
+        held = house.ledger.reserve_epsilon(name, epsilon)
+    document = {"reservation": held.id, "remaining": held.remaining_epsilon}
+    _print(as_json, document, [f"reserved {held.id}; epsilon left: {held.remaining_epsilon:.4f}"])
 
 
 # --- governance -------------------------------------------------------------------------------------------------------------------------------------
@@ -366,7 +418,9 @@ def catalog_list(project: Folder = HERE, as_json: Json = False) -> None:
 
     with pipeline.open_house(project) as house:
         sources = house.catalog.sources()
-    _print(as_json, {"sources": sources}, [f"{s['name']}: {s['sensitivity']}, owner {s['owner']}, purposes {', '.join(s['purposes'])}" for s in sources])
+    _print(
+        as_json, {"sources": sources}, [f"{s['name']}: {s['sensitivity']}, owner {s['owner']}, purposes {', '.join(s['purposes'])}" for s in sources]
+    )
 
 
 # --- evidence ---------------------------------------------------------------------------------------------------------------------------------------
@@ -404,8 +458,8 @@ def evidence_verify(
     except EvidenceInvalid as error:
         _print(as_json, {"valid": False, "failed": error.failed, "checkpoint": None}, ["BROKEN", *error.failed])
         raise typer.Exit(error.exit_code) from None
-    document = {"valid": True, "failed": [], "checkpoint": verified.checkpoint, "statements": len(verified.entries)}
-    _print(as_json, document, [f"VALID: {len(verified.entries)} statements under this checkpoint", verified.checkpoint])
+    document = {"valid": True, "failed": [], "checkpoint": verified.note.decode(), "statements": len(verified.entries)}
+    _print(as_json, document, [f"VALID: {len(verified.entries)} statements under this checkpoint", verified.note.decode()])
 
 
 # --- plumbing ---------------------------------------------------------------------------------------------------------------------------------------
@@ -424,7 +478,12 @@ class _Bars:
 
     def __init__(self) -> None:
         self._bars = Progress(
-            TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=stderr
+            TextColumn("  {task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=stderr,
         )
         self._tasks: dict[str, TaskID] = {}
         self._tenths: dict[str, int] = {}

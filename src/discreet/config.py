@@ -75,7 +75,8 @@ class SourceSection(_Section):
     retention_days: Count = 3650
     residency: str = Field("", description="where the data must stay, e.g. EU")
     role: Literal["train", "public", "evaluation", "canary"] = Field(
-        "train", description="train: the DP track; public: the non-private track; evaluation: public held-out text; canary: reserved, the audit plants its own"
+        "train",
+        description="train: the DP track; public: the non-private track; evaluation: public held-out text; canary: reserved, the audit plants its own",
     )
 
     @model_validator(mode="after")
@@ -267,10 +268,10 @@ def load(folder: Path) -> Project:
     try:
         return Project.model_validate({**declared, "root": folder.resolve()})
     except ValidationError as error:
-        raise _explain(error, declared) from None
+        raise _explain(error) from None
 
 
-def _explain(error: ValidationError, declared: dict[str, Any]) -> ConfigInvalid:
+def _explain(error: ValidationError) -> ConfigInvalid:
     """Turns pydantic's most telling finding into our error; its input value is configuration, never a person's text."""
     found = error.errors(include_url=False, include_context=False)
     first = next((finding for finding in found if finding["type"] == "extra_forbidden"), found[0])

@@ -18,6 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tempfile
+import time
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,9 +31,13 @@ from typing import Any, final
 
 from faker import Faker
 
+from discreet import pipeline, report
 from discreet.config import FILE_NAME
-from discreet.errors import ConfigInvalid, NotFound
+from discreet.errors import ConfigInvalid, NotFound, TrackRefused
+from discreet.evidence.log import verify_bundle
+from discreet.evidence.statement import Predicate
 from discreet.keys import Stream
+from discreet.pipeline import House, Observer
 
 SEED = "discreet hospital 1"
 """Public seed of the corpus; another seed is another hospital."""
@@ -42,6 +48,10 @@ EXAMPLES = ("hospital", "plain")
 MIN_TOKENS, MAX_TOKENS = 40, 80
 MAX_DOCUMENTS = 8
 """Documents of one patient, at most."""
+
+_SIZES = {"patients": 2000, "documents": 5000, "public": 1500, "held_out": 120}
+_FAST_SIZES = {"patients": 500, "documents": 1000, "public": 600, "held_out": 60}
+_FAST_SETTINGS = {"model.base": '"tiny"', "audit.canaries": "300"}
 
 _MARGIN = 3  # of the estimate
 _ZIPF = 1.3  # with at most 8 documents a mean of 2.5: most patients have one or two, few have many
@@ -481,3 +491,146 @@ class _Writer:
         if text:
             self._parts.append(text[0].upper() + text[1:] if capital else text)
             self._length += len(text)
+
+
+# The story
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How the story ended: what the last screen and `--json` show."""
+
+    folder: Path
+    facts: CorpusFacts
+    result: Mapping[str, Any]
+    refused: int
+    utility: Mapping[str, Any]
+    evidence: Mapping[str, Any]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the document of schemas/demo.json."""
+        audited, released = self.result["audit"], self.result["release"]
+        return {
+            "sentence": self.result["sentence"],
+            "guarantee": self.result["train"]["guarantee"],
+            "verdict": audited["verdict"],
+            "decision": released["decision"],
+            "evidence": dict(self.evidence),
+            "seconds": round(self.seconds, 1),
+            "corpus": {
+                "patients": self.facts.patients,
+                "documents": self.facts.documents,
+                "opted_out": self.facts.opted_out,
+                "refused": self.refused,
+            },
+            "loss": dict(self.utility),
+            "recitation": audited["recitation"],
+            "report": self.result["report"],
+            "folder": str(self.folder),
+        }
+
+    def lines(self) -> list[str]:
+        """Returns the last screen."""
+        audited, said = self.result["audit"], self.result["audit"]["recitation"]
+        loss, example = self.utility, said["example"]
+        return [
+            "",
+            self.result["sentence"],
+            "",
+            f"refused    {self.refused} documents of {self.facts.opted_out} patients who opted out",
+            f"learned    held-out loss {loss['before']:.3f} -> {loss['private']:.3f} private, {loss['control']:.3f} non-private control: "
+            f"{100 * loss['gain_share']:.0f} % of the gain",
+            f"audit      {audited['verdict']}: certified epsilon >= {audited['epsilon_lower']:.2f} (could have shown up to {audited['ceiling']:.2f})",
+            f"recited    control {said['control']} of {said['tried']} canaries, private model {said['private']} of {said['tried']}",
+            f"  prompt   {example['prompt']}",
+            f"  control  {example['control']}",
+            f"  private  {example['private']}",
+            f"evidence   {'VALID' if self.evidence['valid'] else 'BROKEN'}: {self.evidence['statements']} signed statements, verified offline with {self.evidence['key']}",
+            f"report     {self.result['report']}",
+            f"time       {self.seconds:.0f} s",
+            "",
+            f"next       discreet serve -C {self.folder}      discreet trace DIGEST -C {self.folder}",
+        ]
+
+
+def init_project(folder: Path, *, example: str) -> list[str]:
+    """Makes a project folder: the commented discreet.toml, and for the hospital its corpus. Returns the names of the files.
+
+    Raises:
+        NotFound: when there is no such example.
+        ConfigInvalid: when the folder already is a project.
+    """
+    write_config(folder, example=example)
+    written = list(write_corpus(folder).files) if example == "hospital" else []
+    return [FILE_NAME, *written]
+
+
+def tell(folder: Path, *, fast: bool, observer: Observer) -> Outcome:
+    """Runs the whole story in `folder`, or continues it where it was stopped.
+
+    Args:
+        folder: of the demo project; made if absent.
+        fast: a tiny model and a smaller hospital.
+        observer: hears the progress.
+
+    Raises:
+        Refused: when a gate does not hold (the model is withheld), or the corpus is not the generated one.
+    """
+    began = time.monotonic()
+    sizes = _FAST_SIZES if fast else _SIZES
+    if not (folder / FILE_NAME).exists():
+        observer.stage("corpus")
+        write_corpus(folder, **sizes, seed=SEED)
+        write_config(folder, example="hospital", settings=_FAST_SETTINGS if fast else {})
+    with pipeline.open_house(folder) as house:
+        facts = _generated(house, sizes)
+        trained = pipeline.run(house, until="train", observer=observer)["train"]
+        utility = _utility(house, trained, facts, observer)
+        result = pipeline.run(house, until=None, observer=observer)
+        written = report.write(house.log, house.project.root)
+        sentence = report.of(house.log).sentence
+        evidence = _verified_offline(house)
+        refused = sum(len(entry.subjects) for entry in house.log.select(Predicate.REFUSED))
+    return Outcome(
+        folder=folder,
+        facts=facts,
+        result=result | {"report": str(written[0]), "sentence": sentence},
+        refused=refused,
+        utility=utility,
+        evidence=evidence,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _generated(house: House, sizes: Mapping[str, int]) -> CorpusFacts:
+    """Writes the corpus again elsewhere and compares: the only proof that text concerns nobody is that our own code wrote it.
+
+    Raises:
+        TrackRefused: when a file of the project is not what the generator writes.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        facts = write_corpus(Path(scratch), **sizes, seed=SEED)
+    for section in house.project.source:
+        if hashlib.sha256(house.project.path(section.path).read_bytes()).hexdigest() != facts.files.get(section.path):
+            raise TrackRefused(
+                "the generated corpus of the demo, byte for byte",
+                value=section.name,
+                remedy="Own data runs with `discreet run`, without a non-private control.",
+            )
+    return facts
+
+
+def _utility(house: House, trained: Mapping[str, Any], facts: CorpusFacts, observer: Observer) -> dict[str, Any]:
+    """Trains the same adapter on the same text without privacy, to say what privacy cost. Exists only because `_generated` held."""
+    curve = pipeline.utility_control(house, generated=facts.files, observer=observer)
+    before, private, control = trained["curve"][0][1], trained["curve"][-1][1], curve[-1][1]
+    return {"before": before, "private": private, "control": control, "gain_share": (before - private) / (before - control)}
+
+
+def _verified_offline(house: House) -> dict[str, Any]:
+    """Exports the evidence and verifies it as a stranger would: from the bundle and the public key alone."""
+    bundle, key = pipeline.export_evidence(house, house.project.root / "evidence", public=False)
+    verified = verify_bundle(bundle, public_key=key.read_text().strip())
+    return {"valid": True, "failed": [], "statements": len(verified.entries), "bundle": str(bundle), "key": str(key)}

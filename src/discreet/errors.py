@@ -35,6 +35,7 @@
         |-- KeyUnavailable                          keys.unavailable
         |-- Overloaded                              serve.overloaded (http 429)
         |-- ErasureIncomplete                       erasure.incomplete
+        |-- Overloaded                              serve.overloaded (http 429)
         `-- UpstreamFailed                          upstream.failed  (http 502)
 
 A message states the rule, the value that broke it and the remedy. The value is public by contract: callers never pass text, names or

@@ -112,6 +112,12 @@ class Budget:
     remaining_epsilon: float
     num_reservations: int
 
+    def to_json(self) -> dict[str, JSON]:
+        """Returns the budget as JSON values; `spent_epsilon` is what `remaining_epsilon` leaves of `epsilon`."""
+        numbers: dict[str, JSON] = {"name": self.name, "epsilon": self.epsilon, "delta": self.delta, "unit": self.unit, "sources": list(self.sources)}
+        spent = self.epsilon - self.remaining_epsilon
+        return numbers | {"spent_epsilon": spent, "remaining_epsilon": self.remaining_epsilon, "num_reservations": self.num_reservations}
+
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +208,11 @@ class Ledger:
         """
         with self._store.transaction() as tx:
             return _budget(tx, name)
+
+    def budgets(self) -> list[Budget]:
+        """Returns every budget as it stands, by name."""
+        with self._store.transaction() as tx:
+            return [_budget(tx, name) for name in tx.execute(select(_budgets.c.name).order_by(_budgets.c.name)).scalars().all()]
 
     def filter(self, name: str) -> RdpFilter:
         """Returns the filter of a budget as it stands, for `dp.mechanism.calibrate`. Charging the returned value charges nobody.
@@ -311,7 +322,12 @@ class Ledger:
                 remedy="Plan fewer steps or more noise (`discreet plan`). A budget is never refilled.",
             )
         tx.execute(update(_budgets).where(_budgets.c.name == wanted.budget).values(account=after.to_json()))
-        row = {"id": f"{wanted.budget}-{_next_number(tx, wanted.budget)}", "run": wanted.run, "budget": wanted.budget, "plan": wanted.plan}
+        row: dict[str, Any] = {
+            "id": f"{wanted.budget}-{_next_number(tx, wanted.budget)}",
+            "run": wanted.run,
+            "budget": wanted.budget,
+            "plan": wanted.plan,
+        }
         row |= {"snapshot": wanted.snapshot, "price": json.dumps(wanted.price), "state": State.RESERVED.value, "reserved_at": now(tx)}
         tx.execute(insert(_reservations).values(row))
         fields: dict[str, JSON] = {
@@ -353,7 +369,13 @@ def _terms(account: _Account) -> tuple[float, float, Relation]:
 
 
 def _opened(name: str, unit: str, rdp_filter: RdpFilter) -> Statement:
-    numbers = {"budget": name, "epsilon": rdp_filter.epsilon, "delta": rdp_filter.delta, "unit": unit, "relation": rdp_filter.relation}
+    numbers: dict[str, JSON] = {
+        "budget": name,
+        "epsilon": rdp_filter.epsilon,
+        "delta": rdp_filter.delta,
+        "unit": unit,
+        "relation": rdp_filter.relation,
+    }
     fields: dict[str, JSON] = {**numbers, "accountant": "rdp", "orders": list(rdp_filter.orders)}
     return Statement(predicate=Predicate.BUDGET_OPENED, subjects=(digest_of(numbers),), fields=fields)
 

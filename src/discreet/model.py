@@ -232,6 +232,17 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def moved(base: Base, section: ModelSection, *, start: Path | None, adapter: Path) -> tuple[int, int]:
+    """Counts the parameter tensors of an adapter that differ from where training started, and all of them.
+
+    Args:
+        start: folder of the adapter that training started from, or None for an untrained one.
+    """
+    before = trained_parameters(attach(base, section) if start is None else load_adapter(base, start))
+    after = trained_parameters(load_adapter(base, adapter))
+    return sum(not torch.equal(before[name], parameter) for name, parameter in after.items()), len(after)
+
+
 def save_adapter(module: nn.Module, folder: Path) -> Digest:
     """Writes what was learnt to `folder` (replaced whole) and returns its digest. PEFT's format for LoRA, else the trained parameters by name.
 
@@ -297,7 +308,8 @@ def _open(folder: Path, name: str) -> Base:
                 (Path(directory) / file).write_bytes(content)
         config, tokenizer = _open_config(directory)
     state = {key: tensor for content in weights.values() for key, tensor in safetensors.torch.load(content).items()}
-    module = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    module = architecture.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)
     module.eval().requires_grad_(False)
     return Base(module=module, tokenizer=tokenizer, digest=digest, name=name, path=folder)
 
@@ -398,8 +410,8 @@ def _sync(folder: Path) -> None:
 
 def _quiet() -> None:
     """Progress of a library's own inside ours would tear the display; its advice is not for our user."""
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers declares no types here
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # nor here
 
 
 def _convert_smollm2(folder: Path, progress: Progress) -> None:
@@ -423,7 +435,8 @@ def _convert_smollm2(folder: Path, progress: Progress) -> None:
 
 
 def _attach_lora(base: Base, *, rank: int, alpha: float, targets: Sequence[str]) -> PeftModel:
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
+    scale: Any = alpha  # peft declares an integer and only ever divides it by the rank
+    config = LoraConfig(r=rank, lora_alpha=scale, target_modules=list(targets), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 reads a name that transformers 5 renamed
@@ -514,7 +527,8 @@ def _tiny_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
         vocab_size=vocabulary, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[0], bos_token=special[1])
+    fast: Any = PreTrainedTokenizerFast
+    wrapped = fast(tokenizer_object=tokenizer, eos_token=special[0], pad_token=special[0], bos_token=special[1])
     wrapped.chat_template = _TINY_TEMPLATE
     return wrapped
 
@@ -561,4 +575,3 @@ def _pretrain(module: nn.Module, tokenizer: Any, texts: Sequence[str], *, steps:
         optimizer.zero_grad(set_to_none=True)
         module(input_ids=rows_BT, labels=rows_BT).loss.backward()
         optimizer.step()
-

@@ -14,13 +14,13 @@ Does not cover: more than one machine (federated/), serving itself (serve/), the
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,27 +30,52 @@ from typing import TYPE_CHECKING, Any, Protocol, final
 
 from sqlalchemy import Column, Connection, String, Table, Text, insert, select
 
-from discreet import config, corpus
+from discreet import config, corpus, model
+from discreet.audit import bounds, extraction, membership
+from discreet.audit import canaries as canary
+from discreet.audit.canaries import Canaries
 from discreet.config import Project, SourceSection, digest_of
 from discreet.deid import policy as deid
 from discreet.dp import accounting, mechanism
 from discreet.errors import ConfigInvalid, NotFound, NotReleased, PlanInvalid, RunInProgress, TrackRefused
 from discreet.evidence.log import Log
-from discreet.evidence.statement import Entry, Predicate, Statement
+from discreet.evidence.statement import JSON, Entry, Predicate, Statement
 from discreet.governance import lineage
 from discreet.governance.catalog import Catalog, subject_id
 from discreet.governance.consent import Consent
 from discreet.governance.erasure import Decision, Erasure
 from discreet.keys import Keyring, open_master
-from discreet.ledger import CloseReason, Ledger, Reservation
+from discreet.ledger import Budget, CloseReason, Ledger, Reservation
+from discreet.model import Base, PublicText
 from discreet.record import Basis, Deidentified, Digest, Release, Sensitivity, Snapshot, SubjectId
-from discreet.store import Store, metadata, now, storage_full
+from discreet.serve import gateway
+from discreet.store import Store, metadata, write_atomically
+from discreet.train import loop
+from discreet.train.checkpoint import Checkpoints
+from discreet.train.step import tokenize
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from starlette.applications import Starlette
+    from torch import nn
 
 STAGES = ("ingest", "train", "audit", "release")
 BATCH = 512
 CANARY_SOURCE = "audit-canaries"
+CONTROL_BATCH = 32
+RECITED = 40
+"""Planted canaries that both models are asked to recite."""
 
-_stages = Table("stages", metadata, Column("name", String(32), primary_key=True), Column("config", String(71), nullable=False), Column("result", Text, nullable=False))
+_stages = Table(
+    "stages",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("config", String(71), nullable=False),
+    Column("result", Text, nullable=False),
+)
 
 
 class Observer(Protocol):
@@ -184,12 +209,17 @@ def _log_deidentified(house: House, source: str, documents: Sequence[Deidentifie
             counts: Counter[str] = Counter()
             for document in batch:
                 counts.update(document.counts)
-            fields = {"source": source, "policy": policy, "counts": dict(sorted(counts.items()))}
+            fields: dict[str, JSON] = {"source": source, "policy": policy, "counts": dict(sorted(counts.items()))}
             house.log.append(tx, Statement(predicate=Predicate.DEIDENTIFIED, subjects=tuple(d.digest for d in batch), fields=fields))
 
 
 def _freeze(house: House, name: str, documents: Sequence[Deidentified], *, track: corpus.Track = corpus.Track.DP) -> Snapshot:
-    return corpus.freeze(documents, name=name, keyring=house.keyring, log=house.log, store=house.store, folder=house.snapshots, track=track)
+    """Line 4, and the edges from the records to their snapshot."""
+    snapshot = corpus.freeze(documents, name=name, keyring=house.keyring, log=house.log, store=house.store, folder=house.snapshots, track=track)
+    records = corpus.digests(snapshot, house.keyring)
+    with house.store.transaction() as tx:
+        lineage.derive(tx, lineage.Artifact(digest=snapshot.root, kind=lineage.Kind.SNAPSHOT), parents=records)
+    return snapshot
 
 
 def plant_canaries(house: House) -> Canaries:
@@ -199,7 +229,7 @@ def plant_canaries(house: House) -> Canaries:
     committed = canary.commitment(canaries, salt=key.mac(b"commitment"), design=_design(house))
     with house.store.transaction() as tx:
         if committed not in {entry.fields["commitment"] for entry in house.log.select(Predicate.COMMITTED, tx=tx)}:
-            fields = {"commitment": committed, "canaries": len(canaries), "kind": "canaries and reading of the audit"}
+            fields: dict[str, JSON] = {"commitment": committed, "canaries": len(canaries), "kind": "canaries and reading of the audit"}
             house.log.append(tx, Statement(predicate=Predicate.COMMITTED, subjects=(committed,), fields=fields))
     return canaries
 
@@ -238,6 +268,7 @@ class Price:
     admitted: bool
     signal_to_noise: float
     tokens: int
+    seconds: float
     parameters: int
 
     def to_json(self) -> dict[str, Any]:
@@ -248,7 +279,9 @@ class Price:
             "admitted": self.admitted,
             "signal_to_noise": self.signal_to_noise,
             "tokens": self.tokens,
+            "seconds": round(self.seconds, 1),
             "parameters": self.parameters,
+            "advice": self.advice,
         }
 
     def lines(self) -> list[str]:
@@ -259,11 +292,23 @@ class Price:
             f"mechanism          {plan.steps} Poisson steps, probability {plan.sampling_probability:.4f}, noise multiplier {plan.noise_multiplier:.4f}, clip norm {plan.clip_norm:g}",
             f"noise              each step's mean gradient is hidden in noise of norm {self.noise_norm:.3f}; a full batch of aligned gradients has norm {plan.clip_norm:g}",
             f"signal to noise    at most {self.signal_to_noise:.2f} a step over {self.parameters:,} trainable parameters; below 0.01 expect little",
-            f"work               about {self.tokens:,} tokens",
+            f"work               about {self.tokens:,} tokens, {self.seconds / 60:.1f} minutes",
             f"budget             {self.budget['name']}: epsilon {self.budget['remaining_epsilon']:.3f} of {self.budget['epsilon']:g} left; this run "
             + ("is admitted" if self.admitted else "is REFUSED"),
-            "Choosing unit and epsilon: docs/choosing-unit-and-epsilon.md. A larger population, a smaller batch or fewer steps lower epsilon at the same noise.",
+            *self.advice,
         ]
+
+    @property
+    def advice(self) -> list[str]:
+        """What to change when the price does not please."""
+        said = ["Choosing unit and epsilon: docs/choosing-unit-and-epsilon.md."]
+        if not self.admitted:
+            said.append("The budget does not admit this plan: take fewer steps, a smaller batch or epsilon, or wait for another population.")
+        if self.plan.guarantee.epsilon > 10:
+            said.append("Above epsilon 10 the promise says little about one person; a larger population or fewer steps lower it at the same noise.")
+        if self.signal_to_noise < 0.05:
+            said.append("The noise drowns the signal: train fewer parameters (a lower lora_rank), or enlarge expected_batch.")
+        return said
 
     @property
     def noise_norm(self) -> float:
@@ -280,19 +325,35 @@ def price(house: House, observer: Observer) -> Price:
     """
     frozen = ingest(house, observer)
     plan = _calibrate(house, frozen.snapshot)
-    _, budget = _filter(house, plan.delta)
-    base = load_base(house)
-    parameters = model.count_trainable(base, house.project.model)
-    positions = [positions[0] for positions in frozen.snapshot.units.reveal().values()][:200]
-    lengths = [len(tokens) for tokens in model.tokenize(base, corpus.texts(frozen.snapshot, positions, house.keyring), house.project.model.max_tokens)]
+    spent_so_far, budget = _filter(house, plan.delta)
+    base = load_base(house, frozen.public, observer)
+    parameters = sum(p.numel() for p in model.trained_parameters(model.attach(base, house.project.model)).values())
+    tokens = _mean_tokens(house, base, frozen.snapshot) * plan.expected_batch * plan.cap * plan.steps
     return Price(
         plan=plan,
         budget=budget,
-        admitted=plan.admitted_by(_filter(house, plan.delta)[0]),
+        admitted=plan.admitted_by(spent_so_far),
         signal_to_noise=plan.expected_batch / (plan.noise_multiplier * math.sqrt(parameters)),
-        tokens=round(sum(lengths) / len(lengths) * plan.expected_batch * plan.cap * plan.steps, -2),
+        tokens=round(tokens),
+        seconds=_seconds_a_token(house, base) * tokens,
         parameters=parameters,
     )
+
+
+def _mean_tokens(house: House, base: Base, snapshot: Snapshot) -> float:
+    """Mean length of a sample of the frozen documents: for the operator, never in a public document."""
+    positions = [positions[0] for positions in snapshot.units.reveal().values()][:200]
+    lengths = [len(ids) for ids in tokenize(corpus.texts(snapshot, positions, house.keyring), base, max_tokens=house.project.model.max_tokens)]
+    return sum(lengths) / len(lengths)
+
+
+def _seconds_a_token(house: House, base: Base) -> float:
+    """Times two steps of the same work on a public sentence."""
+    text = PublicText.of(["The ward was quiet and the night was long. " * 4] * 16, sensitivity=Sensitivity.PUBLIC, basis=Basis.GENERATED)
+    setup = _setup(house, base, held_out=PublicText(text.texts[:1]), evaluations=1)
+    reports: list[loop.StepReport] = []
+    loop.fit(text, setup=setup, steps=2, batch=8, order=house.keyring.purpose("timing").stream("order"), on_step=reports.append)
+    return 1 / reports[-1].tokens_per_second
 
 
 def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
@@ -321,10 +382,28 @@ def _filter(house: House, delta: float) -> tuple[accounting.RdpFilter, Mapping[s
     """The budget as it stands, or as it would be opened."""
     section = house.project.budget
     try:
-        return house.ledger.filter(section.name), house.ledger.show(section.name).to_json()
+        return house.ledger.filter(section.name), budget_fields(house.ledger.show(section.name))
     except NotFound:
         fresh = accounting.RdpFilter.open(epsilon=section.epsilon, delta=section.delta or delta)
-        return fresh, {"name": section.name, "epsilon": section.epsilon, "delta": section.delta or delta, "spent_epsilon": 0.0, "remaining_epsilon": section.epsilon}
+        return fresh, {
+            "name": section.name,
+            "epsilon": section.epsilon,
+            "delta": fresh.delta,
+            "unit": house.project.privacy.unit,
+            "remaining_epsilon": section.epsilon,
+        }
+
+
+def budget_fields(budget: Budget) -> dict[str, Any]:
+    """Returns a budget as JSON values."""
+    return {
+        "name": budget.name,
+        "epsilon": budget.epsilon,
+        "delta": budget.delta,
+        "unit": budget.unit,
+        "remaining_epsilon": budget.remaining_epsilon,
+        "reservations": budget.num_reservations,
+    }
 
 
 def guarantee_fields(plan: mechanism.Plan) -> dict[str, Any]:
@@ -361,42 +440,124 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     frozen = ingest(house, observer)
     observer.stage("train")
     run, plan, reservation = _reserve(house, frozen.snapshot)
-    observer.note(f"{plan.steps} steps at noise multiplier {plan.noise_multiplier:.3f}: epsilon {plan.guarantee.epsilon:.2f} (PLD), delta {plan.delta:.2g}")
+    observer.note(
+        f"{plan.steps} steps at noise multiplier {plan.noise_multiplier:.3f}: epsilon {plan.guarantee.epsilon:.2f} (PLD), delta {plan.delta:.2g}"
+    )
     base = load_base(house, frozen.public, observer)
-    start = _public_track(house, base, frozen, run, observer)
+    folder = house.project.state / "runs" / run
+    checkpoints = Checkpoints(folder=folder / "private", key=house.keyring.purpose("checkpoint"), run=run)
+    start = _public_track(house, base, frozen, folder, observer)
+    began = time.monotonic()
     trained = loop.train(
         plan,
-        _training_documents(house, base, frozen.snapshot),
+        frozen.snapshot,
         house.ledger.spend(reservation),
-        base=base,
-        start=start,
-        project=house.project,
+        texts=_all_texts(house, frozen.snapshot),
+        setup=_setup(house, base, held_out=frozen.held_out, start=start),
         run_key=house.keyring.run(run),
-        seal=house.keyring.purpose("checkpoint"),
-        folder=house.project.state / "runs" / run,
-        held_out=frozen.held_out,
-        on_step=lambda step: observer.progress("train", step.number, plan.steps, step.figures()),
+        checkpoints=checkpoints,
+        adapter=folder / "adapter",
+        on_step=_shown(observer, "train"),
     )
+    moved, trainable = model.moved(base, house.project.model, start=start, adapter=trained.adapter)
     result = {
         "run": run,
         "plan": plan.digest,
         "snapshot": frozen.snapshot.root,
         "base": base.digest,
-        "adapter": trained.adapter,
+        "base_path": str(base.path),
+        "adapter": trained.adapter_digest,
         "steps": trained.steps,
-        "parameters": trained.parameters,
-        "seconds": round(trained.seconds, 1),
+        "parameters": trainable,
+        "moved": moved,
+        "seconds": round(time.monotonic() - began, 1),
         "guarantee": guarantee_fields(plan) | {"privacy_digest": house.project.privacy_digest()},
-        "curve": [[step, round(loss, 4)] for step, loss in trained.curve],
+        "curve": _rounded(trained.curve),
     }
-    return _finish_training(house, result, reservation)
+    done = _finish_training(house, result, reservation)
+    checkpoints.destroy()
+    return done
+
+
+def _public_track(house: House, base: Base, frozen: Corpus, folder: Path, observer: Observer) -> Path | None:
+    """Trains the non-private track on public text first, when [train] asks for it; the DP track starts from its adapter."""
+    steps, adapter = house.project.train.public_steps, folder / "public-adapter"
+    if steps == 0:
+        return None
+    if frozen.public is None:
+        raise ConfigInvalid("a [[source]] with role = 'public' for [train] public_steps > 0")
+    if not adapter.exists():
+        checkpoints = Checkpoints(folder=folder / "public", key=house.keyring.purpose("checkpoint"), run=folder.name)
+        fitted = loop.fit(
+            frozen.public,
+            setup=_setup(house, base, held_out=frozen.held_out),
+            steps=steps,
+            batch=house.project.privacy.expected_batch,
+            order=house.keyring.purpose("public order").stream(folder.name),
+            checkpoints=checkpoints,
+            on_step=_shown(observer, "public track"),
+        )
+        digest = model.save_adapter(fitted.module, adapter)
+        fields = {
+            "run": f"public-{folder.name}",
+            "track": "public",
+            "base": base.digest,
+            "adapter": digest,
+            "plan": None,
+            "guarantee": None,
+            "steps": steps,
+        }
+        with house.store.transaction() as tx:
+            house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(digest,), fields=fields | {"public_loss": _rounded(fitted.curve)}))
+        checkpoints.destroy()
+    return adapter
+
+
+def _all_texts(house: House, snapshot: Snapshot) -> list[str]:
+    """The document at each position of a snapshot."""
+    return corpus.texts(snapshot, range(sum(len(positions) for positions in snapshot.units.reveal().values())), house.keyring)
+
+
+def _public_text(house: House, snapshot: Snapshot) -> PublicText:
+    return PublicText.of(_all_texts(house, snapshot), sensitivity=snapshot.sensitivity, basis=Basis.GENERATED)
+
+
+def _setup(house: House, base: Base, *, held_out: PublicText, start: Path | None = None, evaluations: int = 5) -> loop.Setup:
+    project = house.project
+    return loop.Setup(base=base, model=project.model, train=project.train, run=project.run, held_out=held_out, start=start, evaluations=evaluations)
+
+
+def load_base(house: House, public: PublicText | None, observer: Observer) -> Base:
+    """Opens the project's base model; the tiny one is built on the project's public text, and found again by the path that training left.
+
+    Raises:
+        NotFound, ModelUnsafe, DigestMismatch, MissingExtra: when it cannot be opened.
+    """
+    name, cache = house.project.model.base, Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "discreet" / "models"
+    if name != model.TINY:
+        return model.load_base(name if name == model.SMOLLM2 else str(house.project.path(name)), cache=cache, progress=observer.note)
+    if public is None:
+        return model.load_base(_needed(house, "train")["base_path"], cache=cache)
+    return model.build_tiny(public, cache=house.project.state / "models", progress=observer.note)
+
+
+def _shown(observer: Observer, task: str) -> Callable[[loop.StepReport], None]:
+    def show(step: loop.StepReport) -> None:
+        figures = {"loss": f"{step.loss:.3f}"} | ({} if step.epsilon is None else {"epsilon": f"{step.epsilon:.2f}"})
+        observer.progress(task, step.step, step.steps, figures | {"tok/s": f"{step.tokens_per_second:.0f}"})
+
+    return show
+
+
+def _rounded(curve: loop.Curve) -> list[list[float]]:
+    return [[step, round(loss, 4)] for step, loss in curve]
 
 
 def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Reservation]:
     """Lines 5 and 6. A run is its configuration on its snapshot; its plan is fixed when it is first reserved."""
     run = "run-" + digest_of([_run_config(house), snapshot.root]).removeprefix("sha256:")[:12]
     known = _result(house, f"plan/{run}", "")
-    plan = mechanism.Plan.from_json(known) if known else _calibrate(house, snapshot)
+    plan = mechanism.plan_from_json(known) if known else _calibrate(house, snapshot)
     house.ledger.open(house.project.budget.name, epsilon=house.project.budget.epsilon, delta=house.project.budget.delta or plan.delta, unit=plan.unit)
     if known is None:
         with house.store.transaction() as tx:
@@ -406,16 +567,20 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
 
 def _finish_training(house: House, result: dict[str, Any], reservation: Reservation) -> dict[str, Any]:
     """Logs the trained model, closes the reservation and destroys the run's key, so that nobody regenerates its noise."""
-    run, fields = result["run"], {name: result[name] for name in ("run", "base", "adapter", "plan", "guarantee", "steps", "parameters", "curve", "seconds")}
+    run, fields = result["run"], {name: result[name] for name in ("run", "base", "adapter", "plan", "guarantee", "steps", "parameters")}
+    fields |= {"track": "dp", "reservation": reservation.id, "public_loss": result["curve"]}
     with house.store.transaction() as tx:
         subjects = (Digest(result["adapter"]), Digest(result["snapshot"]))
-        house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=subjects, fields={**fields, "track": "dp", "reservation": reservation.id}))
-        lineage.derive(tx, lineage.Artifact(digest=Digest(result["adapter"]), kind=lineage.Kind.MODEL), parents=[Digest(result["snapshot"])])
+        house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=subjects, fields=fields))
+        artifact = lineage.Artifact(digest=Digest(result["adapter"]), kind=lineage.Kind.MODEL, protects=house.project.privacy.unit)
+        lineage.derive(tx, artifact, parents=[Digest(result["snapshot"])])
         _record(tx, "train", _run_config(house), result)
-    house.ledger.close(reservation, reason=CloseReason.COMPLETED)
+    house.ledger.close(reservation, CloseReason.COMPLETED, executed_steps=result["steps"])
     house.keyring.close_run(run)
     with house.store.transaction() as tx:
-        house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(Digest(result["adapter"]),), fields={"run": run, "kind": "noise and sampling"}))
+        house.log.append(
+            tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(Digest(result["adapter"]),), fields={"run": run, "kind": "noise and sampling"})
+        )
     return result
 
 
@@ -496,6 +661,35 @@ def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module
     }
 
 
+def _control(house: House, base: Base, canaries: Canaries, observer: Observer) -> nn.Module:
+    """Trains the positive control: the same adapter, no privacy, on the planted canaries alone. It lives in memory only."""
+    rows = house.project.audit
+    planted = PublicText.of([each.text for each in canaries if each.included], sensitivity=Sensitivity.INTERNAL, basis=Basis.GENERATED)
+    steps = rows.control_epochs * -(-len(planted.texts) // CONTROL_BATCH)
+    setup = _setup(house, base, held_out=PublicText(planted.texts[:1]), evaluations=1)
+    order = house.keyring.purpose("control order").stream("order")
+    return loop.fit(planted, setup=setup, steps=steps, batch=CONTROL_BATCH, order=order, on_step=_shown(observer, "control")).module
+
+
+def _audit_fields(result: Mapping[str, Any]) -> dict[str, Any]:
+    names = (
+        "adapter",
+        "run",
+        "verdict",
+        "epsilon_lower",
+        "ceiling",
+        "detectable",
+        "detectable_mu",
+        "claimed_epsilon",
+        "claimed_delta",
+        "level",
+        "layers",
+        "canaries",
+        "recitation",
+    )
+    return {name: result[name] for name in names}
+
+
 # Line 9: may it leave
 
 
@@ -513,14 +707,21 @@ def release(house: House, observer: Observer) -> dict[str, Any]:
         done = _decide(house, trained, audited)
     failed = [gate["gate"] for gate in done["gates"] if not gate["holds"]]
     if failed:
-        raise NotReleased("every gate of [release] to hold", value=", ".join(failed), remedy="The report says what was found. Nothing left the house.")
+        raise NotReleased(
+            "every gate of [release] to hold", value=", ".join(failed), remedy="The report says what was found. Nothing left the house."
+        )
     return done
 
 
 def _decide(house: House, trained: Mapping[str, Any], audited: Mapping[str, Any]) -> dict[str, Any]:
     gates = _gates(house, trained["guarantee"], audited)
     holds = all(gate["holds"] for gate in gates)
-    common = {"name": f"{house.project.project.name}-{trained['run'].removeprefix('run-')}", "adapter": trained["adapter"], "gates": gates, "run": trained["run"]}
+    common = {
+        "name": f"{house.project.project.name}-{trained['run'].removeprefix('run-')}",
+        "adapter": trained["adapter"],
+        "gates": gates,
+        "run": trained["run"],
+    }
     fields = common | (
         {"base": trained["base"], "guarantee": trained["guarantee"], "purpose": house.project.purpose.name, "verdict": audited["verdict"]}
         if holds
@@ -587,9 +788,8 @@ def gateway_app(house: House, *, api_key_hash: str) -> Starlette:
     Raises:
         NotReleased, EvidenceInvalid, DigestMismatch: when there is no release, or it is not what was signed.
     """
-    name = _needed(house, "release").get("name", "")
     key = house.log.public_key()
-    released = load_release(house.releases / name, public_key=key)
+    released = load_release(house.releases / released_name(house), public_key=key)
     base = load_base(house, None, Silent())
     serving = house.project.serve
     engine = gateway.open_engine(released, base, public_key=key, key=house.keyring.purpose("gateway"))
@@ -606,15 +806,14 @@ def gateway_app(house: House, *, api_key_hash: str) -> Starlette:
 
 def _count_served(house: House, adapter: Digest, policy: Digest, counts: Mapping[str, int]) -> None:
     """Logs one served request: digests and counts by label, never text."""
-    fields = {"release": adapter, "requests": 1, "policy": policy, "counts": dict(counts)}
+    fields: dict[str, JSON] = {"release": adapter, "requests": 1, "policy": policy, "counts": dict(counts)}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.SERVED, subjects=(adapter,), fields=fields))
 
 
 def subject_of(house: House, unit: str) -> SubjectId:
     """Returns the pseudonym of a person as the project's sources name them."""
-    section = next((section for section in house.project.source if section.role == "train"), house.project.source[0])
-    return subject_id(house.keyring, unit=section.unit, value=unit)
+    return subject_id(house.keyring, unit=house.project.privacy.unit, value=unit)
 
 
 def erase(house: House, unit: str) -> dict[str, Any]:
@@ -639,7 +838,13 @@ def erase(house: House, unit: str) -> dict[str, Any]:
 def trace(house: House, digest: str) -> list[dict[str, Any]]:
     """Returns every statement about a record, snapshot or model, each with its inclusion proof (a file of c2sp.org/tlog-proof)."""
     return [
-        {"index": e.index, "time": e.time, "predicate": e.predicate.value, "fields": dict(e.fields), "proof": bytes(house.log.prove(e.index)).decode()}
+        {
+            "index": e.index,
+            "time": e.time,
+            "predicate": e.predicate.value,
+            "fields": dict(e.fields),
+            "proof": bytes(house.log.prove(e.index)).decode(),
+        }
         for e in house.log.entries(Digest(digest))
     ]
 
@@ -688,10 +893,18 @@ def utility_control(house: House, *, generated: Mapping[str, str], observer: Obs
     observer.stage("utility control (non-private, generated text only)")
     frozen = ingest(house, observer)
     base = load_base(house, frozen.public, observer)
-    plan = mechanism.plan_from_json(_needed(house, f"plan/{trained['run']}"))
-    curve = loop.fit_like(plan, _training_documents(house, base, frozen.snapshot), base=base, project=house.project, held_out=frozen.held_out, on_step=lambda step: observer.progress("control", step.number, plan.steps, step.figures()))
-    result = {"curve": [[step, round(loss, 4)] for step, loss in curve]}
-    fields = {"run": f"utility-{trained['run']}", "track": "public", "base": trained["base"], "adapter": None, "plan": None, "guarantee": None, "public_loss": result["curve"], "kind": "utility control"}
+    text = PublicText.of(_all_texts(house, frozen.snapshot), sensitivity=frozen.snapshot.sensitivity, basis=Basis.GENERATED)
+    fitted = loop.fit(
+        text,
+        setup=_setup(house, base, held_out=frozen.held_out),
+        steps=house.project.privacy.steps,
+        batch=house.project.privacy.expected_batch,
+        order=house.keyring.purpose("control order").stream("utility"),
+        on_step=_shown(observer, "control"),
+    )
+    result = {"curve": _rounded(fitted.curve)}
+    fields = {"run": f"utility-{trained['run']}", "track": "public", "base": trained["base"], "adapter": None, "plan": None, "guarantee": None}
+    fields |= {"public_loss": result["curve"], "kind": "utility control"}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(Digest(trained["base"]),), fields=fields))
         gone = {"control": fields["run"], "run": trained["run"], "kind": "non-private, generated text", "reason": "curve measured"}
@@ -704,7 +917,9 @@ def _refuse_sensitive(house: House, generated: Mapping[str, str]) -> None:
     for section in house.project.source:
         source = house.project.path(section.path)
         if not source.is_file() or hashlib.sha256(source.read_bytes()).hexdigest() != generated.get(section.path):
-            raise TrackRefused("a corpus that our own code generated, byte for byte", value=section.name, remedy="Non-private controls never see a source.")
+            raise TrackRefused(
+                "a corpus that our own code generated, byte for byte", value=section.name, remedy="Non-private controls never see a source."
+            )
 
 
 # Plumbing
@@ -751,22 +966,13 @@ def _record(tx: Connection, name: str, config_digest: str, result: Mapping[str, 
     tx.execute(insert(_stages).values(name=name, config=config_digest, result=json.dumps(result)))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all.
+def released_name(house: House) -> str:
+    """Returns the name under which the released model is served.
 
     Raises:
-        StorageFull: when the disk is full; the earlier file is kept.
+        NotReleased: when the model was withheld. NotFound: when nothing was decided yet.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        if error.errno == errno.ENOSPC:
-            raise storage_full() from None
-        raise
+    decided = _needed(house, "release")
+    if decided["decision"] != "released":
+        raise NotReleased("a released model", remedy="The report says which gate did not hold.")
+    return str(decided["name"])

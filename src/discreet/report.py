@@ -17,6 +17,7 @@ Does not cover: whether a statement is true, or signed: verify the bundle first 
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,11 +25,16 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from statistics import NormalDist
 from typing import Any, Protocol, final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+from discreet.evidence.log import Log
+from discreet.evidence.statement import Predicate
+from discreet.store import write_atomically
 
 SCHEMA = "urn:discreet:report:v1"
 
@@ -174,6 +180,26 @@ def render_html(report: Report) -> str:
 
 
 @cache
+def of(log: Log, *, run: str | None = None) -> Report:
+    """Computes the report of a run from a project's log."""
+    entries = [entry for predicate in Predicate for entry in log.select(predicate)]
+    return build(entries, run=run, checkpoint=log.checkpoint().decode(), public_key=log.public_key())
+
+
+def write(log: Log, folder: Path, *, public: bool = False) -> list[Path]:
+    """Writes the latest run's report as `report.html` and `report.json` into `folder` (`report-public.*` for the public one); returns both paths.
+
+    Raises:
+        StorageFull: when the disk is full; earlier files are kept.
+    """
+    built = of(log).public() if public else of(log)
+    stem = folder / ("report-public" if public else "report")
+    contents = {stem.with_suffix(".html"): render_html(built), stem.with_suffix(".json"): json.dumps(built.to_json(), indent=2, ensure_ascii=False)}
+    for path, content in contents.items():
+        write_atomically(path, content.encode())
+    return list(contents)
+
+
 def stylesheet() -> str:
     """Returns the one stylesheet of the report and of the pages of `web`."""
     return (resources.files("discreet") / "templates" / "style.css").read_text(encoding="utf-8")
@@ -402,7 +428,9 @@ def _training(log: _Log, trained: Logged | None) -> Section:
     if trained is None:
         return Section(name="training", title="", facts=())
     fields = trained.fields
-    curve, control = _points(fields, "curve", "public_loss"), _points(fields, "control_curve", "control_public_loss")
+    curve = _points(fields, "public_loss")
+    utility = log.last("trained", kind="utility control", run=f"utility-{fields.get('run')}")
+    control = _points(utility.fields, "public_loss") if utility else None
     public_runs = [entry.fields.get("run") for entry in log.all("trained") if not entry.fields.get("guarantee")]
     facts = _facts(
         ("run", "Run", fields.get("run")),
@@ -456,7 +484,7 @@ def _audit(audited: Logged | None, guarantee: Mapping[str, Any]) -> Section:
         ("layers", "Layers", [dict(layer) for layer in fields.get("layers") or []], released),
         ("roc", "Attack on the private model", _points(fields, "roc"), released),
         ("control_roc", "Attack on the control", _points(fields, "control_roc")),
-        ("recitation", "Recitation", dict(fields.get("recitation") or fields.get("extraction") or {}), released),
+        ("recitation", "Recitation", dict(fields.get("recitation") or {}), released),
     )
     return Section(name="audit", title="The audit: does it hold?", facts=facts)
 

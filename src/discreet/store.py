@@ -4,12 +4,15 @@ Tables are declared beside the code that needs them, on the shared `metadata`. W
 read (`BEGIN IMMEDIATE` in SQLite, a transaction-scoped advisory lock in PostgreSQL), so a read followed by a write is never a race (PITFALLS 18).
 Deleted rows are overwritten (`secure_delete`), and `scrub()` empties SQLite's write-ahead log, so that a destroyed key is gone from the files.
 
+Errors of the database never carry the values of a statement (`hide_parameters`): they would end in a log.
+
 Does not cover: PostgreSQL's own write-ahead log and dead tuples, which are the operator's to vacuum and rotate.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,11 +120,11 @@ def now(tx: Connection) -> float:
 
 def _engine(url: str, backend: str) -> Engine:
     if backend == "postgresql":
-        return create_engine(url, pool_pre_ping=True)
+        return create_engine(url, pool_pre_ping=True, hide_parameters=True)
     database = make_url(url).database
     if database and database != ":memory:":
         Path(database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    engine = create_engine(url, connect_args={"timeout": 30.0})
+    engine = create_engine(url, connect_args={"timeout": 30.0}, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def _configure(connection, _record) -> None:  # type: ignore[no-untyped-def]  # SQLAlchemy hands over the raw driver connection
@@ -148,3 +151,24 @@ def _migrate(tx: Connection) -> None:
     for migration in MIGRATIONS[version:]:
         migration(tx)
     tx.execute(update(_schema).values(version=len(MIGRATIONS)))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all.
+
+    Raises:
+        StorageFull: when the disk is full; the earlier file is kept.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno == errno.ENOSPC:
+            raise storage_full() from None
+        raise

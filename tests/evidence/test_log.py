@@ -437,6 +437,26 @@ def test_the_owner_of_the_key_cannot_leave_out_a_public_statement(told: House, t
     assert failures(bundle, told.key) == ["entries.jsonl lines: a public statement is missing, or there twice"]
 
 
+def test_the_owner_of_the_key_cannot_change_a_hidden_leaf(told: House, tmp_path: Path) -> None:
+    bundle = export(told, tmp_path, public=True)
+    leaves = (bundle / "leaves").read_bytes()
+    (bundle / "leaves").write_bytes(bytes(32) + leaves[32:])
+    remake(told, bundle)
+    assert failures(bundle, told.key) == ["leaves: not the tree of the checkpoint"]
+    (bundle / "leaves").write_bytes(leaves + bytes(32))
+    remake(told, bundle, size=len(STORY) + 1)
+    assert failures(bundle, told.key) == ["leaves: not the tree of the checkpoint"]
+
+
+def test_a_node_is_not_shown_as_a_leaf(told: House, tmp_path: Path) -> None:
+    """The root alone, called a tree of one leaf, has the right root: the size that was signed tells."""
+    bundle = export(told, tmp_path, public=True)
+    (bundle / "leaves").write_bytes(note.open_checkpoint((bundle / "checkpoint").read_bytes(), key=note.parse_key(told.key)).root)
+    (bundle / "entries.jsonl").write_bytes(b"")
+    remake(told, bundle, size=1)
+    assert failures(bundle, told.key) == ["leaves: not the tree of the checkpoint"]
+
+
 def test_the_owner_of_the_key_cannot_show_an_internal_bundle_as_public(told: House, tmp_path: Path) -> None:
     bundle = export(told, tmp_path, public=False)
     remake(told, bundle, public=True)

@@ -58,8 +58,19 @@ class House:
 
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
-    store = Store(f"sqlite:///{tmp_path}/discreet.db")
+    yield from open_house(f"sqlite:///{tmp_path}/discreet.db", tmp_path)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def either_house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[House]:
+    """The same on SQLite and on PostgreSQL."""
+    url = f"sqlite:///{tmp_path}/discreet.db" if request.param == "sqlite" else request.getfixturevalue("postgres")
+    yield from open_house(url, tmp_path)
+
+
+def open_house(url: str, root: Path) -> Iterator[House]:
+    store = Store(url)
     keyring = Keyring(store, Key.random())
     log = Log(store, keyring, "example.org/ward")
-    yield House(tmp_path, store, keyring, log, Catalog(store, keyring, log), Consent(store, keyring, log))
+    yield House(root, store, keyring, log, Catalog(store, keyring, log), Consent(store, keyring, log))
     store.close()

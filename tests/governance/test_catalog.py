@@ -69,6 +69,15 @@ def test_a_record_is_collected_and_logged_once(house):
     assert len(house.log.select(Predicate.COLLECTED)) == 1
 
 
+def test_sources_are_listed_as_declared(house):
+    assert house.catalog.sources() == []
+    _collect(house)
+    [source] = house.catalog.sources()
+    declared = {"name": "notes", "owner": "Records office", "sensitivity": "special", "purposes": ["note-assistant"], "privacy_unit": "patient"}
+    assert {key: source[key] for key in declared} == declared
+    assert json.loads(json.dumps(source)) == source
+
+
 def test_statements_carry_at_most_512_records(house):
     many = [{"id": i, "patient": i, "text": f"note {i}"} for i in range(1100)]
     _collect(house, many)
@@ -94,7 +103,7 @@ def test_a_folder_of_text_takes_the_folder_as_unit(house):
     assert records[0].subject == records[1].subject == subject_id(house.keyring, unit="patient", value="P-1")
     house.write("texts/loose.txt", "whose?")
     project = house.project({**section, "name": "loose"})
-    with pytest.raises(RecordInvalid, match="privacy unit.*file 4"):
+    with pytest.raises(RecordInvalid, match=r"privacy unit.*file 4"):
         house.catalog.collect(house.catalog.register(project, project.source[0]))
 
 
@@ -147,7 +156,7 @@ def test_a_source_that_disappeared_stops_the_run(house):
 
 def test_a_changed_declaration_names_its_keys(house):
     house.catalog.register(*house.notes())
-    with pytest.raises(SourceChanged, match="declaration of basis, purposes|declaration of purposes, basis"):
+    with pytest.raises(SourceChanged, match="declaration of basis, purposes"):
         house.catalog.register(*house.notes(basis="contract", purposes=["note-assistant", "research"]))
     house.catalog.register(*house.notes(opt_outs="optouts.txt"))  # the list may appear and change at any time
 
@@ -269,7 +278,7 @@ def test_a_broken_parquet_file_is_refused(house, content):
 
 
 def test_parquet_says_which_row(house):
-    with pytest.raises(RecordInvalid, match="privacy unit.*row 2"):
+    with pytest.raises(RecordInvalid, match=r"privacy unit.*row 2"):
         _collect(house, _parquet([NOTES[0], {**NOTES[1], "patient": None}]), format="parquet", path="notes.parquet")
 
 

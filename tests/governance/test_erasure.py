@@ -58,13 +58,32 @@ def freeze(house, records, name="train"):
     return snapshot
 
 
-@pytest.fixture
-def ward(house):
+def walk(house):
     records = house.catalog.collect(house.catalog.register(*house.notes()))
     house.consent.admit_all(records, PURPOSE)
     snapshot = freeze(house, records)
     stores = [house.catalog, SnapshotStore(house.root / "corpus", house.keyring)]
     return Ward(house, records, snapshot, Erasure(house.store, house.keyring, house.log, stores=stores, unit="patient"))
+
+
+@pytest.fixture
+def ward(house):
+    return walk(house)
+
+
+def test_both_databases_collect_admit_freeze_and_erase_alike(either_house):
+    ward = walk(either_house)
+    ward.model(MODEL, ward.snapshot.root)
+    assert ward.erasure.plan(ward.subject).holdings.reveal() == {"catalog": 2, "corpus": 1}
+    assert set(ward.erasure.plan(ward.subject).affected.reveal()) == {ward.snapshot.root, MODEL}
+    for _ in range(2):
+        ward.erasure.execute(ward.subject)
+    assert ward.erasure.plan(ward.subject).holdings.reveal() == {"catalog": 0, "corpus": 0}
+    admitted, refused = either_house.consent.admit_all(ward.records, PURPOSE)
+    assert [a.record for a in admitted] == ward.records[2:]
+    assert {reason for _, reason in refused} == {"erased"}
+    again = either_house.catalog.collect(either_house.catalog.register(*either_house.notes()))
+    assert [record.digest for record in again] == [ward.records[2].digest]
 
 
 def test_everything_of_the_subject_goes_and_nothing_else(ward):

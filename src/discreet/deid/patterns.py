@@ -242,9 +242,7 @@ def _upper_start(value: str) -> bool:
 
 # Pieces -----------------------------------------------------------------------------------------------------------------------------------------------------
 
-STATES = (
-    "AL AK AZ AR CA CO CT DE FL GA HI ID IL IN IA KS KY LA ME MD MA MI MN MS MO MT NE NV NH NJ NM NY NC ND OH OK OR PA RI SC SD TN TX UT VT VA WA WV WI WY DC PR VI GU"
-).split()  # noqa: SIM905 - a table that reads as one
+STATES = "AL AK AZ AR CA CO CT DE FL GA HI ID IL IN IA KS KY LA ME MD MA MI MN MS MO MT NE NV NH NJ NM NY NC ND OH OK OR PA RI SC SD TN TX UT VT VA WA WV WI WY DC PR VI GU".split()  # noqa: SIM905 - a table that reads as one
 STATE_NAMES = (
     "Alabama|Alaska|Arizona|Arkansas|California|Colorado|Connecticut|Delaware|Florida|Georgia|Hawaii|Idaho|Illinois|Indiana|Iowa|Kansas|Kentucky|Louisiana|Maine|Maryland|"
     "Massachusetts|Michigan|Minnesota|Mississippi|Missouri|Montana|Nebraska|Nevada|New Hampshire|New Jersey|New Mexico|New York|North Carolina|North Dakota|Ohio|Oklahoma|Oregon|"
@@ -261,7 +259,7 @@ _STREET = (
     "street|st|avenue|ave?|road|rd|drive|dr|lane|ln|court|ct|circle|cir|boulevard|blvd|way|place|pl|terrace|ter|parkway|pkwy|highway|hwy|square|sq|trail|trl|alley|aly|loop|"
     "plaza|plz|via|point|pt|ridge|rdg|run|row|path|pike|turnpike|pass|bend|bluffs?|branch|bridge|brooks?|burgs?|bypass|camp|canyon|cape|causeway|center|centers|cliffs?|club|common|commons|"
     "corners?|course|courts|coves?|creek|crescent|crest|crossing|crossroads?|curve|dale|dam|divide|drives|estates?|expressway|extensions?|falls?|ferry|fields?|flats?|fords?|forest|forges?|"
-    "forks?|fort|freeway|gardens?|gateway|glens?|greens?|groves?|harbors?|haven|heights|hills?|hollow|inlet|islands?|isle|junctions?|keys?|knolls?|lakes?|landing|lights?|loaf|locks?|lodge|"
+    "forks?|fort|freeway|gardens?|gateway|glens?|greens?|groves?|harbors?|haven|heights|hills?|hollow|inlet|islands?|isle|land|lands|junctions?|keys?|knolls?|lakes?|landing|lights?|loaf|locks?|lodge|"
     "mall|manors?|meadows?|mews|mills?|mission|motorway|mountains?|mount|neck|oval|orchard|overpass|parks?|parkways|passage|pines?|plains?|plazas|points|ports?|prairie|radial|ramp|ranch|rapids?|"
     "rest|ridges|river|roads|route|rue|shoals?|shores?|skyway|springs?|spurs?|squares|stations?|stravenue|stream|streets|summit|throughway|trace|track|trafficway|trailer|tunnel|underpass|unions?|"
     "valleys?|viaduct|views?|villages?|ville|vista|walks?|wall|ways|wells?"
@@ -466,8 +464,8 @@ PATTERNS: tuple[Pattern, ...] = (
         validator=is_dea,
         locale="US",
         source="21 CFR 1301",
-        matches=("DEA# «MC2671975»",),
-        rejects=("MC2671976",),
+        matches=("DEA# «MC2671976»",),
+        rejects=("MC2671975",),
     ),
     Pattern(
         label=Label.LICENCE,
@@ -478,8 +476,8 @@ PATTERNS: tuple[Pattern, ...] = (
         anchors=("npi", "provider identifier"),
         locale="US",
         source="45 CFR 162.406",
-        matches=("NPI «1465811029»",),
-        rejects=("NPI 1465811028",),
+        matches=("NPI «1465811028»",),
+        rejects=("NPI 1465811029",),
     ),
     Pattern(
         label=Label.LICENCE,
@@ -989,7 +987,7 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern(
         label=Label.DATE,
-        expression=rf"(?<![\w/.-])(?:{_WEEKDAY})?(?:0?[1-9]|[12]\d|3[01])(?:st|nd|rd|th)?[ -]{{0,2}}(?:of {{1,2}})?{_MONTH}(?![a-z])\.?(?:[ ,-]{{1,3}}(?:(?:1[89]|20|21)\d{{2}}|'?\d{{2}})(?![\w.]))?{_TIME}?(?![\d])",
+        expression=rf"(?<![\w/.-])(?:{_WEEKDAY})?(?:0?[1-9]|[12]\d|3[01])(?:st|nd|rd|th)?[ -]{{0,2}}(?:of {{1,2}})?{_MONTH}(?![a-z])\.?(?:[ ,-]{{1,3}}(?:(?:1[89]|20|21)\d{{2}}|'?\d{{2}})(?!\w|\.\d))?{_TIME}?(?![\d])",
         score=STRONG,
         validator=_is_named_date,
         anchors=("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"),
@@ -1119,7 +1117,7 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern(
         label=Label.ADDRESS,
-        expression=rf"(?<![\w])\d{{1,6}}[A-Za-z]?(?: {{1,2}}\d{{1,5}})? {{1,2}}{_WORD}\.?(?: {{1,2}}(?:(?:de|la|du|des|del|di|da|do|van|von|der|el) )?{_WORD}\.?){{0,3}}(?: \d{{1,5}}[A-Za-z]?)?{_UNIT}?(?!\w)",
+        expression=rf"(?<![\w])\d{{2,6}}[A-Za-z]?(?: {{1,2}}\d{{1,5}})? {{1,2}}{_WORD}\.?(?: {{1,2}}(?:(?:de|la|du|des|del|di|da|do|van|von|der|el) )?{_WORD}\.?){{0,3}}(?: \d{{1,5}}[A-Za-z]?)?{_UNIT}?(?!\w)",
         score=SHAPE,
         cased=True,
         context=(
@@ -1256,7 +1254,7 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern(
         label=Label.LOCATION,
-        expression=rf"(?:(?<=[,\n] )|(?<=[,\n]))(?:{_WORD}\.? ){{0,2}}[A-Z][A-Za-z'-]{{2,30}}(?=,? (?:[A-Z]{{2}} )?\d{{5}}(?:-\d{{4}})?(?![\w-]|[.,]\d))",
+        expression=rf"(?:(?<=[,\n] )|(?<=[,\n]))(?:{_WORD}\.? ){{0,2}}[A-Z][a-z][A-Za-z'-]{{1,30}}(?=,? (?:[A-Z]{{2}} )?\d{{5}}(?:-\d{{4}})?(?![\w-]|[.,]\d))",
         score=SHAPE,
         cased=True,
         locale="US",
@@ -1479,7 +1477,30 @@ COLON_CUES = (
 )
 """Before a colon (or at the start of a line and two spaces), then a name."""
 
+SPEAKERS = (
+    "patient",
+    "pt",
+    "nurse",
+    "provider",
+    "physician",
+    "user",
+    "client",
+    "informant",
+    "interpreter",
+    "caregiver",
+    "guardian",
+    "spouse",
+    "contact",
+    "from",
+    "to",
+    "re",
+    "regarding",
+    "attention",
+)
+"""Colon cues after which a sentence can stand as well: a lone ordinary word there is no name."""
+
 PHRASE_CUES = (
+    "letter to",
     "my name is",
     "name is",
     "call me",
@@ -1562,6 +1583,12 @@ RELATIONS = (
     "stepson",
     "stepdaughter",
 )
+
+DRUG_ENDINGS = (
+    "profen|cillin|mycin|statin|olol|pril|sartan|azole|azine|setron|zepam|zolam|caine|floxacin|cycline|sone|solone|formin|gliptin|gliflozin|glutide|tidine|parin|xaban|mab|tinib|ciclovir|triptan|dronate|"
+    "lukast|terol|tropium|barbital|codone|morphone|phylline|thiazide|semide|lactone|dipine|zosin|oxetine|lopram|traline|piprazole|apine|peridone|trexate|prazole|cetamol|thyroxine|gabalin|pentin|toin"
+)
+"""Ends of generic drug names (WHO INN stems): an unknown word with one is no name."""
 
 PARTICLES = (
     "de",
@@ -1654,6 +1681,6 @@ NOT_NAMES = frozenset(
     """mrn dob dod ssn npi dea phone fax tel email date time age sex gender address hospital clinic center unit room plan assessment subjective objective history exam review note summary chief
     complaint present illness medications allergies labs imaging impression findings vitals ros hpi pmh psh heent cc bp hr rr temp spo2 er ed icu or usa uk us mri ct ekg ecg copd chf tylenol advil motrin
     aspirin lisinopril metformin lasix imitrex protonix ultram synthroid lipitor zoloft prozac xanax ativan monday tuesday wednesday thursday friday saturday sunday january february march july september
-    october november december feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun english spanish french german american european asian african hispanic caucasian latino
+    october november december feb mar apr jun jul aug sep sept oct nov dec mon tue wed thu fri sat sun
     gerd iban bic swift visa christmas easter thanksgiving halloween covid medicare medicaid doctor nurse patient guest speaker provider bot dd dt""".split()  # noqa: SIM905 - a table that reads as one
 )

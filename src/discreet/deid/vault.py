@@ -61,6 +61,11 @@ class Vault:
         self._conversation = conversation
         self._kept: dict[str, _Kept] = {}
 
+    @property
+    def conversation(self) -> str:
+        """The name of the conversation."""
+        return self._conversation
+
     def __repr__(self) -> str:
         return f"<vault of {len(self._kept)} values>"
 

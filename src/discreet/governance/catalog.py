@@ -174,6 +174,12 @@ class Catalog:
             self._write(tx, source, collected, num_dropped=len(rows) - len(collected))
         return collected
 
+    def sources(self) -> list[dict[str, Any]]:
+        """Returns what was registered, by name: the declaration, the privacy unit and the digest of the bytes, as JSON values. No count of records."""
+        with self._store.transaction() as tx:
+            rows = tx.execute(select(_sources).order_by(_sources.c.name)).all()
+        return [{**json.loads(row.declaration)["section"], "privacy_unit": row.unit, "digest": row.digest} for row in rows]
+
     def holds(self, subject: SubjectId) -> Sequence[Digest]:
         """Returns the digests of the subject's records (`erasure.Store`)."""
         with self._store.transaction() as tx:

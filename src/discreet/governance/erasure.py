@@ -78,7 +78,7 @@ class Decision(StrEnum):
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class ErasurePlan:
     """What an erasure would touch, for the operator; it prints the same for a known and an unknown subject."""
 
     stores: tuple[str, ...]
@@ -112,13 +112,13 @@ class Erasure:
         self._stores = tuple(stores)
         self._unit = unit
 
-    def plan(self, subject: SubjectId) -> Plan:
+    def plan(self, subject: SubjectId) -> ErasurePlan:
         """Returns what `execute` would touch, and writes nothing."""
         held = {store.name: tuple(store.holds(subject)) for store in self._stores}
         with self._database.transaction() as tx:
             affected = self._affected(tx, held)
         counts = {name: len(digests) for name, digests in held.items()}
-        return Plan(stores=self._names(), holdings=Sensitive(counts), affected=Sensitive(affected))
+        return ErasurePlan(stores=self._names(), holdings=Sensitive(counts), affected=Sensitive(affected))
 
     def execute(self, subject: SubjectId) -> Certificate:
         """Erases the subject everywhere and returns the certificate. Idempotent; a crash is finished by the next call.

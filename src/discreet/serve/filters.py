@@ -24,9 +24,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from discreet.deid import policy
-from discreet.deid.detect import Span, detect
-from discreet.deid.vault import Vault
+from discreet.deid.detect import detect
+from discreet.deid.patterns import Label
+from discreet.deid.policy import builtin, protect
+from discreet.deid.vault import ALPHABET, CODE_CHARS, MAX_PLACEHOLDER_CHARS, PLACEHOLDER, Vault
+from discreet.errors import RequestInvalid
 from discreet.keys import Key
 from discreet.record import Digest
 from discreet.serve.engine import Role, Turn
@@ -34,7 +36,10 @@ from discreet.serve.wire import Message
 
 _ROLES: Mapping[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
-POLICY = policy.BUILT_IN["prompt"]
+MAX_VALUES = 1000
+"""Most different identifiers in one conversation."""
+
+POLICY = builtin("prompt")
 
 
 @final
@@ -58,26 +63,23 @@ class Conversation:
             key: of the gateway; the table's key is derived from it and a fresh random name.
         """
         self._name = Key.random().mac(b"conversation").hex()
-        self._vault = Vault(key.derive("conversation", self._name))
+        self._vault = Vault(key, self._name)
 
     def deidentify(self, messages: Sequence[Message]) -> Prompt:
-        """Returns the conversation as the model may see it."""
+        """Returns the conversation as the model may see it.
+
+        Raises:
+            RequestInvalid: when it holds more than `MAX_VALUES` different identifiers.
+        """
         texts = [message.text for message in messages]
         known = _known(texts)
         counts: Counter[str] = Counter()
         turns = []
         for message, text in zip(messages, texts, strict=True):
-            spans = detect(text, known=known)
-            counts.update(str(span.label) for span in spans)
-            turns.append(Turn(role=_ROLES[message.role], text=self._replace(text, spans)))
+            redacted = protect(text, self._vault, policy=POLICY, known=known)
+            counts.update(str(span.label) for span in redacted.spans)
+            turns.append(Turn(role=_ROLES[message.role], text=redacted.text))
         return Prompt(turns=tuple(turns), policy=POLICY.digest, counts=dict(counts))
-
-    def _replace(self, text: str, spans: Sequence[Span]) -> str:
-        parts, at = [], 0
-        for span in spans:
-            parts += [text[at : span.start], self._vault.issue(self._name, span.label, text[span.start : span.end])]
-            at = span.end
-        return "".join([*parts, text[at:]])
 
     def restorer(self) -> Restorer:
         """Returns what restores the answer; call it after `deidentify`."""
@@ -90,22 +92,45 @@ def _known(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for text in texts:
         for span in detect(text):
             found.setdefault(span.label, {})[text[span.start : span.end]] = None
+    if sum(map(len, found.values())) > MAX_VALUES:  # the second pass looks for each of them in each text
+        raise RequestInvalid(f"at most {MAX_VALUES} different identifiers in a conversation", value="messages", remedy="Send a shorter conversation.")
     return {label: tuple(values) for label, values in found.items()}
+
+
+def _beginning() -> re.Pattern[str]:
+    """Matches an end of text that may still become (or become more of) a placeholder: every proper beginning of what `PLACEHOLDER` matches."""
+    code = rf"(?:[{ALPHABET}]{{1,{CODE_CHARS}}}(?:[*_`]{{1,2}})?(?:&|&g|&gt|\\)?)?"
+    rest = rf"(?:\\{{0,2}}(?:[_ -]{{1,2}}{code})?)?"
+    labels = []
+    for label in Label:
+        nested = rest
+        for character in reversed(label):
+            nested = rf"(?:\\{{0,2}}[_ -]{nested}|\\{{1,2}})?" if character == "_" else f"(?:{character}{nested})?"
+        labels.append(nested.removesuffix("?"))
+    opening = r"(?:<|&lt;|\\<|\[|\{|\()?[*_`]{0,2}"
+    return re.compile(rf"(?:&|&l|&lt|\\|{opening}(?:(?<![A-Za-z0-9])(?:{'|'.join(labels)}))?)\Z", re.IGNORECASE)
+
+
+_BEGINNING = _beginning()
 
 
 @final
 class Restorer:
-    """Puts the values of one conversation back into a stream of text."""
+    """Puts the values of one conversation back into a stream of text; the pieces add up to `vault.restore` of the whole."""
 
     def __init__(self, vault: Vault, conversation: str) -> None:
-        self._values = dict(vault.values(conversation))
-        self._pattern = re.compile("|".join(map(re.escape, sorted(self._values, key=len, reverse=True))) or r"(?!)")
-        self._beginnings = frozenset(placeholder[:size] for placeholder in self._values for size in range(1, len(placeholder)))
-        self._longest = max(map(len, self._values), default=0)
+        """Starts a stream.
+
+        Args:
+            vault: the placeholders.
+            conversation: whose they must be; placeholders of another conversation are left as they are.
+        """
+        self._vault = vault if vault.conversation == conversation else Vault(Key.random(), conversation)
         self._held = ""
+        self._before = 0  # characters of the held text that are out already: one, kept for the expression to look back at
 
     def feed(self, text: str) -> str:
-        """Returns what is certain by now; the rest, shorter than the longest placeholder, is held back."""
+        """Returns what is certain by now; the rest, at most `MAX_PLACEHOLDER_CHARS`, is held back."""
         self._held += text
         return self._release(ended=False)
 
@@ -114,17 +139,19 @@ class Restorer:
         return self._release(ended=True)
 
     def _release(self, *, ended: bool) -> str:
-        released, at = [], 0
-        open_at = len(self._held) if ended else self._undecided(at)
-        while (match := self._pattern.search(self._held, at)) and match.start() < open_at:
-            released += [self._held[at : match.start()], self._values[match.group()]]
+        released, at = [], self._before
+        open_at = self._undecided(at, ended=ended)
+        while (match := PLACEHOLDER.search(self._held, at)) and match.start() < open_at:
+            value = self._vault.restore_one(match.group())
+            released += [self._held[at : match.start()], match.group() if value is None else value]
             at = match.end()
-            open_at = len(self._held) if ended else self._undecided(at)
+            open_at = self._undecided(at, ended=ended)
         released.append(self._held[at:open_at])
-        self._held = self._held[open_at:]
+        self._before = min(open_at, 1)
+        self._held = self._held[open_at - self._before :]
         return "".join(released)
 
-    def _undecided(self, start: int) -> int:
-        """The first place from `start` on whose text, up to the end, begins a placeholder and is not yet one; the end where there is none."""
-        places = range(max(start, len(self._held) - self._longest + 1), len(self._held))
-        return next((place for place in places if self._held[place:] in self._beginnings), len(self._held))
+    def _undecided(self, start: int, *, ended: bool) -> int:
+        """The first place from `start` on at which a placeholder may have begun that more text could complete or prolong; the end where there is none."""
+        begun = None if ended else _BEGINNING.search(self._held, max(start, len(self._held) - MAX_PLACEHOLDER_CHARS))
+        return len(self._held) if begun is None else begun.start()

@@ -55,7 +55,9 @@ class Checkpoints:
     def _context(self) -> bytes:
         return b"checkpoint/" + self.run.encode()
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, curve: tuple[tuple[int, float], ...], subject: Mapping[str, str]) -> None:
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, curve: tuple[tuple[int, float], ...], subject: Mapping[str, str]
+    ) -> None:
         """Writes the state after `step`, in place of the one before.
 
         Args:
@@ -70,7 +72,9 @@ class Checkpoints:
         content = safetensors.torch.save(_state(model, optimizer), metadata={_HEADER: header})
         _write(self.folder / _FILE, self.key.seal(content, context=self._context))
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, subject: Mapping[str, str]) -> tuple[int, tuple[tuple[int, float], ...]] | None:
+    def restore(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, subject: Mapping[str, str]
+    ) -> tuple[int, tuple[tuple[int, float], ...]] | None:
         """Puts a saved state back; returns its step and curve, or None when there is none.
 
         Raises:
@@ -84,7 +88,9 @@ class Checkpoints:
         header = json.loads(_metadata(content)[_HEADER])
         differing = sorted(name for name in header["subject"].keys() | subject.keys() if header["subject"].get(name) != subject.get(name))
         if differing:
-            raise DigestMismatch("a checkpoint of this plan, base model and snapshot", value=f"another {', '.join(differing)}", remedy="Start a new run.")
+            raise DigestMismatch(
+                "a checkpoint of this plan, base model and snapshot", value=f"another {', '.join(differing)}", remedy="Start a new run."
+            )
         _restore(model, optimizer, safetensors.torch.load(content))
         return int(header["step"]), tuple((int(step), float(loss)) for step, loss in header["curve"])
 

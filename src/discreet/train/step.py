@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, final
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -161,7 +162,8 @@ def document_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _token_losses(model: nn.Module, batch: Mapping[str, Tensor], is_target_DT: Tensor, targets_N: Tensor) -> Tensor:
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    outer: Any = model
+    causal: Any = outer.get_base_model() if isinstance(model, PeftModel) else outer
     head = causal.get_output_embeddings()
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     if causal.config.model_type in _PLAIN_HEADS and type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:

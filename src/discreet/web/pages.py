@@ -17,15 +17,19 @@ import base64
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import cache, wraps
-from typing import Any, Protocol
+from typing import Any, Protocol, final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from discreet.errors import DiscreetError
+from discreet.errors import DiscreetError, NotFound
+from discreet.evidence.statement import Entry, Predicate
+from discreet.ledger import Budget
+from discreet.pipeline import House
 from discreet.report import Report, figure, render_html, stylesheet
+from discreet.report import of as report_of
 
 
 class Provider(Protocol):
@@ -111,3 +115,62 @@ def _templates() -> Environment:
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["figure"] = figure
     return environment
+
+
+@final
+class HouseProvider:
+    """The pages' facts of one open project, read from its log and ledger alone."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+
+    def overview(self) -> Mapping[str, Any]:
+        """Returns the dashboard's facts (see `Provider`)."""
+        house, log = self._house, self._house.log
+        declared = house.project.project
+        released = log.select(Predicate.RELEASED)
+        return {
+            "project": {"name": declared.name, "purpose": declared.purpose, "controller": declared.controller},
+            "budgets": [_budget(budget) for budget in house.ledger.budgets()],
+            "runs": [self._run(entry) for entry in reversed(log.select(Predicate.TRAINED)) if entry.fields["track"] == "dp"],
+            "release": _released(released[-1]) if released else None,
+            "checkpoint": log.checkpoint().decode(),
+            "public_key": log.public_key(),
+        }
+
+    def report(self, run: str | None) -> Report:
+        """Returns the report of a run (see `Provider`)."""
+        if run is not None and run not in {entry.fields["run"] for entry in self._house.log.select(Predicate.TRAINED)}:
+            raise NotFound("a run of this project")
+        return report_of(self._house.log, run=run)
+
+    def _run(self, trained: Entry) -> dict[str, Any]:
+        same = [entry for kind in (Predicate.AUDITED, Predicate.RELEASED, Predicate.WITHHELD) for entry in self._house.log.select(kind)]
+        about = [entry for entry in same if entry.fields["adapter"] == trained.fields["adapter"]]
+        promised = trained.fields["guarantee"]
+        return {
+            "run": trained.fields["run"],
+            "status": about[-1].predicate.value if about else "trained",
+            "epsilon": promised["epsilon"],
+            "delta": promised["delta"],
+            "steps": trained.fields.get("steps"),
+            "verdict": next((entry.fields["verdict"] for entry in about if entry.predicate is Predicate.AUDITED), None),
+            "time": trained.time,
+        }
+
+
+def _budget(budget: Budget) -> dict[str, Any]:
+    left = budget.remaining_epsilon
+    return {"name": budget.name, "epsilon": budget.epsilon, "delta": budget.delta, "unit": budget.unit, "spent": budget.epsilon - left, "remaining": left}
+
+
+def _released(entry: Entry) -> dict[str, Any]:
+    promised = entry.fields["guarantee"]
+    return {
+        "name": entry.fields["name"],
+        "epsilon": promised["epsilon"],
+        "delta": promised["delta"],
+        "unit": promised["unit"],
+        "adapter": entry.fields["adapter"],
+        "time": entry.time,
+    }
