@@ -44,12 +44,17 @@ _RELATIONS = {"add_remove": NeighboringRelation.ADD_OR_REMOVE_ONE, "replace_one"
 FINE, COARSE = 1e-4, 1e-3
 """Grids of the privacy loss. Both are pessimistic: a coarser grid can only overstate epsilon, by 0.05 % over 10,000 steps."""
 
-_MANY_STEPS = 20_000
+MANY_STEPS = 20_000
 _SMALLEST_DELTA = 1e-13
 """Below this the tail mass that PLD composition cuts off (1e-15) would show; RDP answers instead."""
 
-ORDERS: tuple[float, ...] = (*(1 + tenth / 10 for tenth in range(2, 100)), *range(11, 65), 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024)
-"""Renyi orders of the RDP epsilon: dp_accounting's own, without the slow ones next to 1, and finer above 64."""
+ORDERS: tuple[float, ...] = (
+    *(1 + tenth / 10 for tenth in range(2, 50)),
+    *(half / 2 for half in range(12, 24)),
+    *range(12, 65),
+    *(80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024),
+)
+"""Renyi orders of the RDP epsilon. Fractional orders cost a slow series each, so they are dense only where training has its optimum."""
 
 
 class _DropsUnconvergedOrders(logging.Filter):
@@ -129,6 +134,21 @@ def guarantee(event: DpEvent, *, delta: float, relation: Relation = "add_remove"
     if epsilon_rdp is None or delta == 0.0:
         return result(epsilon, "pld", epsilon_rdp)
     return result(min(epsilon, epsilon_rdp), "pld", epsilon_rdp, _compare(epsilon, epsilon_rdp))
+
+
+def pld_epsilon(event: DpEvent, *, delta: float, grid: float = COARSE) -> float:
+    """Computes the PLD epsilon alone, under add/remove, for searches; a `Guarantee` is checked against RDP as well.
+
+    Args:
+        delta: in (0, 1).
+        grid: discretisation of the privacy loss; a coarser one can only overstate.
+
+    Raises:
+        ValueError: when a parameter is out of range or PLD does not know the event.
+    """
+    if not 0 < delta < 1:
+        raise ValueError(f"Expected 0 < delta={delta} < 1.")
+    return trade_off(event, grid=grid).epsilons([delta])[0]
 
 
 def rdp(event: DpEvent, orders: Sequence[float], *, relation: Relation = "add_remove") -> Vector:
@@ -644,7 +664,7 @@ def _rdp_once(event: DpEvent, orders: tuple[float, ...], relation: Relation) -> 
 def _pld_or_none(parts: list[tuple[DpEvent, int]], relation: Relation, grid: float | None) -> Any:
     """Composes the privacy loss distributions of the parts; None where one of them has none under this relation."""
     if grid is None:
-        grid = FINE if sum(count for _, count in parts) <= _MANY_STEPS else COARSE
+        grid = FINE if sum(count for _, count in parts) <= MANY_STEPS else COARSE
     composed = pld_library.identity(value_discretization_interval=grid)
     for part, count in parts:
         one = _pld_once(part, count, _RELATIONS[relation], grid)
@@ -654,6 +674,7 @@ def _pld_or_none(parts: list[tuple[DpEvent, int]], relation: Relation, grid: flo
     return composed
 
 
+@lru_cache(maxsize=8)
 def _pld_once(event: Any, count: int, relation: NeighboringRelation, grid: float) -> Any:
     """The distribution of one mechanism run `count` times. Composed here, because PLDAccountant 0.6 drops the count of randomized response."""
     add_remove = relation is NeighboringRelation.ADD_OR_REMOVE_ONE

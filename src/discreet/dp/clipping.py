@@ -162,12 +162,12 @@ _Use = _Outer | _Rows | _Kept
 def _clip_and_add(uses: dict[str, list[_Use]], parameters: Mapping[str, nn.Parameter], num_units: int, clip_norm: float) -> dict[str, Tensor]:
     """Weighs every unit by min(1, clip_norm / norm), in float64 for the norms and in the working precision for the sum."""
     device = next(iter(parameters.values())).device
-    epsilon = max(torch.finfo(_working(p.dtype)).eps for p in parameters.values())
+    margin = _MARGIN * max(_rounding(parameter) for parameter in parameters.values())
     square_U = torch.zeros(num_units, dtype=torch.float64, device=device)
     for name in uses:
         uses[name] = _combine(uses[name], parameters[name].shape, num_units)
-        square_U += _square_norm(uses[name], _MARGIN * epsilon)
-    norm_U = square_U.sqrt() * (1 + _MARGIN * epsilon)
+        square_U += _square_norm(uses[name], margin)
+    norm_U = square_U.sqrt() * (1 + margin)
     finite_U = norm_U.isfinite()
     weight_U = torch.where(finite_U, (clip_norm / norm_U.clamp(min=clip_norm)), 0.0)
     broken_U = None if bool(finite_U.all()) else ~finite_U
@@ -316,7 +316,7 @@ def _transposed_linear(module: Any, inputs_ULd: Tensor, grad_ULp: Tensor) -> _Us
 def _embedding(module: Any, ids_UL1: Tensor, grad_ULd: Tensor) -> _Uses:
     if module.padding_idx is not None:
         grad_ULd = grad_ULd.masked_fill(ids_UL1 == module.padding_idx, 0)
-    yield "weight", _Rows(ids_UL1.squeeze(2), grad_ULd)
+    yield "weight", _Rows(ids_UL1.squeeze(2).long(), grad_ULd)
 
 
 def _layer_norm(module: Any, inputs_ULd: Tensor, grad_ULd: Tensor) -> _Uses:
@@ -417,9 +417,12 @@ class _Seen(NamedTuple):
     """What earlier calls learned about a model: rules by layer, layers that passed the probe, layers whose calls did not fit the batch."""
 
     rules: WeakKeyDictionary[nn.Module, _Rule]
-    probed: set[str]
+    probes_left: dict[str, int]
     shared: set[str]
 
+
+_PROBES = 2
+"""A probe of a layer that no chosen loss reaches (a LoRA matrix below one that is still zero) says nothing; it is repeated this often."""
 
 _SEEN: WeakKeyDictionary[nn.Module, _Seen] = WeakKeyDictionary()
 
@@ -434,7 +437,7 @@ class _Recorder:
         self._recording = True
         self._pending: dict[nn.Module, tuple[_Rule, Tensor, _Place]] = {}
         self._swapped: dict[nn.Module, dict[str, nn.Parameter]] = {}
-        self._seen = _SEEN.setdefault(model, _Seen(WeakKeyDictionary(), set(), set()))
+        self._seen = _SEEN.setdefault(model, _Seen(WeakKeyDictionary(), {}, set()))
         self._hooks = ExitStack()
         for name, module in model.named_modules():
             if name not in self._seen.shared and any(p is not None and p.requires_grad for p in module._parameters.values()):
@@ -454,8 +457,7 @@ class _Recorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for module in list(self._swapped):
-            self._restore(module)
+        self._restore_all()
         self._hooks.close()
 
     def stop(self) -> None:
@@ -472,6 +474,8 @@ class _Recorder:
         if place is None:
             self._seen.shared.add(name)
             return
+        if module in self._swapped:  # a replay that checkpointing cut short
+            self._restore(module)
         trained = {key: p for key, p in module._parameters.items() if p is not None and p.requires_grad}
         self._swapped[module] = trained
         for key, parameter in trained.items():
@@ -498,28 +502,37 @@ class _Recorder:
         for key, parameter in self._swapped.pop(module).items():
             module._parameters[key] = parameter
 
+    def _restore_all(self) -> None:
+        for module in list(self._swapped):
+            self._restore(module)
+
+    def _grad(self, loss: Tensor, taps: list[_Tap], *, keep_graph: bool) -> list[Tensor | None]:
+        """Output gradients of the taps. Checkpointing replays forwards in here and cuts them short, so parameters are given back afterwards."""
+        grads: list[Tensor | None] = []
+        grads.extend(torch.autograd.grad(loss, [tap.edge for tap in taps], retain_graph=keep_graph, allow_unused=True))
+        self._restore_all()
+        return grads
+
     def probe(self, losses: Tensor) -> None:
         """Checks, the first time a layer is tapped, that the losses of every other unit reach only those units' rows.
 
         Raises:
             ValueError: when a layer mixes units: the rows of one would carry gradients of another, and no norm would bound what it contributes.
         """
-        new = [tap for tap in self._taps if tap.name not in self._seen.probed]
-        if not new or self._layout.num_units < 2:
+        new = [tap for tap in self._taps if self._seen.probes_left.get(tap.name, _PROBES) > 0]
+        if not new or self._layout.num_units < 2 or not losses.requires_grad:
             return
         chosen_U = torch.arange(self._layout.num_units, device=losses.device) % 2 == 0
         chosen = losses[chosen_U[self._layout.unit_D]].sum()
-        grads = torch.autograd.grad(chosen, [tap.edge for tap in new], retain_graph=True, allow_unused=True)
-        for tap, grad in zip(new, grads, strict=True):
-            if grad is not None:
-                grad_ULx = self._layout.group(grad, tap.rule.features_out(tap.module))
-                stray = grad_ULx[~chosen_U]
-                if bool(((stray != 0) & stray.isfinite()).any()):
-                    raise ValueError(
-                        f"Expected the loss of one document to depend on its own rows only, but layer {tap.name!r} mixes documents. "
-                        "The document must be the first dimension, and no layer or loss may combine documents (batch norm, balancing losses)."
-                    )
-        self._seen.probed.update(tap.name for tap in new)
+        for tap, grad in zip(new, self._grad(chosen, new, keep_graph=True), strict=True):
+            grad_ULx = None if grad is None else self._layout.group(grad, tap.rule.features_out(tap.module))
+            if grad_ULx is not None and _has_signal(grad_ULx[~chosen_U]):
+                raise ValueError(
+                    f"Expected the loss of one document to depend on its own rows only, but layer {tap.name!r} mixes documents. "
+                    "The document must be the first dimension, and no layer or loss may combine documents (batch norm, balancing losses)."
+                )
+            telling = grad_ULx is not None and _has_signal(grad_ULx[chosen_U])
+            self._seen.probes_left[tap.name] = 0 if telling else self._seen.probes_left.get(tap.name, _PROBES) - 1
 
     def differentiate(self, losses: Tensor, rest: Mapping[str, list[_Kept]]) -> dict[str, list[_Use]]:
         """Runs the one backward pass and returns the uses of every parameter."""
@@ -527,7 +540,7 @@ class _Recorder:
         taps, self._taps = self._taps, []
         if not taps or not losses.requires_grad:
             return uses
-        grads: list[Tensor | None] = list(torch.autograd.grad(losses.sum(), [tap.edge for tap in taps], allow_unused=True))
+        grads = self._grad(losses.sum(), taps, keep_graph=False)
         for position, tap in enumerate(taps):
             grad, grads[position] = grads[position], None  # each is freed as soon as it is booked, unless its Gram matrix is still to come
             if tap.inputs._version != tap.version:
@@ -541,6 +554,11 @@ class _Recorder:
         grad_ULp = self._layout.group(grad, tap.rule.features_out(tap.module))
         for key, use in tap.rule.uses(tap.module, inputs_ULd, grad_ULp):
             uses.setdefault(self._names[id(tap.module._parameters[key])], []).append(use)
+
+
+def _has_signal(grad: Tensor) -> bool:
+    """Says whether any value is finite and not zero; 0 * NaN of a poisoned neighbour is no signal."""
+    return bool(((grad != 0) & grad.isfinite()).any())
 
 
 @final
@@ -571,7 +589,7 @@ class _Layout:
             ValueError: when shapes or the range of `documents` are wrong.
         """
         given_D = torch.as_tensor(units, device=device)
-        if given_D.dim() != 1 or given_D.is_floating_point():
+        if given_D.dim() != 1 or (given_D.is_floating_point() and len(given_D) > 0):
             raise ValueError(f"Expected units to be integers of shape [D], got {given_D.dtype} of shape {list(given_D.shape)}.")
         names_U, unit_D = torch.unique(given_D.long(), return_inverse=True)
         if documents is None:
@@ -705,6 +723,13 @@ def _take(batch: Any, rows: Tensor, layout: _Layout) -> Any:
 def _working(dtype: torch.dtype) -> torch.dtype:
     """float64 stays; everything narrower is computed in float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _rounding(parameter: Tensor) -> float:
+    """Relative rounding of the products that this parameter's norm and sum are made of, with what `torch.set_float32_matmul_precision` allows."""
+    if _working(parameter.dtype) is torch.float64:
+        return float(torch.finfo(torch.float64).eps)
+    return {"highest": float(torch.finfo(torch.float32).eps), "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

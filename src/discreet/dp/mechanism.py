@@ -26,7 +26,7 @@ from typing import Any, final
 import dp_accounting
 from dp_accounting import DpEvent
 
-from discreet.dp.accounting import COARSE, Guarantee, RdpFilter, Relation, event_to_json, guarantee, rdp
+from discreet.dp.accounting import COARSE, FINE, MANY_STEPS, Guarantee, RdpFilter, Relation, event_to_json, guarantee, pld_epsilon, rdp
 from discreet.record import Digest
 
 _RELATION: Relation = "add_remove"
@@ -237,13 +237,13 @@ def noise_for(*, epsilon: float, delta: float, sampling_probability: float, step
         return event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
 
     def costs_little(noise_multiplier: float) -> bool:
-        return guarantee(event(noise_multiplier), delta=delta, grid=COARSE).epsilon <= epsilon
+        return pld_epsilon(event(noise_multiplier), delta=delta) <= epsilon
 
     bracket = _smallest(lambda noise: _rdp_epsilon(event(noise), delta) <= epsilon, tolerance=1e-2)
     noise_multiplier = (
         _bisect(costs_little, 0.8 * bracket, bracket) if not costs_little(0.8 * bracket) else _smallest(costs_little, high=0.8 * bracket)
     )
-    while guarantee(event(noise_multiplier), delta=delta).epsilon > epsilon:
+    while pld_epsilon(event(noise_multiplier), delta=delta, grid=FINE if steps <= MANY_STEPS else COARSE) > epsilon:
         noise_multiplier *= 1 + _TOLERANCE
     return noise_multiplier
 
