@@ -253,6 +253,19 @@ def test_tests_of_two_samples_refuse_canaries_of_one_side() -> None:
         bounds.curve_test([1.0, 2.0], [True, False], trade_off=GaussianTradeOff(mu=1.0), fpr=1.0, level=0.05)
 
 
+@pytest.mark.parametrize("mu", [math.inf, math.nan])
+def test_a_claim_without_noise_is_refused_not_passed(mu: float) -> None:
+    class Unprotected:
+        def __init__(self) -> None:
+            self.mu = mu
+
+        def tpr(self, fpr: float) -> float:
+            return 1.0
+
+    with pytest.raises(ValueError, match="nothing to test"):
+        bounds.curve_test(*_leak(100, 1.0, 1), trade_off=Unprotected(), fpr=0.05, level=0.05)
+
+
 def _judge(scores, included, control, *, epsilon: int = 8, **changes):
     arguments = {
         "negatives": FAIR,
