@@ -328,6 +328,14 @@ def test_a_body_above_the_cap_is_400(echo):
     assert "1000 bytes" in answer.json()["error"]["message"]
 
 
+def test_a_conversation_above_the_cap_is_400_before_it_is_read(echo, monkeypatch):
+    monkeypatch.setattr(filters.Conversation, "deidentify", _raise)
+    with serving(echo, limits=gateway.Limits(max_prompt_chars=100)) as running:
+        answer = running.post({"model": MODEL, "messages": [{"role": "user", "content": "x" * 60}] * 2})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages"
+
+
 def test_unknown_paths_and_methods_are_404_in_the_same_shape(served):
     for answer in (httpx.get(f"{served.url}/v1/{NAME}"), httpx.delete(f"{served.url}/v1/models")):
         assert answer.status_code in (404, 405)
@@ -625,6 +633,13 @@ def test_a_statement_of_another_key_is_refused(project, tmp_path):
 
 
 def test_limits_are_validated_when_made():
-    for name, value in (("max_request_bytes", 0), ("max_seconds", 0), ("max_new_tokens", 0), ("temperature", 3), ("top_p", 0)):
+    for name, value in (
+        ("max_request_bytes", 0),
+        ("max_prompt_chars", 0),
+        ("max_seconds", 0),
+        ("max_new_tokens", 0),
+        ("temperature", 3),
+        ("top_p", 0),
+    ):
         with pytest.raises(RequestInvalid):
             gateway.Limits(**{name: value})
