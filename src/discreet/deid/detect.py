@@ -75,7 +75,7 @@ def detect(text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({
     if len(text) > MAX_CHARS:
         raise RequestInvalid(f"a text of at most {MAX_CHARS} characters", value=len(text), remedy="Split it at paragraphs.")
     wanted = None if labels is None else {parse_label(label) for label in labels}
-    values = [(parse_label(label), value) for label, group in known.items() for value in group]
+    values = list(dict.fromkeys((parse_label(label), value) for label, group in known.items() for value in group))
     view = normalise(text)
     found: list[Span] = []
     regions: Regions = [(0, len(view.text))]
@@ -206,7 +206,7 @@ def _read(view: View, values: Sequence[tuple[Label, str]], regions: Regions) -> 
 _OPAQUES = re.compile(OPAQUE + "++")
 _GUARD = re.compile("|".join(f"(?:{guard})" for guard in GUARDS))
 _COMPILED = tuple((row, row.compiled()) for row in PATTERNS)
-_FILLER = r"(?:(?:is|was|are|number|numbers|num|no|nr|id|the|at|to|as|of|on|my|his|her|their|me|us|new|code|been|reads|below|above|for|with|from|this|your|or|and|home|work|cell)\b[^\w\ufffc]{0,4}){0,4}$"
+_FILLER = r"(?:(?:is|was|are|number|numbers|num|no|nr|id|the|at|to|as|on|my|his|her|their|me|us|new|code|been|reads|below|above|for|with|from|this|your|or|and|home|work|cell)\b[^\w\ufffc]{0,4}){0,4}$"
 
 
 @cache
@@ -442,6 +442,7 @@ def is_last(token: str) -> bool:
     return "L" in names().get(token.lower(), "")
 
 
+_FUNCTION_WORDS = frozenset(("do", "so", "no", "an", "he", "in", "to", "is", "it", "we", "my", "you", "she", "can", "has", "was", "for"))
 _NO_NAME = patterns.NOT_NAMES | set(patterns.TITLES)
 _CAPITALISED = r"[A-Z](?:[a-z]{1,30}|[A-Z]{1,30}|'[A-Z][a-z]{1,30}|[a-z]{1,3}[A-Z][a-z]{1,30})(?:[-'][A-Z]?[A-Za-z]{2,30}){0,2}(?![A-Za-z])"
 _PARTICLE = rf"(?:{'|'.join(re.escape(p) for p in sorted(patterns.PARTICLES, key=len, reverse=True))})"
@@ -452,9 +453,12 @@ _LOWER_NAME = r"[a-z][a-z'-]{1,30}(?![a-z])"
 _RUN = re.compile(rf"(?<![A-Za-z'-]){_CAPITALISED}(?:{_GAP}(?:(?:{_PARTICLE}){_GAP}){{0,2}}(?:{_CAPITALISED}|[A-Z]\.?(?={_GAP}[A-Z]))){{0,4}}")
 _TITLED = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(patterns.TITLES)})(?:\.|\b)[ \t\n]{{0,2}}(?P<value>{_NAME})")
 _TITLED_LOWER = re.compile(
-    rf"(?<![a-z])(?:dr|mr|mrs|ms|miss|doctor|prof|hi|hey|hello|dear|thanks|thank you|good morning|good afternoon)\b[.,]?[ ](?P<value>{_LOWER_NAME}(?: {_LOWER_NAME})?)",
+    rf"(?<![a-z])(?:dr|mr|mrs|ms|miss|doctor|prof|hi|hey|hello|dear|thanks|thank you|good morning|good afternoon)\b ?[.,]? (?!(?:dr|mr|mrs|ms)\b)(?P<value>{_LOWER_NAME}(?: {_LOWER_NAME})?)",
     re.IGNORECASE,
 )
+_TITLE_LOWER = re.compile(r"(?:dr|mr|mrs|ms)\b", re.IGNORECASE)
+_LOWER_WORD = re.compile(r"(?<![a-z'-])[a-z]{4,30}(?![a-z'-])")
+_LOWER_NEXT = re.compile(r" (?P<value>[a-z]{3,30})(?![a-z])")
 _COLON = re.compile(rf"[:=][ \t]{{0,4}}(?P<value>{_NAME})")
 _COLON_CUE = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(patterns.COLON_CUES, key=len, reverse=True))})(?: name)?[ \t]{{0,2}}$", re.IGNORECASE)
 _SPEAKER = re.compile(rf"(?<![a-z])(?:{'|'.join(patterns.SPEAKERS)})[ \t]{{0,2}}$", re.IGNORECASE)
@@ -470,9 +474,11 @@ _RELATION = re.compile(
 _CREDENTIALED = re.compile(
     rf"(?<![A-Za-z])(?P<value>{_NAME}),? {{1,2}}(?:{'|'.join(re.escape(c) for c in sorted(patterns.CREDENTIALS, key=len, reverse=True))})(?![A-Za-z])"
 )
-_COMMA = re.compile(rf"(?<![A-Za-z'-])(?P<value>{_CAPITALISED}(?:{_GAP}{_CAPITALISED})?, ?{_CAPITALISED}(?:{_GAP}(?:{_CAPITALISED}|[A-Z]\b\.?))?)")
+_COMMA = re.compile(
+    rf"(?<![A-Za-z'-])(?P<value>{_CAPITALISED}(?:{_GAP}{_CAPITALISED})?, ?{_CAPITALISED}(?:{_GAP}(?:{_CAPITALISED}|[A-Z]\b\.?))?)(?!\.? {{0,2}}\d)"
+)
 _GIVEN = re.compile(rf", ?(?P<value>{_CAPITALISED})(?: [A-Z]\b\.?)?")
-_DRUG = re.compile(rf"[a-z]{{2}}(?:{'|'.join(patterns.DRUG_ENDINGS)})$")
+_DRUG = re.compile(rf"[a-z]{{2}}(?:{patterns.DRUG_ENDINGS})$")
 _SINGLE = re.compile(r"(?<![A-Za-z])[A-Za-z][A-Za-z']+(?:-[A-Za-z']{2,})*(?<!'s)(?<!')")
 _EPONYM = re.compile(rf"(?:'s)?[ \n](?:[a-z]{{1,12}}[ \n])?(?:{'|'.join(patterns.EPONYMS)})\b", re.IGNORECASE)
 _DIRECTION = re.compile(
@@ -489,7 +495,7 @@ _LIVES = re.compile(
 
 def _names(text: str, others: Sequence[Span], regions: Regions) -> Iterator[Span]:
     """Yields people and towns: cues, titles, lists and pairs of the gazetteer, then every other mention of what was found."""
-    people = [*_cued(text, regions), *_listed(text, regions)]
+    people = [*_cued(text, regions), *_listed(text, regions), *_caseless(text, regions)]
     taken = [s for s in others if s.label is Label.PERSON]
     yield from people
     yield from _mentions(text, [*people, *taken])
@@ -510,6 +516,8 @@ def _cued(text: str, regions: Regions) -> Iterator[Span]:
                 continue
             speaks = expression is _COLON and _SPEAKER.search(text, max(0, match.start() - 45), match.start()) is not None
             kept = _trim(text, *match.span("value"), proof=needs_proof or speaks)
+            if speaks and kept is not None and not any(t.lower() in names() for t in text[slice(*kept)].split()):
+                continue
             after = _GIVEN.match(text, kept[1]) if kept is not None and expression is _COLON else None
             if kept is not None and after is not None and is_first(after["value"]):
                 kept = kept[0], after.end()
@@ -529,10 +537,18 @@ def _cued(text: str, regions: Regions) -> Iterator[Span]:
             yield Span(*match.span("value"), Label.PERSON, SHAPE)
     for match in _within(_TITLED_LOWER, text, regions):
         said = match["value"]
-        listed = list(itertools.takewhile(lambda t: not _common(t) and t in names(), said.split(" "))) if said.islower() else []
+        titled = _TITLE_LOWER.match(text, match.start()) is not None
+        listed = list(itertools.takewhile(lambda t: _is_lower_name(t, titled=titled), said.split(" "))) if said.islower() else []  # noqa: B023 - used at once
         if listed:
             start = match.start("value")
             yield Span(start, start + len(" ".join(listed)), Label.PERSON, SHAPE)
+
+
+def _is_lower_name(word: str, *, titled: bool) -> bool:
+    """Says whether a word in lower case is a name: one of the lists that is no ordinary word, or behind a title anything but an ordinary word."""
+    if titled:
+        return word not in _FUNCTION_WORDS and (word in names() or not _common(word))
+    return word in names() and not _common(word)
 
 
 def _addressed(text: str, regions: Regions) -> Iterator[Span]:
@@ -555,9 +571,15 @@ def _trim(text: str, start: int, end: int, *, proof: bool) -> tuple[int, int] | 
         return None
     shout = text[start:end].isupper()
     keep = 1
-    for _, _, token in tokens[1:]:
-        bare = token.rstrip(".").lower()
-        if bare in _NO_NAME or (_common(bare) and not is_last(bare)) or (shout and bare not in names() and len(bare) > 1):
+    for _, _, part in tokens[1:]:
+        bare = part.rstrip(".").lower()
+        if (
+            bare in _NO_NAME
+            or part == "I"
+            or bare in _FUNCTION_WORDS
+            or (_common(bare) and not is_last(bare))
+            or (shout and bare not in names() and len(bare) > 1)
+        ):
             break
         keep += 1
     while keep > 1 and tokens[keep - 1][2].lower() in patterns.PARTICLES:
@@ -587,6 +609,17 @@ def _listed(text: str, regions: Regions) -> Iterator[Span]:
             if stop > at and not _EPONYM.match(text, tokens[stop - 1][1]):
                 yield Span(tokens[at][0], tokens[stop - 1][1], Label.PERSON, SHAPE if stop - at > 1 else WEAK)
             at = max(stop, at + 1)
+
+
+def _caseless(text: str, regions: Regions) -> Iterator[Span]:
+    """Yields usual first names (with a last name behind) in a text that was written without capitals, such as a transcript."""
+    if sum(map(str.isupper, text)) * 100 > sum(map(str.islower, text)):
+        return
+    for match in _within(_LOWER_WORD, text, regions):
+        if "U" in names().get(match.group(), "") and not _common(match.group()):
+            after = _LOWER_NEXT.match(text, match.end())
+            whole = after is not None and is_last(after["value"]) and not _common(after["value"])
+            yield Span(match.start(), after.end() if after is not None and whole else match.end(), Label.PERSON, WEAK)
 
 
 def _name_from(tokens: Sequence[tuple[int, int, str]], at: int) -> int:
@@ -628,25 +661,27 @@ def _unlisted(tokens: Sequence[tuple[int, int, str]], at: int) -> int:
 
 def _mentions(text: str, people: Sequence[Span]) -> Iterator[Span]:
     """Yields every other place where a part of a found name stands: capitalised or upper case, and lower case when it is no ordinary word."""
-    parts: set[str] = set()
+    parts: dict[str, float] = {}
     for span in people:
-        parts.update(t.lower() for t in re.findall(r"[A-Za-z][A-Za-z'-]+", text[span.start : span.end]))
-    parts -= _NO_NAME | set(patterns.PARTICLES)
+        for token in re.findall(r"[A-Za-z][A-Za-z'-]+", text[span.start : span.end]):
+            parts[token.lower()] = max(span.score, parts.get(token.lower(), 0.0))
+    for token in _NO_NAME | set(patterns.PARTICLES):
+        parts.pop(token, None)
     if not parts:
         return
     tokens = [match for match in _SINGLE.finditer(text) if match.group().lower() in parts]
     as_word = {match.group() for match in tokens}
     for match in tokens:
-        if _counts_as_mention(match.group(), as_word) and not _EPONYM.match(text, match.end()):
+        if _counts_as_mention(match.group(), as_word, parts[match.group().lower()]) and not _EPONYM.match(text, match.end()):
             yield Span(match.start(), match.end(), Label.PERSON, WEAK)
 
 
-def _counts_as_mention(token: str, as_word: set[str]) -> bool:
+def _counts_as_mention(token: str, as_word: set[str], score: float) -> bool:
     """An ordinary word ("Young") counts only with one capital, and only where the text never uses it in lower case."""
     bare = token.lower()
     if bare not in _words() and len(token) > 2:
         return True
-    return token[0].isupper() and not token[1:].isupper() and bare in names() and bare not in as_word
+    return token[0].isupper() and not token[1:].isupper() and (bare in names() or score >= STRONG) and bare not in as_word
 
 
 def _towns(text: str, regions: Regions) -> Iterator[Span]:

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
-from discreet.deid.detect import fold, is_first, names
+from discreet.deid.detect import fold, names
 from discreet.deid.patterns import CREDENTIALS, MONTHS, PARTICLES, TITLES, Label, digits, is_card
 from discreet.keys import Key
 
@@ -242,7 +242,8 @@ def _like(old: str, new: str) -> str:
 
 # Surrogates -------------------------------------------------------------------------------------------------------------------------------------------------
 
-_TOWNS = "Ashford Dalebrook Elmhurst Fairmeadow Glenbrook Harrowgate Kingsmere Larkfield Millbrook Northwick Oakdale Pinecrest Quarrybank Ridgewell Stonebridge Thornbury Underhill Valebrook Westerly Yarrowdale Ambleton Birchwood Cloverdale Dunmore Eastbrook Foxhollow Greenvale Hazelton Ironwood Juniper Kestrel Lakemont Maplewood Newmarsh Orchard Prestwick Rosedale Silverton Tarnwell Willowmere".split()  # noqa: SIM905 - a table that reads as one
+_TOWN_FRONTS = "Ash Birch Clover Dale Elm Fair Glen Haw King Lark Maple North Oak Pine Rose Stone Thorn Under Vale West Yarrow Amble Dun East Green Hazel Iron Lake New Silver".split()  # noqa: SIM905 - a table that reads as one
+_TOWN_BACKS = "bridge brook bury combe dale field ford gate ham hollow hurst leigh low mere moor stead thorpe wick well worth".split()  # noqa: SIM905 - a table that reads as one
 _STREETS = "Alder Aspen Beech Birch Cedar Chestnut Cypress Elm Fern Hawthorn Hickory Juniper Larch Laurel Linden Maple Oak Pine Poplar Rowan Spruce Sycamore Walnut Willow".split()  # noqa: SIM905 - a table that reads as one
 _STREET_KINDS = ("Street", "Avenue", "Road", "Lane", "Drive", "Court")
 _COMPANY_END = re.compile(r"(?:\s|,)+(?:(?:Regional|General|Memorial|Community|VA|Family|Internal) )*(?:[A-Za-z]+ )?[A-Za-z&]+\.?$")
@@ -251,14 +252,9 @@ _COMPANY_END = re.compile(r"(?:\s|,)+(?:(?:Regional|General|Memorial|Community|V
 @cache
 def _pool(flag: str) -> tuple[str, ...]:
     """Names that may stand in: of women (F), of men (M), last names (L); lower case, sorted."""
-    other = {"F": "M", "M": "F", "L": ""}[flag]
-    return tuple(
-        sorted(
-            name
-            for name, flags in names().items()
-            if "S" in flags and flag in flags and not (other and other in flags) and len(name) >= 3 and (flag != "L" or not is_first(name))
-        )
-    )
+    wanted = {"F": "FU", "M": "MU", "L": "L"}[flag]  # used for one gender only, or mostly as a last name
+    listed = ((name, flags.replace("S", "")) for name, flags in names().items() if "S" in flags and len(name) >= 3)
+    return tuple(sorted(name for name, flags in listed if (flags.replace("L", "") == wanted if flag != "L" else flags[0] == wanted)))
 
 
 @final
@@ -334,7 +330,7 @@ class Surrogates:
                 else ("M", "F")[self._draw(Label.PERSON, part, 0) % 2]
             )
             self._names[part] = self._free(_pool(flag), Label.PERSON, part)
-        return self._names[part].capitalize()
+        return "-".join(piece.capitalize() for piece in self._names[part].split("-"))
 
     def _made(self, value: str, label: Label) -> str:
         same = canonical(value)
@@ -349,7 +345,7 @@ class Surrogates:
             street, kind = _STREETS[self._draw(label, same, 1) % len(_STREETS)], _STREET_KINDS[self._draw(label, same, 2) % len(_STREET_KINDS)]
             return self._free([f"{number} {street} {kind}" for number in range(11, 9989)], label, same)
         if label is Label.LOCATION:
-            return _like(value, self._free(_TOWNS, label, same))
+            return _like(value, self._free([front + back for front in _TOWN_FRONTS for back in _TOWN_BACKS], label, same))
         return self._organisation(value, same)
 
     def _organisation(self, value: str, same: str) -> str:
@@ -388,14 +384,14 @@ class Surrogates:
         return "0" * len(shape)
 
     def _free(self, options: Sequence[str], label: Label, same: str) -> str:
-        """Returns the first choice of the key that is neither an original of the subject nor given away; walks on from there."""
+        """Returns the first choice of the key that is neither an original of the subject nor given away; walks on from there, to double names in the end."""
         at = self._draw(label, same, 0) % len(options)
         for step in range(len(options)):
             option = options[(at + step) % len(options)]
             if canonical(option) not in self._taken:
                 self._taken.add(canonical(option))
                 return option
-        return label_only(same, label)
+        return self._free([f"{options[at]}-{option}" for option in options], label, same)
 
     def _draw(self, label: Label, same: str, number: int) -> int:
         return int.from_bytes(self._key.mac(f"{label}\0{same}\0{number}".encode())[:8], "big")

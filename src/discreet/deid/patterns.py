@@ -464,8 +464,8 @@ PATTERNS: tuple[Pattern, ...] = (
         validator=is_dea,
         locale="US",
         source="21 CFR 1301",
-        matches=("DEA# «MC2671975»",),
-        rejects=("MC2671976",),
+        matches=("DEA# «MC2671976»",),
+        rejects=("MC2671975",),
     ),
     Pattern(
         label=Label.LICENCE,
@@ -476,8 +476,8 @@ PATTERNS: tuple[Pattern, ...] = (
         anchors=("npi", "provider identifier"),
         locale="US",
         source="45 CFR 162.406",
-        matches=("NPI «1465811029»",),
-        rejects=("NPI 1465811028",),
+        matches=("NPI «1465811028»",),
+        rejects=("NPI 1465811029",),
     ),
     Pattern(
         label=Label.LICENCE,
@@ -1117,7 +1117,7 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern(
         label=Label.ADDRESS,
-        expression=rf"(?<![\w])\d{{1,6}}[A-Za-z]?(?: {{1,2}}\d{{1,5}})? {{1,2}}{_WORD}\.?(?: {{1,2}}(?:(?:de|la|du|des|del|di|da|do|van|von|der|el) )?{_WORD}\.?){{0,3}}(?: \d{{1,5}}[A-Za-z]?)?{_UNIT}?(?!\w)",
+        expression=rf"(?<![\w])\d{{2,6}}[A-Za-z]?(?: {{1,2}}\d{{1,5}})? {{1,2}}{_WORD}\.?(?: {{1,2}}(?:(?:de|la|du|des|del|di|da|do|van|von|der|el) )?{_WORD}\.?){{0,3}}(?: \d{{1,5}}[A-Za-z]?)?{_UNIT}?(?!\w)",
         score=SHAPE,
         cased=True,
         context=(
@@ -1254,7 +1254,7 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern(
         label=Label.LOCATION,
-        expression=rf"(?:(?<=[,\n] )|(?<=[,\n]))(?:{_WORD}\.? ){{0,2}}[A-Z][A-Za-z'-]{{2,30}}(?=,? (?:[A-Z]{{2}} )?\d{{5}}(?:-\d{{4}})?(?![\w-]|[.,]\d))",
+        expression=rf"(?:(?<=[,\n] )|(?<=[,\n]))(?:{_WORD}\.? ){{0,2}}[A-Z][a-z][A-Za-z'-]{{1,30}}(?=,? (?:[A-Z]{{2}} )?\d{{5}}(?:-\d{{4}})?(?![\w-]|[.,]\d))",
         score=SHAPE,
         cased=True,
         locale="US",
@@ -1587,7 +1587,7 @@ RELATIONS = (
 DRUG_ENDINGS = (
     "profen|cillin|mycin|statin|olol|pril|sartan|azole|azine|setron|zepam|zolam|caine|floxacin|cycline|sone|solone|formin|gliptin|gliflozin|glutide|tidine|parin|xaban|mab|tinib|ciclovir|triptan|dronate|"
     "lukast|terol|tropium|barbital|codone|morphone|phylline|thiazide|semide|lactone|dipine|zosin|oxetine|lopram|traline|piprazole|apine|peridone|trexate|prazole|cetamol|thyroxine|gabalin|pentin|toin"
-).split("|")
+)
 """Ends of generic drug names (WHO INN stems): an unknown word with one is no name."""
 
 PARTICLES = (

@@ -1,0 +1,201 @@
+"""Policies, idempotence, the prompt round trip, and the one function that builds a Deidentified."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from discreet.deid.operators import Operator, date_offset
+from discreet.deid.patterns import PATTERNS, Label
+from discreet.deid.policy import BUILTIN, Channel, Policy, builtin, deidentify, protect, redact
+from discreet.deid.vault import Vault
+from discreet.errors import ConfigInvalid, DiscreetError, RequestInvalid
+from discreet.keys import Key
+from discreet.record import Admitted, Basis, Digest, Purpose, Record, Sensitive, Sensitivity, SubjectId
+
+KEY = Key(bytes(32))
+NOTE = "Dear Dr. Reed, I saw Kelly Fuller (born 1977-10-09, MRN E39389873) on 2022-10-24. She takes Warfarin 5 mg. Call Kelly at (322) 555-0124."
+KNOWN = {"PERSON": ("Kelly Fuller",), "MRN": ("E39389873",), "DATE": ("1977-10-09",), "PHONE": ("322-555-0124",)}
+EXAMPLES = [example.replace("«", "").replace("»", "") for row in PATTERNS for example in row.matches]
+texts = st.lists(st.one_of(st.sampled_from(EXAMPLES), st.text(max_size=10)), max_size=8).map("".join)
+
+
+def admitted(text: str = NOTE, *, subject: str = "SAAA", known: dict[str, tuple[str, ...]] | None = None) -> Admitted:
+    record = Record(
+        digest=Digest("sha256:" + "0" * 64),
+        source="notes",
+        subject=SubjectId(subject),
+        sensitivity=Sensitivity.SPECIAL,
+        text=Sensitive(text),
+        known=Sensitive(KNOWN if known is None else known),
+    )
+    return Admitted(record=record, purpose=Purpose("note-assistant"), basis=Basis.CONSENT)
+
+
+@settings(max_examples=100, deadline=None)
+@given(texts, st.sampled_from(["label", "redact", "log"]))
+def test_redacting_twice_is_redacting_once(text: str, policy: str) -> None:
+    once = redact(text, policy)
+    twice = redact(once.text, policy)
+    assert twice.text == once.text
+    assert twice.spans == ()
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts)
+def test_redacting_twice_with_known_values_is_redacting_once(text: str) -> None:
+    once = redact(text + NOTE, "label", known=KNOWN).text
+    assert redact(once, "label", known=KNOWN).text == once
+
+
+def test_label_redact_and_log() -> None:
+    assert redact(NOTE, "label").text == (
+        "Dear Dr. [PERSON], I saw [PERSON] (born [DATE], MRN [MRN]) on [DATE]. She takes Warfarin 5 mg. Call [PERSON] at [PHONE]."
+    )
+    marked = redact(NOTE, "label").text
+    for label in Label:
+        marked = marked.replace(f"[{label}]", "[REDACTED]")
+    assert redact(NOTE, "redact").text == redact(NOTE, "log").text == marked
+
+
+def test_spans_are_places_in_the_input() -> None:
+    spans = redact(NOTE).spans
+    assert [NOTE[s.start : s.end] for s in spans if s.label == "MRN"] == ["E39389873"]
+
+
+def test_surrogates_leave_the_rest_and_no_original() -> None:
+    out = redact(NOTE, "surrogate", known=KNOWN, key=KEY).text
+    assert "She takes Warfarin 5 mg. Call " in out
+    for original in ("Reed", "Kelly", "Fuller", "E39389873", "1977-10-09", "2022-10-24", "555-0124"):
+        assert original not in out
+
+
+def test_one_subject_one_set_of_stand_ins_across_documents() -> None:
+    one = deidentify(admitted(), BUILTIN["surrogate"], KEY).text.reveal()
+    other = deidentify(admitted("FULLER, KELLY was well."), BUILTIN["surrogate"], KEY).text.reveal()
+    first, last = one.split("I saw ")[1].split(" (")[0].split()
+    assert other == f"{last.upper()}, {first.upper()} was well."
+    assert f"Call {first} at" in one
+
+
+def test_dates_of_a_subject_shift_together() -> None:
+    out = deidentify(admitted("Seen 2022-10-24 and 2022-10-31."), BUILTIN["surrogate"], KEY).text.reveal()
+    days = [int(word.strip(".").split("-")[2]) + 31 * int(word.strip(".").split("-")[1]) for word in out.split() if word[0] == "2"]
+    assert abs(date_offset(KEY)) >= 1
+    assert days[1] - days[0] in (7, 7 + 31 - 30, 7 + 31 - 28, 7 + 31 - 29, 7 - 12 * 31 + 31)
+    assert "2022-10-24" not in out
+
+
+def test_a_subject_depends_on_nobody_else() -> None:
+    """PITFALLS 39: the bytes of one subject are the same whoever else is processed, before or after."""
+    keys = {f"S{n}": Key(bytes([n]) * 32) for n in range(6)}
+    notes = {
+        name: NOTE.replace("Kelly Fuller", f"Kelly {surname}")
+        for name, surname in zip(keys, ("Fuller", "Fuller", "Grant", "Ochoa", "Werner", "Ng"), strict=True)
+    }
+
+    def run(names: list[str]) -> dict[str, str]:
+        return {name: deidentify(admitted(notes[name], subject=name), BUILTIN["surrogate"], keys[name]).text.reveal() for name in names}
+
+    everybody = run(list(keys))
+    for absent in keys:
+        rest = run([name for name in reversed(keys) if name != absent])
+        assert rest == {name: text for name, text in everybody.items() if name != absent}
+
+
+def test_deidentified_says_what_was_done() -> None:
+    done = deidentify(admitted(), BUILTIN["label"], KEY)
+    assert done.policy == BUILTIN["label"].digest
+    assert dict(done.counts) == {"DATE": 2, "MRN": 1, "PERSON": 3, "PHONE": 1}
+    assert (done.source, done.subject, done.sensitivity) == ("notes", "SAAA", Sensitivity.SPECIAL)
+
+
+@pytest.mark.parametrize("policy", ["prompt", "log"])
+def test_training_takes_training_policies_only(policy: str) -> None:
+    with pytest.raises(ConfigInvalid, match="channel training"):
+        deidentify(admitted(), BUILTIN[policy], KEY)
+
+
+def test_canaries_pass_unchanged() -> None:
+    text = "The old zafirn bell says ranch fabric lighthouse saddle."
+    for policy in ("surrogate", "label", "redact"):
+        assert deidentify(admitted(text, known={}), BUILTIN[policy], KEY).text.reveal() == text
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts)
+def test_prompt_comes_back_as_it_was(text: str) -> None:
+    vault = Vault(KEY, "c")
+    assert vault.restore(protect(text, vault).text) == text
+
+
+def test_prompt_holds_placeholders_only() -> None:
+    vault = Vault(KEY, "c")
+    protected = protect(NOTE, vault, known=KNOWN).text
+    for original in ("Reed", "Kelly", "Fuller", "E39389873", "1977-10-09", "555-0124"):
+        assert original not in protected
+    assert "She takes Warfarin 5 mg." in protected
+
+
+def test_typed_placeholder_is_not_restored_to_its_value() -> None:
+    vault = Vault(KEY, "c")
+    secret = vault.issue("SSN", "464-79-1772")
+    protected = protect(f"print {secret} for Dr. Reed", vault)
+    assert secret not in protected.text
+    assert vault.restore(protected.text) == f"print {secret} for Dr. Reed"
+
+
+def test_digest_changes_with_every_part() -> None:
+    base = BUILTIN["label"]
+    other = Policy(name=base.name, channel=base.channel, operators={**base.operators, Label.ORG: Operator.KEEP}, version=base.version)
+    newer = Policy(name=base.name, channel=base.channel, operators=base.operators, version=2)
+    digests = [policy.digest for policy in (*BUILTIN.values(), other, newer)]
+    assert len(set(digests)) == len(digests)
+    assert base.digest == builtin("label").digest
+
+
+def test_keep_and_token() -> None:
+    policy = Policy(
+        name="mine",
+        channel=Channel.LOG,
+        operators=dict.fromkeys(Label, Operator.KEEP) | {Label.MRN: Operator.TOKEN, Label.PHONE: Operator.MASK},
+    )
+    out = redact(NOTE, policy, key=KEY)
+    assert "Kelly Fuller" in out.text
+    assert "MRN MRN_" in out.text
+    assert "(***) ***-****" in out.text
+    assert {s.label for s in out.spans} == {"MRN", "PHONE"}
+
+
+def test_policies_are_checked_when_made() -> None:
+    full = dict.fromkeys(Label, Operator.LABEL)
+    with pytest.raises(ConfigInvalid, match="SECRET"):
+        Policy(name="x", channel=Channel.LOG, operators={k: v for k, v in full.items() if k is not Label.SECRET})
+    with pytest.raises(ConfigInvalid, match="shift"):
+        Policy(name="x", channel=Channel.LOG, operators=full | {Label.PERSON: Operator.SHIFT})
+    with pytest.raises(ConfigInvalid, match="vault"):
+        Policy(name="x", channel=Channel.TRAINING, operators=full | {Label.PERSON: Operator.VAULT})
+
+
+def test_unknown_and_misplaced_policies_are_refused() -> None:
+    with pytest.raises(ConfigInvalid, match="nonsense"):
+        redact("x", "nonsense")
+    with pytest.raises(ConfigInvalid, match="vault"):
+        redact("x", "prompt")
+    with pytest.raises(ConfigInvalid, match="channel prompt"):
+        protect("x", Vault(KEY, "c"), policy=BUILTIN["label"])
+
+
+def test_nothing_prints_text_or_identifiers(caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    caplog.set_level(logging.DEBUG)
+    seen = repr(redact(NOTE)) + repr(protect(NOTE, Vault(KEY, "c"))) + repr(deidentify(admitted(), BUILTIN["surrogate"], KEY))
+    with pytest.raises(RequestInvalid) as long:
+        redact(NOTE * 20_000)
+    with pytest.raises(DiscreetError) as unknown:
+        deidentify(admitted(known={"NICKNAME": ("Zyra Quorndike",)}), BUILTIN["label"], KEY)
+    seen += repr(long.value) + repr(unknown.value) + str(unknown.value) + caplog.text + "".join(capsys.readouterr())
+    for original in ("Kelly", "Fuller", "Reed", "E39389873", "0124", "Quorndike"):
+        assert original not in seen
