@@ -159,6 +159,16 @@ def test_a_typed_placeholder_comes_back_as_typed():
     assert restorer.feed(seen) + restorer.close() == text
 
 
+@pytest.mark.parametrize("lookalike", ["\u212a", "\u017f"])
+def test_a_lookalike_letter_in_a_placeholder_is_text(lookalike):
+    conversation = Conversation(Key(bytes(32)))
+    text = f"<PERSON_{lookalike}2222222> and PERSON_2222222{lookalike}"
+    seen = conversation.deidentify(messages(text)).turns[0].text
+    restorer = conversation.restorer()
+    assert restorer.feed(seen) + restorer.close() == text
+    assert restorer.feed(text) + restorer.close() == text
+
+
 def test_a_placeholder_of_an_earlier_request_means_nothing():
     earlier = Conversation(Key(bytes(32))).deidentify(messages(EMAIL)).turns[0].text
     conversation = Conversation(Key(bytes(32)))

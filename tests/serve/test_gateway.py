@@ -7,6 +7,8 @@ import contextlib
 import gc
 import json
 import logging
+import os
+import signal
 import socket
 import threading
 import time
@@ -630,6 +632,26 @@ def test_a_statement_of_another_key_is_refused(project, tmp_path):
     with pytest.raises(EvidenceInvalid):
         gateway.open_engine(project.release, project.base, public_key=other.public_key(), key=Key(bytes(32)))
     store.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_run_returns_on_a_signal_so_that_what_was_served_can_be_written_down(echo, number, monkeypatch):
+    application = gateway.app(echo, model_name=MODEL, adapter=ADAPTER, key=Key(bytes(32)), api_key_hash="", on_served=lambda *_: None)
+    made = []
+    original = gateway.server
+    monkeypatch.setattr(gateway, "server", lambda *a, **k: made.append(original(*a, **k)) or made[0])
+    before = signal.getsignal(number)
+
+    def stop():
+        while not (made and made[0].started):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    gateway.run(application, host="127.0.0.1", port=0)
+    stopper.join()
+    assert signal.getsignal(number) is before
 
 
 def test_limits_are_validated_when_made():

@@ -23,10 +23,12 @@ import hashlib
 import hmac
 import logging
 import shutil
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -240,8 +242,26 @@ def server(application: Starlette, *, host: str, port: int) -> uvicorn.Server:
 
 
 def run(application: Starlette, *, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM, then lets running answers finish for at most ten seconds."""
-    server(application, host=host, port=port).run()
+    """Serves until SIGINT or SIGTERM, lets running answers finish for at most ten seconds, and returns.
+
+    The server raises the signal again once it has stopped, which would end the process before its owner has written down what was served; here it then does nothing.
+    """
+    with _signals_end_here():
+        server(application, host=host, port=port).run()
+
+
+@contextmanager
+def _signals_end_here() -> Iterator[None]:
+    """Gives the two signals a handler that does nothing, in the thread that can; the server puts its own in front while it runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
