@@ -7,10 +7,10 @@ import re
 import time
 
 import pytest
-from discreet.deid.vault import MAX_PLACEHOLDER_CHARS, Vault
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from discreet.deid.vault import MAX_PLACEHOLDER_CHARS, Vault
 from discreet.errors import RequestInvalid
 from discreet.keys import Key
 from discreet.serve.filters import Conversation, Restorer
