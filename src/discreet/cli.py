@@ -93,42 +93,56 @@ def init(
 
 @app.command()
 def run(
-    stage: Annotated[str | None, typer.Argument(help="ingest, train, audit, release or report; all of them when left out.")] = None,
+    stage: Annotated[str | None, typer.Argument(help="ingest, train, audit or release; all of them, and the report, when left out.")] = None,
     project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
-    """Runs the project's pipeline, or one stage of it; resumes where it stopped."""
+    """Runs the project's pipeline, or up to one stage of it; resumes where it stopped."""
+    from discreet import pipeline
+    from discreet import report as reports
+
+    with pipeline.open_house(project) as house:
+        before = pipeline.finished(house)
+        outcome = pipeline.run(house, until=stage, observer=_Bars())
+        written = reports.write(house.log, house.project.root)[0] if stage is None else None
+        sentence = reports.of(house.log).sentence
+    trained = outcome.get("train", {})
+    document = {
+        "run": trained.get("run"),
+        "stages": [{"stage": name, "state": "skipped" if name in before else "done"} for name in outcome],
+        "sentence": sentence,
+        **({"guarantee": trained["guarantee"]} if trained else {}),
+        **({"verdict": outcome["audit"]["verdict"]} if "audit" in outcome else {}),
+        **({"release": outcome["release"]["name"]} if "release" in outcome else {}),
+        **({"report": str(written)} if written else {}),
+    }
+    _print(as_json, document, [*(f"{s['stage']}: {s['state']}" for s in document["stages"]), sentence, *([f"report: {written}"] if written else [])])
+
+
+def _one_stage(name: str, project: Path, as_json: bool) -> None:
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        outcome = pipeline.run(house, until=stage, observer=_Bars())
-    _print(as_json, outcome, [f"{name}: {value}" for name, value in _flat(outcome)])
+        result = pipeline.run(house, until=name, observer=_Bars())[name]
+    _print(as_json, result, [f"{key}: {value}" for key, value in _flat(result)])
 
 
 @app.command()
 def train(project: Folder = HERE, as_json: Json = False) -> None:
     """Trains under differential privacy: reserves and spends the budget, then takes the noisy steps."""
-    run("train", project, as_json)
+    _one_stage("train", project, as_json)
 
 
 @app.command()
 def audit(project: Folder = HERE, as_json: Json = False) -> None:
     """Attacks the trained model and gives PASS, FAIL or INCONCLUSIVE."""
-    from discreet import pipeline
-
-    with pipeline.open_house(project) as house:
-        report = pipeline.run(house, until="audit", observer=_Bars())["audit"]
-    _print(as_json, report, [f"{name}: {value}" for name, value in _flat(report)])
+    _one_stage("audit", project, as_json)
 
 
 @app.command()
 def release(project: Folder = HERE, as_json: Json = False) -> None:
     """Signs the model out through its gates, or withholds it (exit 3)."""
-    from discreet import pipeline
-
-    with pipeline.open_house(project) as house:
-        released = pipeline.run(house, until="release", observer=_Bars())["release"]
-    _print(as_json, released, [f"{name}: {value}" for name, value in _flat(released)])
+    _one_stage("release", project, as_json)
 
 
 @app.command()
@@ -199,12 +213,16 @@ def _serve(project: Path, *, port: int | None) -> None:
 
     with pipeline.open_house(project, exclusive=False) as house:
         api_key, hashed = gateway.new_api_key()
-        application = pipeline.gateway_app(house, api_key_hash=hashed)
+        served = pipeline.Served(house)
+        application = pipeline.gateway_app(house, served, api_key_hash=hashed)
         application.router.routes.extend(pages.routes(pages.HouseProvider(house)))
         host, chosen = house.project.serve.host, house.project.serve.port if port is None else port
         for line in _invitation(f"http://{host}:{chosen}", api_key, pipeline.released_name(house)):
             stderr.print(line, markup=False)
-        gateway.run(application, host=host, port=chosen)
+        try:
+            gateway.run(application, host=host, port=chosen)
+        finally:
+            served.write()
 
 
 def _invitation(address: str, api_key: str, name: str) -> list[str]:

@@ -34,9 +34,7 @@
         |-- NothingLearned                          train.nothing_learned
         |-- KeyUnavailable                          keys.unavailable
         |-- Overloaded                              serve.overloaded (http 429)
-        |-- ErasureIncomplete                       erasure.incomplete
-        |-- Overloaded                              serve.overloaded (http 429)
-        `-- UpstreamFailed                          upstream.failed  (http 502)
+        `-- ErasureIncomplete                       erasure.incomplete
 
 A message states the rule, the value that broke it and the remedy. The value is public by contract: callers never pass text, names or
 identifiers of people. The mathematics (`dp`, `evidence.merkle`, `audit.bounds`) raises plain `ValueError` instead.
@@ -218,10 +216,6 @@ class Overloaded(OperationFailed):
 
 class ErasureIncomplete(OperationFailed):
     code = "erasure.incomplete"
-
-
-class UpstreamFailed(OperationFailed):
-    code, http_status = "upstream.failed", 502
 
 
 def missing_extra(extra: str, module: str) -> MissingExtra:

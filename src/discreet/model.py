@@ -48,6 +48,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from discreet.config import ModelSection
@@ -432,6 +433,13 @@ def _convert_smollm2(folder: Path, progress: Progress) -> None:
     progress("saving SmolLM2")
     module.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def linear_layers(base: Base) -> tuple[str, ...]:
+    """Returns the names of the linear layers inside the blocks of a model, as `lora_targets` takes them; the head is left out."""
+    head = base.module.get_output_embeddings()  # type: ignore[operator]  # a transformers model; torch declares attributes as tensors
+    kinds = (nn.Linear, Conv1D)
+    return tuple(sorted({name.rpartition(".")[2] for name, layer in base.module.named_modules() if isinstance(layer, kinds) and layer is not head}))
 
 
 def _attach_lora(base: Base, *, rank: int, alpha: float, targets: Sequence[str]) -> PeftModel:

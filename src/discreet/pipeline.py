@@ -24,7 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
@@ -34,10 +34,10 @@ from discreet import config, corpus, model
 from discreet.audit import bounds, extraction, membership
 from discreet.audit import canaries as canary
 from discreet.audit.canaries import Canaries
-from discreet.config import Project, SourceSection, digest_of
+from discreet.config import ModelSection, Project, SourceSection, TrainSection, digest_of
 from discreet.deid import policy as deid
 from discreet.dp import accounting, mechanism
-from discreet.errors import ConfigInvalid, NotFound, NotReleased, PlanInvalid, RunInProgress, TrackRefused
+from discreet.errors import BudgetExhausted, ConfigInvalid, NotFound, NotReleased, PlanInvalid, RunInProgress, TrackRefused
 from discreet.evidence.log import Log
 from discreet.evidence.statement import JSON, Entry, Predicate, Statement
 from discreet.governance import lineage
@@ -65,15 +65,17 @@ if TYPE_CHECKING:
 STAGES = ("ingest", "train", "audit", "release")
 BATCH = 512
 CANARY_SOURCE = "audit-canaries"
-CONTROL_BATCH = 32
+CONTROL_BATCH = 16
+CONTROL_RANK = 8
 RECITED = 40
+SERVED_BATCH = 100
 """Planted canaries that both models are asked to recite."""
 
 _stages = Table(
     "stages",
     metadata,
     Column("name", String(32), primary_key=True),
-    Column("config", String(71), nullable=False),
+    Column("config", String(71), primary_key=True),
     Column("result", Text, nullable=False),
 )
 
@@ -361,8 +363,9 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
     privacy = house.project.privacy
     population = privacy.population or snapshot.num_units
     delta = privacy.delta or 1 / (2 * population)
+    budget = _filter(house, delta)[0] if privacy.target == "budget" else None
     try:
-        return mechanism.calibrate(
+        plan = mechanism.calibrate(
             epsilon=privacy.epsilon,
             delta=delta,
             population=population,
@@ -371,11 +374,16 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
             clip_norm=privacy.clip_norm,
             unit=privacy.unit,
             cap=privacy.cap,
-            budget=_filter(house, delta)[0] if privacy.target == "budget" else None,
+            budget=budget,
             allow_large_delta=privacy.allow_large_delta,
         )
     except ValueError as error:
         raise PlanInvalid("[privacy] to have a solution", value=str(error), remedy="See docs/choosing-unit-and-epsilon.md.") from None
+    left = budget.remaining_epsilon() if budget else privacy.epsilon
+    if left < min(privacy.epsilon, house.project.budget.epsilon) / 2:
+        remedy = "A budget is never refilled. Set [privacy] epsilon to what is left, or open a budget for other people."
+        raise BudgetExhausted(f"epsilon {privacy.epsilon:g} in budget {house.project.budget.name}", value=f"{left:.3g} left", remedy=remedy)
+    return plan
 
 
 def _filter(house: House, delta: float) -> tuple[accounting.RdpFilter, Mapping[str, Any]]:
@@ -538,7 +546,7 @@ def load_base(house: House, public: PublicText | None, observer: Observer) -> Ba
         return model.load_base(name if name == model.SMOLLM2 else str(house.project.path(name)), cache=cache, progress=observer.note)
     if public is None:
         return model.load_base(_needed(house, "train")["base_path"], cache=cache)
-    return model.build_tiny(public, cache=house.project.state / "models", progress=observer.note)
+    return model.build_tiny(public, cache=house.project.state / "models", steps=80, batch=16, learning_rate=1e-2, progress=observer.note)
 
 
 def _shown(observer: Observer, task: str) -> Callable[[loop.StepReport], None]:
@@ -662,11 +670,18 @@ def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module
 
 
 def _control(house: House, base: Base, canaries: Canaries, observer: Observer) -> nn.Module:
-    """Trains the positive control: the same adapter, no privacy, on the planted canaries alone. It lives in memory only."""
-    rows = house.project.audit
+    """Trains the positive control without privacy on the planted canaries alone, with adapters on every linear layer. It lives in memory only.
+
+    It has more room to memorise than the private model, so that what the audit can see is not limited by what a small adapter can hold.
+    """
+    rules = house.project.audit
     planted = PublicText.of([each.text for each in canaries if each.included], sensitivity=Sensitivity.INTERNAL, basis=Basis.GENERATED)
-    steps = rows.control_epochs * -(-len(planted.texts) // CONTROL_BATCH)
-    setup = _setup(house, base, held_out=PublicText(planted.texts[:1]), evaluations=1)
+    steps = rules.control_epochs * -(-len(planted.texts) // CONTROL_BATCH)
+    setup = replace(
+        _setup(house, base, held_out=PublicText(planted.texts[:1]), evaluations=1),
+        model=ModelSection(lora_rank=CONTROL_RANK, lora_targets=model.linear_layers(base), max_tokens=house.project.model.max_tokens),
+        train=TrainSection(learning_rate=rules.control_learning_rate),
+    )
     order = house.keyring.purpose("control order").stream("order")
     return loop.fit(planted, setup=setup, steps=steps, batch=CONTROL_BATCH, order=order, on_step=_shown(observer, "control")).module
 
@@ -734,7 +749,7 @@ def _decide(house: House, trained: Mapping[str, Any], audited: Mapping[str, Any]
     with house.store.transaction() as tx:
         kind = Predicate.RELEASED if holds else Predicate.WITHHELD
         index = house.log.append(tx, Statement(predicate=kind, subjects=(Digest(trained["adapter"]),), fields=fields))
-        _record(tx, "release", _run_config(house), result)
+        _record(tx, "release", _config_of(house, "release"), result)
         entry = next(entry for entry in house.log.select(kind, tx=tx) if entry.index == index)
         if holds:
             write_atomically(folder / "release.json", entry.envelope)
@@ -782,7 +797,7 @@ def _release(folder: Path, entry: Entry) -> Release:
 # Lines 10 and 11, and what is said about it all
 
 
-def gateway_app(house: House, *, api_key_hash: str) -> Starlette:
+def gateway_app(house: House, served: Served, *, api_key_hash: str) -> Starlette:
     """Returns the gateway's application for the verified release of this project (line 10).
 
     Raises:
@@ -799,16 +814,41 @@ def gateway_app(house: House, *, api_key_hash: str) -> Starlette:
         adapter=released.adapter,
         key=house.keyring.purpose("gateway"),
         api_key_hash=api_key_hash,
-        on_served=lambda adapter, policy, counts: _count_served(house, adapter, policy, counts),
+        on_served=served.count,
         limits=gateway.Limits(max_request_bytes=serving.max_request_bytes, max_new_tokens=serving.max_new_tokens),
     )
 
 
-def _count_served(house: House, adapter: Digest, policy: Digest, counts: Mapping[str, int]) -> None:
-    """Logs one served request: digests and counts by label, never text."""
-    fields: dict[str, JSON] = {"release": adapter, "requests": 1, "policy": policy, "counts": dict(counts)}
-    with house.store.transaction() as tx:
-        house.log.append(tx, Statement(predicate=Predicate.SERVED, subjects=(adapter,), fields=fields))
+@final
+class Served:
+    """Rolls served requests up into one statement for every hundred, and for the rest when the gateway stops: digests and counts by label, never text."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self._requests = 0
+        self._counts: Counter[str] = Counter()
+        self._about: tuple[Digest, Digest] | None = None
+
+    def count(self, adapter: Digest, policy: Digest, counts: Mapping[str, int]) -> None:
+        """Counts one request."""
+        if self._about not in (None, (adapter, policy)):
+            self.write()
+        self._about = adapter, policy
+        self._requests += 1
+        self._counts.update(counts)
+        if self._requests >= SERVED_BATCH:
+            self.write()
+
+    def write(self) -> None:
+        """Logs what was counted since the last statement."""
+        if self._about is None:
+            return
+        adapter, policy = self._about
+        fields: dict[str, JSON] = {"release": adapter, "requests": self._requests, "policy": policy, "counts": dict(sorted(self._counts.items()))}
+        with self._house.store.transaction() as tx:
+            self._house.log.append(tx, Statement(predicate=Predicate.SERVED, subjects=(adapter,), fields=fields))
+        self._requests, self._about = 0, None
+        self._counts.clear()
 
 
 def subject_of(house: House, unit: str) -> SubjectId:
@@ -945,18 +985,31 @@ def _run_config(house: House) -> str:
     return digest_of([section.model_dump(mode="json") for section in sections] + [section.model_dump(mode="json") for section in project.source])
 
 
+def _config_of(house: House, name: str) -> str:
+    """What a stage's result depends on: its run, and for a release the gates too."""
+    if name.startswith("plan/"):
+        return ""
+    gates = house.project.release.model_dump(mode="json")
+    return digest_of([_run_config(house), gates]) if name == "release" else _run_config(house)
+
+
 def _result(house: House, name: str, config_digest: str) -> dict[str, Any] | None:
     with house.store.transaction() as tx:
         found = tx.execute(select(_stages.c.result).where(_stages.c.name == name, _stages.c.config == config_digest)).scalar_one_or_none()
     return None if found is None else dict(json.loads(found))
 
 
+def finished(house: House) -> set[str]:
+    """Returns the stages that are done for this discreet.toml."""
+    return {name for name in STAGES if _finished(house, name) is not None}
+
+
 def _finished(house: House, name: str) -> dict[str, Any] | None:
-    return _result(house, name, _run_config(house))
+    return _result(house, name, _config_of(house, name))
 
 
 def _needed(house: House, name: str) -> dict[str, Any]:
-    found = _result(house, name, "" if name.startswith("plan/") else _run_config(house))
+    found = _result(house, name, _config_of(house, name))
     if found is None:
         raise NotFound(f"the stage '{name}' to be done for this discreet.toml", remedy="Run `discreet run`.")
     return found

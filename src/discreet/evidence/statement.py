@@ -119,13 +119,10 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.RESERVED: _internal("reservation run budget plan snapshot"),
         Predicate.SPENT: _public("reservation run budget plan", _PRICE),
         Predicate.CLOSED: _public("reservation reason", "run budget plan steps"),
-        Predicate.TRAINED: _public(
-            "run track base adapter plan guarantee",
-            "reservation budget steps recipe parameters public_loss public_loss_before control_public_loss device kind",
-        ),
+        Predicate.TRAINED: _public("run track base adapter plan guarantee", "reservation budget steps parameters public_loss kind"),
         Predicate.AUDITED: _public(
             "adapter verdict epsilon_lower ceiling",
-            "run delta level detectable layers canaries methods controls extraction report promised",
+            "run level detectable detectable_mu claimed_epsilon claimed_delta layers canaries recitation report",
         ),
         Predicate.CONTROL_DESTROYED: _public("control", "run kind reason"),
         Predicate.KEY_DESTROYED: _public("run", "reason kind"),

@@ -1,0 +1,287 @@
+"""One record through all eleven lines of the story, on a hospital of 60 patients and a model of the size of a toy; then withdrawn at each line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from discreet import corpus, demo, model, pipeline
+from discreet.config import load
+from discreet.deid import policy as deid
+from discreet.errors import (
+    BudgetExhausted,
+    DigestMismatch,
+    EvidenceInvalid,
+    Forgotten,
+    NotAdmitted,
+    NotFound,
+    NotReleased,
+    RunInProgress,
+    SourceChanged,
+    TrackRefused,
+)
+from discreet.evidence.log import verify_bundle, verify_proof
+from discreet.evidence.statement import Predicate
+from discreet.governance.consent import Reason
+from discreet.pipeline import House, Silent
+from discreet.record import Basis, Sensitivity
+
+SIZES = {"patients": 60, "documents": 130, "public": 60, "held_out": 12}
+SETTINGS = {
+    "privacy.steps": "4",
+    "privacy.expected_batch": "24",
+    "audit.canaries": "120",
+    "audit.control_epochs": "20",
+    "audit.control_learning_rate": "1e-2",
+    "release.verdicts": '["PASS", "INCONCLUSIVE"]',
+    "run.threads": "1",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model that has read a little public text."""
+    folder = tmp_path_factory.mktemp("base")
+    demo.write_corpus(folder, **SIZES)
+    rows = [json.loads(line)["text"] for line in (folder / "public_train.jsonl").read_text().splitlines()]
+    text = model.PublicText.of(rows, sensitivity=Sensitivity.PUBLIC, basis=Basis.GENERATED)
+    return model.build_tiny(text, cache=folder / "models", steps=20, batch=8, learning_rate=1e-2).path
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_base: Path) -> Path:
+    """A project that has not run yet."""
+    return _new_project(tmp_path / "hospital", tiny_base)
+
+
+def _new_project(folder: Path, base: Path) -> Path:
+    demo.write_corpus(folder, **SIZES)
+    demo.write_config(folder, example="hospital", settings=SETTINGS | {"model.base": f'"{base}"'})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+    """A project that ran to its end; read only."""
+    folder = _new_project(tmp_path_factory.mktemp("told") / "hospital", tiny_base)
+    with pipeline.open_house(folder) as house:
+        pipeline.run(house, until=None, observer=Silent())
+    return folder
+
+
+@pytest.fixture
+def house(told: Path) -> Iterator[House]:
+    with pipeline.open_house(told) as opened:
+        yield opened
+
+
+@pytest.fixture
+def copied(told: Path, tmp_path: Path) -> Iterator[House]:
+    """A copy of the told project, to be changed."""
+    shutil.copytree(told, tmp_path / "hospital")
+    with pipeline.open_house(tmp_path / "hospital") as opened:
+        yield opened
+
+
+def _one(house: House) -> Any:
+    """A record of the sensitive source that was admitted."""
+    source = house.catalog.register(house.project, house.project.source[0])
+    admitted, _ = house.consent.admit_all(house.catalog.collect(source), house.project.purpose)
+    return admitted[0]
+
+
+def test_one_record_walks_through_every_line(house: House):
+    admitted = _one(house)
+    digest = admitted.record.digest
+    statements = pipeline.trace(house, digest)
+    assert [line["predicate"] for line in statements] == ["collected", "admitted", "deidentified"]
+    for line, entry in zip(statements, house.log.entries(digest), strict=True):
+        verify_proof(line["proof"].encode(), envelope=entry.envelope, public_key=house.log.public_key())
+    [run] = [entry for entry in house.log.select(Predicate.TRAINED) if entry.fields["track"] == "dp"]
+    order = {entry.predicate: entry.index for p in Predicate for entry in house.log.select(p)}
+    story = [Predicate.COMMITTED, Predicate.FROZEN, Predicate.BUDGET_OPENED, Predicate.RESERVED, Predicate.SPENT, Predicate.TRAINED]
+    story += [Predicate.CLOSED, Predicate.KEY_DESTROYED, Predicate.AUDITED, Predicate.RELEASED]
+    assert [p.value for p in sorted(story, key=lambda p: order[p])] == [p.value for p in story]
+    assert run.fields["guarantee"]["epsilon"] <= 8
+    assert run.fields["guarantee"]["epsilon"] <= run.fields["guarantee"]["filter_epsilon"]
+    snapshot = corpus.open_snapshot(run.subjects[1], keyring=house.keyring, folder=house.snapshots)
+    assert digest in corpus.digests(snapshot, house.keyring)
+
+
+def test_what_is_frozen_holds_no_identifier_of_anybody(house: House):
+    run = house.log.select(Predicate.TRAINED)[-1]
+    snapshot = corpus.open_snapshot(run.subjects[1], keyring=house.keyring, folder=house.snapshots)
+    texts = "\n".join(corpus.texts(snapshot, range(20), house.keyring))
+    for line in (house.project.root / "notes.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["mrn"] not in texts
+        assert row["phone"] not in texts
+        assert row["email"] not in texts
+
+
+def test_opted_out_patients_are_refused_and_said_to_be(house: House):
+    opted_out = (house.project.root / "opt_outs.txt").read_text().split()
+    rows = [json.loads(line) for line in (house.project.root / "notes.jsonl").read_text().splitlines()]
+    refused = [entry for entry in house.log.select(Predicate.REFUSED) if entry.fields["reason"] == Reason.OBJECTED.value]
+    assert sum(len(entry.subjects) for entry in refused) == sum(row["patient"] in opted_out for row in rows) > 0
+
+
+def test_a_finished_story_is_not_told_twice(house: House):
+    spent = len(house.log.select(Predicate.SPENT))
+    size = house.log.checkpoint()
+    pipeline.run(house, until=None, observer=Silent())
+    assert len(house.log.select(Predicate.SPENT)) == spent == 1
+    assert house.log.checkpoint() == size
+
+
+def test_no_byte_of_a_finished_run_regenerates_its_noise(house: House):
+    run = house.log.select(Predicate.TRAINED)[-1].fields["run"]
+    with pytest.raises(Forgotten):
+        house.keyring.run(run)
+    assert not list((house.project.state / "runs" / run).rglob("*.sealed"))
+    assert house.log.select(Predicate.KEY_DESTROYED)[-1].fields["run"] == run
+
+
+def test_evidence_verifies_offline_and_breaks_on_any_flip(house: House, tmp_path: Path):
+    bundle, key = pipeline.export_evidence(house, tmp_path / "evidence", public=False)
+    public_key = key.read_text()
+    assert len(verify_bundle(bundle, public_key=public_key).entries) > 10
+    for file in sorted(bundle.iterdir()):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(EvidenceInvalid) as caught:
+            verify_bundle(bundle, public_key=public_key)
+        assert caught.value.failed
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+
+def test_planted_names_reach_no_sink(house: House):
+    """Leaks: every identifier of ten patients, searched in every file that the project wrote."""
+    rows = [json.loads(line) for line in (house.project.root / "notes.jsonl").read_text().splitlines()][:10]
+    secrets = {row[column].encode() for row in rows for column in ("mrn", "phone", "email", "name")}
+    written = [path for path in house.project.state.rglob("*") if path.is_file()]
+    assert len(written) > 5
+    for path in written:
+        content = path.read_bytes()
+        assert not [s for s in secrets if s in content], path
+
+
+# Withdrawn at each line: the next line refuses
+
+
+def test_withdrawn_after_collection_is_not_admitted(project: Path):
+    with pipeline.open_house(project) as house:
+        source = house.catalog.register(house.project, house.project.source[0])
+        record = house.catalog.collect(source)[0]
+        house.consent.withdraw(record.subject, house.project.purpose)
+        with pytest.raises(NotAdmitted):
+            house.consent.admit(record, house.project.purpose)
+
+
+def test_not_admitted_cannot_be_deidentified(house: House):
+    record = _one(house).record
+    with pytest.raises((TypeError, AttributeError)):
+        deid.deidentify(record, deid.BUILTIN["surrogate"], house.keyring.subject(record.subject))
+
+
+def test_withdrawn_after_freezing_is_in_no_later_snapshot(project: Path):
+    with pipeline.open_house(project) as house:
+        before = pipeline.ingest(house, Silent()).snapshot
+        subject = next(s for s, positions in before.units.reveal().items() if len(positions) > 1)
+        house.consent.withdraw(subject, house.project.purpose)
+        after = pipeline.ingest(house, Silent()).snapshot
+        assert subject not in after.units.reveal()
+        assert after.num_units == before.num_units - 1
+        assert after.root != before.root
+
+
+def test_a_changed_source_is_refused_before_training(project: Path):
+    with pipeline.open_house(project) as house:
+        pipeline.ingest(house, Silent())
+    notes = project / "notes.jsonl"
+    notes.write_text(notes.read_text().replace("cough", "coughs"))
+    with pipeline.open_house(project) as house, pytest.raises(SourceChanged):
+        pipeline.train(house, Silent())
+
+
+def test_a_model_is_not_audited_before_it_is_trained(project: Path):
+    with pipeline.open_house(project) as house:
+        with pytest.raises(NotFound):
+            pipeline.audit(house, Silent())
+        with pytest.raises(NotFound):
+            pipeline.release(house, Silent())
+
+
+def test_an_exhausted_budget_refuses_a_second_run(copied: House):
+    settings = copied.project.root / "discreet.toml"
+    settings.write_text(settings.read_text().replace("learning_rate = 2e-3", "learning_rate = 3e-3"))
+    changed = load(copied.project.root)
+    copied_again = House(**{**{name: getattr(copied, name) for name in copied.__dataclass_fields__}, "project": changed})
+    with pytest.raises(BudgetExhausted):
+        pipeline.train(copied_again, Silent())
+    assert len(copied.log.select(Predicate.SPENT)) == 1
+
+
+def test_a_tampered_release_is_not_loaded(copied: House):
+    from discreet.serve import gateway
+
+    released = pipeline.load_release(copied.releases / pipeline.released_name(copied), public_key=copied.log.public_key())
+    weights = next((released.path / "adapter").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    base = pipeline.load_base(copied, None, Silent())
+    with pytest.raises(DigestMismatch):
+        gateway.open_engine(released, base, public_key=copied.log.public_key(), key=copied.keyring.purpose("gateway"))
+    with pytest.raises(NotReleased):
+        pipeline.load_release(copied.project.root, public_key=copied.log.public_key())
+
+
+def test_a_failed_gate_withholds_the_model(copied: House):
+    rules = copied.project.release.model_copy(update={"max_epsilon": 0.001})
+    strict = House(
+        **{**{name: getattr(copied, name) for name in copied.__dataclass_fields__}, "project": copied.project.model_copy(update={"release": rules})}
+    )
+    with pytest.raises(NotReleased, match="epsilon"):
+        pipeline.release(strict, Silent())
+    assert copied.log.select(Predicate.WITHHELD)[-1].fields["reasons"] == ["epsilon (PLD)"]
+
+
+def test_an_erased_person_is_gone_and_stays_gone(copied: House):
+    unit = json.loads((copied.project.root / "notes.jsonl").read_text().splitlines()[0])["patient"]
+    subject = pipeline.subject_of(copied, unit)
+    certificate = pipeline.erase(copied, unit)
+    assert certificate["failed"] == []
+    with pytest.raises(Forgotten):
+        copied.keyring.subject(subject)
+    again = copied.catalog.collect(copied.catalog.register(copied.project, copied.project.source[0]))
+    assert subject not in {record.subject for record in again}
+    unknown = pipeline.erase(copied, "nobody at all")
+    assert unknown.keys() == certificate.keys()
+    assert {k: v for k, v in unknown.items() if k not in ("subject", "certificate")} == {
+        k: v for k, v in certificate.items() if k not in ("subject", "certificate")
+    }
+
+
+def test_two_runs_at_once_are_refused(project: Path):
+    with pipeline.open_house(project), pytest.raises(RunInProgress), pipeline.open_house(project):
+        pass
+
+
+def test_a_sensitive_source_never_reaches_a_track_without_privacy(copied: House):
+    genuine = demo.write_corpus(copied.project.root.parent / "again", **SIZES).files
+    altered = dict(genuine) | {"notes.jsonl": "0" * 64}
+    with pytest.raises(TrackRefused, match="notes"):
+        pipeline.utility_control(copied, generated=altered, observer=Silent())
+    with pytest.raises(TrackRefused):
+        model.PublicText.of(["text"], sensitivity=Sensitivity.SPECIAL, basis=Basis.CONSENT)
+    snapshot = copied.log.select(Predicate.TRAINED)[-1].subjects[1]
+    opened = corpus.open_snapshot(snapshot, keyring=copied.keyring, folder=copied.snapshots)
+    with pytest.raises(TrackRefused):
+        model.PublicText.of(["text"], sensitivity=opened.sensitivity, basis=Basis.CONSENT)
