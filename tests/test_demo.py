@@ -112,7 +112,7 @@ def test_examples_are_valid_projects(tmp_path: Path, example: str) -> None:
     write_config(tmp_path, example=example)
     project = load(tmp_path)
     assert project.privacy.delta is None
-    assert [source.role for source in project.source].count("canary") == 1
+    assert [source.role for source in project.source].count("canary") == 0
 
 
 def test_settings_replace_one_value_and_keep_the_comments(tmp_path: Path) -> None:

@@ -284,7 +284,7 @@ def _explain(error: ValidationError) -> ConfigInvalid:
         return UnknownKey(f"a known key in {FILE_NAME}", value=where, remedy=remedy)
     value = first.get("input")
     shown = f"{where} = {value!r}" if isinstance(value, str | int | float | bool) else where
-    return ConfigInvalid(f"{FILE_NAME} to be valid: {first['msg']}", value=shown)
+    return ConfigInvalid(f"{FILE_NAME} to be valid: {first['msg'].removeprefix('Value error, ').rstrip('.')}", value=shown or None)
 
 
 def _known_keys(location: tuple[int | str, ...]) -> Iterator[str]:

@@ -203,6 +203,18 @@ def test_area_under_curve_counts_pairs() -> None:
     assert bounds.area_under_curve(scores, included).auc == pytest.approx(np.mean(pairs))
 
 
+@pytest.mark.parametrize(("auc", "fair"), [(0.5, True), (0.41, True), (0.59, True), (0.39, False), (0.61, False)])
+def test_chance_is_three_standard_errors_on_both_sides(auc: float, fair: bool) -> None:
+    assert Chance(auc=auc, standard_error=0.033).at_chance is fair
+
+
+@pytest.mark.parametrize(("fpr", "false_positives"), [(0.0, 0), (0.019, 0), (0.02, 1), (0.05, 2), (0.99, 49)])
+def test_the_threshold_is_the_committed_rank_of_the_held_out_scores(fpr: float, false_positives: int) -> None:
+    test = bounds.curve_test(*_perfect(100), trade_off=GaussianTradeOff(mu=1.0), fpr=fpr, level=0.05)
+    assert test.fpr == false_positives / 50
+    assert test.threshold == np.sort(_perfect(100)[0][1::2])[::-1][false_positives]
+
+
 def test_p_value_is_the_smallest_level_that_rejects() -> None:
     scores, included = _leak(300, 1.0, 11)
     p_value = bounds.curve_test(scores, included, trade_off=GaussianTradeOff(mu=0.5), fpr=0.05, level=0.05).p_value
@@ -239,6 +251,19 @@ def test_tests_of_two_samples_refuse_canaries_of_one_side() -> None:
         bounds.curve_test([1.0, 2.0], [True, True], trade_off=GaussianTradeOff(mu=1.0), fpr=0.05, level=0.05)
     with pytest.raises(ValueError, match="fpr"):
         bounds.curve_test([1.0, 2.0], [True, False], trade_off=GaussianTradeOff(mu=1.0), fpr=1.0, level=0.05)
+
+
+@pytest.mark.parametrize("mu", [math.inf, math.nan])
+def test_a_claim_without_noise_is_refused_not_passed(mu: float) -> None:
+    class Unprotected:
+        def __init__(self) -> None:
+            self.mu = mu
+
+        def tpr(self, fpr: float) -> float:
+            return 1.0
+
+    with pytest.raises(ValueError, match="nothing to test"):
+        bounds.curve_test(*_leak(100, 1.0, 1), trade_off=Unprotected(), fpr=0.05, level=0.05)
 
 
 def _judge(scores, included, control, *, epsilon: int = 8, **changes):

@@ -64,6 +64,15 @@ def test_the_odds_factor_is_e_to_the_epsilon() -> None:
     assert "more than a million" in explain(_Promise(20.0), GaussianTradeOff(mu=3.0)).sentence
 
 
+@pytest.mark.parametrize(("delta", "said"), [(1e-5, "1e-05"), (1 / 4500, "0.0003"), (2e-4, "0.0002"), (0.0, "0"), (9.5e-5, "0.0001")])
+def test_delta_is_rounded_up(delta: float, said: str) -> None:
+    assert f"Up to a chance of {said}," in explain(_Promise(1.0, delta), GaussianTradeOff(mu=0.268)).sentence
+
+
+def test_small_odds_are_rounded_up() -> None:
+    assert "factor of at most 2.8." in explain(_Promise(math.log(2.71)), GaussianTradeOff(mu=0.268)).sentence
+
+
 def test_figures_are_json_even_without_privacy() -> None:
     explanation = explain(_Promise(math.inf), GaussianTradeOff(mu=30.0))
     assert json.loads(json.dumps(explanation.figures, allow_nan=False))["odds_factor"] is None

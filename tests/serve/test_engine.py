@@ -179,7 +179,7 @@ def test_a_full_queue_is_refused(local_engine, monkeypatch):
     gate, forward = threading.Event(), local_engine._forward
 
     def slow(ids, cache):
-        gate.wait(10)
+        gate.wait(1)
         return forward(ids, cache)
 
     monkeypatch.setattr(local_engine, "_forward", slow)

@@ -7,10 +7,10 @@ import re
 import time
 
 import pytest
-from discreet.deid.vault import MAX_PLACEHOLDER_CHARS, Vault
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from discreet.deid.vault import MAX_PLACEHOLDER_CHARS, Vault
 from discreet.errors import RequestInvalid
 from discreet.keys import Key
 from discreet.serve.filters import Conversation, Restorer
@@ -157,6 +157,16 @@ def test_a_typed_placeholder_comes_back_as_typed():
     assert FOREIGN not in seen
     restorer = conversation.restorer()
     assert restorer.feed(seen) + restorer.close() == text
+
+
+@pytest.mark.parametrize("lookalike", ["\u212a", "\u017f"])
+def test_a_lookalike_letter_in_a_placeholder_is_text(lookalike):
+    conversation = Conversation(Key(bytes(32)))
+    text = f"<PERSON_{lookalike}2222222> and PERSON_2222222{lookalike}"
+    seen = conversation.deidentify(messages(text)).turns[0].text
+    restorer = conversation.restorer()
+    assert restorer.feed(seen) + restorer.close() == text
+    assert restorer.feed(text) + restorer.close() == text
 
 
 def test_a_placeholder_of_an_earlier_request_means_nothing():

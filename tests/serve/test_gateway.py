@@ -7,6 +7,8 @@ import contextlib
 import gc
 import json
 import logging
+import os
+import signal
 import socket
 import threading
 import time
@@ -328,6 +330,14 @@ def test_a_body_above_the_cap_is_400(echo):
     assert "1000 bytes" in answer.json()["error"]["message"]
 
 
+def test_a_conversation_above_the_cap_is_400_before_it_is_read(echo, monkeypatch):
+    monkeypatch.setattr(filters.Conversation, "deidentify", _raise)
+    with serving(echo, limits=gateway.Limits(max_prompt_chars=100)) as running:
+        answer = running.post({"model": MODEL, "messages": [{"role": "user", "content": "x" * 60}] * 2})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages"
+
+
 def test_unknown_paths_and_methods_are_404_in_the_same_shape(served):
     for answer in (httpx.get(f"{served.url}/v1/{NAME}"), httpx.delete(f"{served.url}/v1/models")):
         assert answer.status_code in (404, 405)
@@ -624,7 +634,34 @@ def test_a_statement_of_another_key_is_refused(project, tmp_path):
     store.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_run_returns_on_a_signal_so_that_what_was_served_can_be_written_down(echo, number, monkeypatch):
+    application = gateway.app(echo, model_name=MODEL, adapter=ADAPTER, key=Key(bytes(32)), api_key_hash="", on_served=lambda *_: None)
+    made = []
+    original = gateway.server
+    monkeypatch.setattr(gateway, "server", lambda *a, **k: made.append(original(*a, **k)) or made[0])
+    before = signal.getsignal(number)
+
+    def stop():
+        while not (made and made[0].started):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    gateway.run(application, host="127.0.0.1", port=0)
+    stopper.join()
+    assert signal.getsignal(number) is before
+
+
 def test_limits_are_validated_when_made():
-    for name, value in (("max_request_bytes", 0), ("max_seconds", 0), ("max_new_tokens", 0), ("temperature", 3), ("top_p", 0)):
+    for name, value in (
+        ("max_request_bytes", 0),
+        ("max_prompt_chars", 0),
+        ("max_seconds", 0),
+        ("max_new_tokens", 0),
+        ("temperature", 3),
+        ("top_p", 0),
+    ):
         with pytest.raises(RequestInvalid):
             gateway.Limits(**{name: value})

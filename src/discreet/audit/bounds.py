@@ -260,10 +260,12 @@ def curve_test(scores: ArrayLike, included: ArrayLike, *, trade_off: TradeOff, f
         level: probability of a false rejection, in (0, 0.5].
 
     Raises:
-        ValueError: when shapes or ranges are broken, a score is not finite, or all canaries are on one side.
+        ValueError: when shapes or ranges are broken, a score is not finite, all canaries are on one side, or the claim promises nothing (infinite mu).
     """
     scores_M, included_M = _check(scores, included)
     _require_level(level)
+    if not 0 <= trade_off.mu < math.inf:
+        raise ValueError(f"Expected a claim with 0 <= mu={trade_off.mu} < inf: without noise there is nothing to test.")
     rates = _rates(scores_M, included_M, fpr=fpr)
     cap = trade_off.tpr(rates.fpr_high(level / 2))
     low = _tpr_low(rates.true_positives, rates.included, level / 2)

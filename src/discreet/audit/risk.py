@@ -5,7 +5,7 @@ possible guess "was this person's data used?" is right when both answers were eq
 many participants such an attacker could point out while wrongly accusing one outsider in a hundred or in a thousand (Kulynych et al. 2024, "Attack-aware noise
 calibration"; Dong, Roth & Su 2019). From epsilon alone follows the factor e^epsilon on the odds of any belief, up to delta.
 
-Guarantees: figures are upper limits on every attacker with any background knowledge but that person's record; percentages are rounded up, never in our favour.
+Guarantees: figures are upper limits on every attacker with any background knowledge but that person's record; in the sentence they are rounded up, never in our favour.
 
 Does not cover: harm from a fact that is true of the whole population; a unit's several documents when the unit is smaller than the person.
 """
@@ -64,7 +64,7 @@ def explain(guarantee: Promise, trade_off: TradeOff) -> Explanation:
     sentence = (
         f"Someone who sees the model and everything else there is to know, and has to guess whether one {guarantee.unit}'s records were used, is right at most "
         f"{right} times in 100 instead of 50. If they may wrongly point at 1 in 100 of those who were not in it, they find at most {pointed} in 100 of those who "
-        f"were. Up to a chance of {guarantee.delta:.1g}, what the model tells them changes the odds of anything they believe about that {guarantee.unit} by a factor of at most "
+        f"were. Up to a chance of {_chance(guarantee.delta)}, what the model tells them changes the odds of anything they believe about that {guarantee.unit} by a factor of at most "
         f"{_factor(odds)}."
     )
     figures = {
@@ -94,4 +94,12 @@ def _percent(share: float) -> int:
 
 
 def _factor(odds: float) -> str:
-    return f"{odds:.2g}" if odds < 10 else f"{math.ceil(odds):,}" if odds < 1e6 else "more than a million"
+    return f"{math.ceil(10 * odds - 1e-9) / 10:g}" if odds < 10 else f"{math.ceil(odds):,}" if odds < 1e6 else "more than a million"
+
+
+def _chance(delta: float) -> str:
+    """One significant digit, rounded up."""
+    if delta == 0:
+        return "0"
+    unit = 10.0 ** math.floor(math.log10(delta))
+    return f"{math.ceil(delta / unit - 1e-9) * unit:.1g}"

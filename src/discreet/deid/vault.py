@@ -33,7 +33,7 @@ _LABELS = "|".join(re.escape(label).replace("_", r"(?:\\{0,2}[_ -])") for label 
 _OPEN, _CLOSE = r"(?:<|&lt;|\\<|\[|\{|\()", r"(?:>|&gt;|\\>|\]|\}|\))"
 PLACEHOLDER = re.compile(
     rf"(?P<open>{_OPEN})?[*_`]{{0,2}}(?<![A-Za-z0-9])(?P<label>{_LABELS})\\{{0,2}}[_ -]{{1,2}}(?P<code>[{ALPHABET}]{{{CODE_CHARS}}})(?![A-Za-z0-9])[*_`]{{0,2}}(?(open){_CLOSE}?)",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,  # without ASCII the Kelvin sign counts as a K and the long s as an S, which the check character does not know
 )
 """Finds placeholders in the output of a model or the input of a user, in any of the forms that are understood."""
 

@@ -108,7 +108,7 @@ def _beginning() -> re.Pattern[str]:
             nested = rf"(?:\\{{0,2}}[_ -]{nested}|\\{{1,2}})?" if character == "_" else f"(?:{character}{nested})?"
         labels.append(nested.removesuffix("?"))
     opening = r"(?:<|&lt;|\\<|\[|\{|\()?[*_`]{0,2}"
-    return re.compile(rf"(?:&|&l|&lt|\\|{opening}(?:(?<![A-Za-z0-9])(?:{'|'.join(labels)}))?)\Z", re.IGNORECASE)
+    return re.compile(rf"(?:&|&l|&lt|\\|{opening}(?:(?<![A-Za-z0-9])(?:{'|'.join(labels)}))?)\Z", PLACEHOLDER.flags)
 
 
 _BEGINNING = _beginning()

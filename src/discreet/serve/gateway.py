@@ -23,10 +23,12 @@ import hashlib
 import hmac
 import logging
 import shutil
+import signal
 import tempfile
+import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -77,6 +79,7 @@ class Limits:
 
     Args:
         max_request_bytes: size of a body, >= 1.
+        max_prompt_chars: size of a conversation's text, >= 1; the detectors read some 20,000 characters a second.
         max_new_tokens: length of an answer, >= 1; a longer one is cut and says so.
         max_seconds: time for an answer, > 0.
         temperature: used where the caller gives none, 0 to 2.
@@ -84,14 +87,16 @@ class Limits:
     """
 
     max_request_bytes: int = 1_000_000
+    max_prompt_chars: int = 64_000
     max_new_tokens: int = 256
     max_seconds: float = 300.0
     temperature: float = 0.2
     top_p: float = 0.9
 
     def __post_init__(self) -> None:
-        if self.max_request_bytes < 1 or not self.max_seconds > 0:
-            raise RequestInvalid("max_request_bytes >= 1 and max_seconds > 0", value=f"{self.max_request_bytes}, {self.max_seconds}")
+        if min(self.max_request_bytes, self.max_prompt_chars) < 1 or not self.max_seconds > 0:
+            given = f"{self.max_request_bytes}, {self.max_prompt_chars}, {self.max_seconds}"
+            raise RequestInvalid("max_request_bytes >= 1, max_prompt_chars >= 1 and max_seconds > 0", value=given)
         Sampling(temperature=self.temperature, top_p=self.top_p, max_new_tokens=self.max_new_tokens)
 
 
@@ -237,8 +242,26 @@ def server(application: Starlette, *, host: str, port: int) -> uvicorn.Server:
 
 
 def run(application: Starlette, *, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM, then lets running answers finish for at most ten seconds."""
-    server(application, host=host, port=port).run()
+    """Serves until SIGINT or SIGTERM, lets running answers finish for at most ten seconds, and returns.
+
+    The server raises the signal again once it has stopped, which would end the process before its owner has written down what was served; here it then does nothing.
+    """
+    with _signals_end_here():
+        server(application, host=host, port=port).run()
+
+
+@contextmanager
+def _signals_end_here() -> Iterator[None]:
+    """Gives the two signals a handler that does nothing, in the thread that can; the server puts its own in front while it runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
@@ -300,6 +323,9 @@ class _Gateway:
         body = await _read_body(request, max_bytes=self._limits.max_request_bytes)
         asked = wire.parse_request(body, max_bytes=self._limits.max_request_bytes)
         self._check_model(asked.model)
+        if sum(len(message.text) for message in asked.messages) > self._limits.max_prompt_chars:
+            rule = f"a conversation of at most {self._limits.max_prompt_chars} characters"
+            raise RequestInvalid(rule, value="messages", remedy="Send a shorter conversation.")
         return await _unless_gone(request.receive, self._answer(asked))
 
     async def no_route(self, _request: Request, error: Exception) -> Response:

@@ -129,7 +129,7 @@ def mean_loss(model: nn.Module, documents: Documents, *, token_budget: int) -> f
     for group in sampling.micro_batches([[len(document)] for document in documents], token_budget):
         batch = padded([documents[index] for index in group])
         num_targets_D = batch["attention_mask"][:, 1:].sum(1)
-        total += float((document_losses(model, batch) * num_targets_D).sum())
+        total += float((document_losses(model, batch).cpu() * num_targets_D).sum())
         count += int(num_targets_D.sum())
     return total / count
 
@@ -154,23 +154,30 @@ def document_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     Returns:
         float32 [D], in nats per token.
     """
-    is_target_DT = batch["attention_mask"][:, 1:].bool()
-    targets_N = batch["input_ids"][:, 1:][is_target_DT]
-    losses_N = _token_losses(model, batch, is_target_DT, targets_N)
-    document_N = torch.arange(len(is_target_DT))[:, None].expand_as(is_target_DT)[is_target_DT]
-    return torch.zeros(len(is_target_DT)).index_add(0, document_N, losses_N) / is_target_DT.sum(1)
+    device = next(model.parameters()).device
+    ids_DT, mask_DT = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+    is_target_DT = mask_DT[:, 1:].bool()
+    losses_N = _token_losses(model, ids_DT, mask_DT, is_target_DT)
+    document_N = torch.arange(len(ids_DT), device=device)[:, None].expand_as(is_target_DT)[is_target_DT]
+    return torch.zeros(len(ids_DT), device=device).index_add(0, document_N, losses_N) / is_target_DT.sum(1)
 
 
-def _token_losses(model: nn.Module, batch: Mapping[str, Tensor], is_target_DT: Tensor, targets_N: Tensor) -> Tensor:
+def _token_losses(model: nn.Module, ids_DT: Tensor, mask_DT: Tensor, is_target_DT: Tensor) -> Tensor:
     outer: Any = model
     causal: Any = outer.get_base_model() if isinstance(model, PeftModel) else outer
     head = causal.get_output_embeddings()
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    if causal.config.model_type in _PLAIN_HEADS and type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad:
+    inputs = {"input_ids": ids_DT, "attention_mask": mask_DT, "use_cache": False}
+    targets_N = ids_DT[:, 1:][is_target_DT]
+    if _is_plain_and_frozen(causal, head):
         hidden_DTH = causal.get_decoder()(**inputs).last_hidden_state[:, :-1]
         return _FrozenHeadLoss.apply(hidden_DTH[is_target_DT], head.weight, targets_N)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function is untyped
     logits_NV = causal(**inputs).logits[:, :-1][is_target_DT]
     return functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+
+
+def _is_plain_and_frozen(causal: Any, head: Any) -> bool:
+    is_plain = causal.config.model_type in _PLAIN_HEADS and type(head) is nn.Linear and getattr(head, "bias", None) is None
+    return is_plain and not head.weight.requires_grad
 
 
 class _FrozenHeadLoss(torch.autograd.Function):

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+
+from discreet import model as models
+from discreet.config import ModelSection
+from discreet.dp import noise, sampling
+from discreet.dp.clipping import ClippedSum, clipped_sum
+from discreet.dp.noise import Noised
+from discreet.keys import Key, Stream
+from discreet.model import Base
+from discreet.record import SubjectId
+from discreet.train import step as steps
+from discreet.train.step import PrivateCorpus, document_losses, mean_loss, padded, private_step, public_step, tokenize
+
+from .conftest import NOTES, Paid
+
+SECTION = ModelSection(base="tiny", max_tokens=48)
+
+
+def _corpus(paid: Paid) -> PrivateCorpus:
+    return PrivateCorpus.of(paid.snapshot, NOTES, paid.setup.base, max_tokens=48)
+
+
+def test_tokenize_cuts_and_ends_every_document(base: Base) -> None:
+    ids = tokenize(["", "a", "b" * 200], base, max_tokens=10)
+    assert [len(document) for document in ids] == [2, 2, 10]
+    assert all(document[-1] == base.tokenizer.eos_token_id for document in ids)
+    with pytest.raises(ValueError, match="max_tokens=1 >= 2"):
+        tokenize(["a"], base, max_tokens=1)
+
+
+def test_document_loss_is_the_mean_over_its_own_tokens(base: Base) -> None:
+    documents = tokenize([*NOTES[:3], "x"], base, max_tokens=48)
+    losses_D = document_losses(base.module, padded(documents))
+    for document, loss in zip(documents, losses_D, strict=True):
+        logits_TV = base.module(input_ids=document[None]).logits[0, :-1]
+        torch.testing.assert_close(loss, functional.cross_entropy(logits_TV, document[1:]), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_and_companions_change_nothing(base: Base) -> None:
+    """PITFALLS 9."""
+    short, long = tokenize(["one two", NOTES[0] + NOTES[1]], base, max_tokens=96)
+    alone = document_losses(base.module, padded([short]))[0]
+    beside = document_losses(base.module, padded([long, short]))[1]
+    torch.testing.assert_close(alone, beside, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_head_loss_equals_the_plain_one(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "_CHUNK", 7)
+    batch = padded(tokenize(NOTES[:5], base, max_tokens=48))
+    module = models.attach(base, SECTION)
+    _move(module)
+    sums = []
+    for plain_heads in ({"llama"}, set()):
+        monkeypatch.setattr(steps, "_PLAIN_HEADS", plain_heads)
+        losses_D = document_losses(module, batch)
+        grads = torch.autograd.grad(losses_D @ torch.arange(1.0, 6.0), list(models.trained_parameters(module).values()))
+        sums.append((losses_D.detach(), grads, clipped_sum(module, document_losses, batch, list(range(5)), clip_norm=0.1)))
+    (fused, fused_grads, fused_sum), (plain, plain_grads, plain_sum) = sums
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+    for left, right in zip(fused_grads, plain_grads, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
+    for name, gradient in plain_sum.gradients.items():
+        torch.testing.assert_close(fused_sum.gradients[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def _move(module: torch.nn.Module) -> None:
+    """Moves B off zero, so that A has a gradient too."""
+    with torch.no_grad():
+        for parameter in models.trained_parameters(module).values():
+            parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view(parameter.shape))
+
+
+def test_private_step_is_its_plan(paid: Paid) -> None:
+    """Draw, clip a unit at a time, add, noise once, divide by the public batch: recomputed here by hand with SGD of rate one."""
+    corpus, plan, module = _corpus(paid), paid.plan, models.attach(paid.setup.base, SECTION)
+    _move(module)
+    before = {name: parameter.detach().clone() for name, parameter in models.trained_parameters(module).items()}
+    by_hand = copy.deepcopy(module)
+    private_step(module, _sgd(module), corpus, plan, run_key=paid.run_key, step=3, token_budget=64)
+
+    total = ClippedSum.zero(by_hand, clip_norm=plan.clip_norm)
+    chosen = sampling.poisson(20, plan.sampling_probability, paid.run_key.stream("sample", 3)).tolist()
+    assert chosen  # the fixed key draws somebody
+    for unit in chosen:
+        documents = corpus.units.reveal()[unit]
+        key = paid.run_key.stream("documents", 3).fork(corpus.names[unit])
+        kept = [documents[i] for i in sampling.capped(torch.arange(2), plan.cap, key).tolist()]
+        total = total + clipped_sum(by_hand, document_losses, padded(kept), [0] * len(kept), clip_norm=plan.clip_norm)
+    noised = noise.add(total, noise_multiplier=plan.noise_multiplier, key=paid.run_key.stream("noise", 3))
+    for name, parameter in models.trained_parameters(module).items():
+        torch.testing.assert_close(parameter.detach(), before[name] - noised.gradients[name] / plan.expected_batch, rtol=1e-4, atol=1e-5)
+
+
+def _sgd(module: torch.nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(list(models.trained_parameters(module).values()), lr=1.0)
+
+
+def test_an_empty_sample_is_noised_and_applied(paid: Paid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PITFALLS 3."""
+    monkeypatch.setattr(sampling, "poisson", lambda *_: torch.zeros(0, dtype=torch.int64))
+    module = models.attach(paid.setup.base, SECTION)
+    before = {name: parameter.detach().clone() for name, parameter in models.trained_parameters(module).items()}
+    assert private_step(module, _sgd(module), _corpus(paid), paid.plan, run_key=paid.run_key, step=1, token_budget=64) == 0
+    assert all(not torch.equal(before[name], parameter) for name, parameter in models.trained_parameters(module).items())
+
+
+def test_the_divisor_is_the_public_batch(paid: Paid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PITFALLS 2: whoever takes part, the noise of the update has the same size. With twice the sample nothing but the sum changes."""
+    sizes = []
+    for taking_part in (0, 20):
+        monkeypatch.setattr(sampling, "poisson", lambda *_, count=taking_part: torch.arange(count))
+        monkeypatch.setattr(noise, "add", _only_noise)
+        module = models.attach(paid.setup.base, SECTION)
+        start = torch.cat([p.detach().flatten() for p in models.trained_parameters(module).values()])
+        private_step(module, _sgd(module), _corpus(paid), paid.plan, run_key=paid.run_key, step=1, token_budget=512)
+        sizes.append(torch.cat([p.detach().flatten() for p in models.trained_parameters(module).values()]) - start)
+    torch.testing.assert_close(sizes[0], sizes[1], rtol=0, atol=0)
+    expected = paid.plan.noise_multiplier * paid.plan.clip_norm / paid.plan.expected_batch
+    assert sizes[0].std().item() == pytest.approx(expected, rel=0.05)
+
+
+_add = noise.add
+
+
+def _only_noise(clipped: ClippedSum, *, noise_multiplier: float, key: Stream) -> Noised:
+    silent = {name: torch.zeros_like(gradient) for name, gradient in clipped.gradients.items()}
+    return _add(ClippedSum(gradients=silent, clip_norm=clipped.clip_norm), noise_multiplier=noise_multiplier, key=key)
+
+
+def test_micro_batches_do_not_change_the_sum(paid: Paid) -> None:
+    results = []
+    for token_budget in (1, 4096):
+        module = models.attach(paid.setup.base, SECTION)
+        private_step(module, _sgd(module), _corpus(paid), paid.plan, run_key=paid.run_key, step=1, token_budget=token_budget)
+        results.append(torch.cat([p.detach().flatten() for p in models.trained_parameters(module).values()]))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
+
+
+def test_choice_of_documents_depends_on_unit_and_step_alone(paid: Paid) -> None:
+    corpus = _corpus(paid)
+
+    smaller = PrivateCorpus(units=type(corpus.units)(corpus.units.reveal()[:10]), names=corpus.names[:10])
+    key = Key(bytes(31) + b"\x07")
+    picks: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    for which, one in enumerate((corpus, smaller)):
+        for number in range(1, 30):
+            drawn = steps._capped(one.units.reveal()[3], 1, key.stream("documents", number).fork(one.names[3]))
+            picks[which].append(drawn[0])
+    assert all(torch.equal(left, right) for left, right in zip(picks[0], picks[1], strict=True))
+    assert len({tuple(pick.tolist()) for pick in picks[0]}) == 2
+
+
+def test_corpus_is_ordered_by_unit_and_refuses_missing_texts(paid: Paid) -> None:
+    corpus = _corpus(paid)
+    assert corpus.names == tuple(sorted(corpus.names))
+    assert "cough" not in repr(corpus)
+    with pytest.raises(ValueError, match="every position"):
+        PrivateCorpus.of(paid.snapshot, NOTES[:-1], paid.setup.base, max_tokens=48)
+    assert SubjectId(corpus.names[0]) in paid.snapshot.units.reveal()
+
+
+def test_public_step_learns_public_text(base: Base) -> None:
+    module = models.attach(base, SECTION)
+    documents = tokenize(NOTES[:8], base, max_tokens=48)
+    optimizer = torch.optim.Adam(list(models.trained_parameters(module).values()), lr=0.02)
+    before = mean_loss(module, documents, token_budget=256)
+    for _ in range(8):
+        assert public_step(module, optimizer, documents, token_budget=256) == sum(len(document) for document in documents)
+    assert mean_loss(module, documents, token_budget=256) < before - 0.05
