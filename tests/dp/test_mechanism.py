@@ -40,6 +40,13 @@ def test_golden_noise_multiplier() -> None:
     assert noise_for(epsilon=8.0, delta=1e-6, sampling_probability=1024 / 60000, steps=176) == pytest.approx(0.58437139, rel=2e-3)
 
 
+@pytest.mark.parametrize(("epsilon", "delta", "probability", "steps"), [(0.01, 1e-5, 0.01, 10), (0.1, 1e-6, 0.01, 100), (1.0, 1e-5, 1.0, 1)])
+def test_noise_is_enough_and_hardly_more(epsilon: float, delta: float, probability: float, steps: int) -> None:
+    found = noise_for(epsilon=epsilon, delta=delta, sampling_probability=probability, steps=steps)
+    event = mechanism.event_of(sampling_probability=probability, noise_multiplier=found, steps=steps)
+    assert 0.98 * epsilon < guarantee(event, delta=delta).epsilon <= epsilon
+
+
 def test_without_a_budget_the_pld_epsilon_meets_the_target_closely() -> None:
     plan = calibrate(**HOSPITAL)
     assert 0.995 * 3 < plan.guarantee.epsilon <= 3

@@ -33,6 +33,7 @@ _RELATION: Relation = "add_remove"
 _TOLERANCE = 2e-4
 """Relative width at which a search for the noise multiplier stops, on its private side."""
 
+_TINY_EPSILON = 0.05
 _LARGEST_NOISE = 1e6
 _SMALLEST_NOISE = 1e-2
 
@@ -236,13 +237,9 @@ def noise_for(*, epsilon: float, delta: float, sampling_probability: float, step
     def event(noise_multiplier: float) -> DpEvent:
         return event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
 
-    def costs_little(noise_multiplier: float) -> bool:
-        return pld_epsilon(event(noise_multiplier), delta=delta) <= epsilon
-
-    bracket = _smallest(lambda noise: _rdp_epsilon(event(noise), delta) <= epsilon, tolerance=1e-2)
-    noise_multiplier = (
-        _bisect(costs_little, 0.8 * bracket, bracket) if not costs_little(0.8 * bracket) else _smallest(costs_little, high=0.8 * bracket)
-    )
+    grid = COARSE if epsilon > _TINY_EPSILON else FINE
+    bracket = _smallest(lambda noise: min(_rdp_epsilon(event(noise), delta), _pld_if_tiny(event(noise), epsilon, delta)) <= epsilon, tolerance=1e-2)
+    noise_multiplier = _least_noise(lambda noise: pld_epsilon(event(noise), delta=delta, grid=grid), epsilon, low=0.85 * bracket, high=bracket)
     while pld_epsilon(event(noise_multiplier), delta=delta, grid=FINE if steps <= MANY_STEPS else COARSE) > epsilon:
         noise_multiplier *= 1 + _TOLERANCE
     return noise_multiplier
@@ -315,6 +312,11 @@ def _noise_for_budget(budget: RdpFilter, *, epsilon: float, delta: float, sampli
     return _smallest(lambda noise: meets(noise) and fits(noise))
 
 
+def _pld_if_tiny(event: DpEvent, epsilon: float, delta: float) -> float:
+    """PLD epsilon where the target is below what RDP at finite orders can show, whatever the noise; infinity elsewhere."""
+    return pld_epsilon(event, delta=delta, grid=FINE) if epsilon <= _TINY_EPSILON else math.inf
+
+
 def _rdp_epsilon(event: DpEvent, delta: float) -> float:
     """RDP epsilon over orders enough for a search; a subset of orders can only overstate."""
     overhead = [math.log1p(-1 / order) - math.log(delta * order) / (order - 1) for order in _SEARCH_ORDERS]
@@ -371,6 +373,24 @@ def _bisect(enough: Callable[[float], bool], low: float, high: float, *, toleran
             high = middle
         else:
             low = middle
+    return high
+
+
+def _least_noise(cost: Callable[[float], float], target: float, *, low: float, high: float) -> float:
+    """The least noise whose cost, a falling function that is nearly a power of the noise, is at most the target: secants in logarithms, kept in a bracket."""
+    cost_low, cost_high = cost(low), cost(high)
+    while cost_low <= target and low > _SMALLEST_NOISE:
+        low, high, cost_low, cost_high = low / 2, low, cost(low / 2), cost_low
+    while cost_high < target * (1 - _TOLERANCE) and high > low * (1 + _TOLERANCE / 4):
+        fraction = 0.5
+        if math.isfinite(cost_low) and cost_high > 0:
+            fraction = math.log(cost_low / (target * (1 - _TOLERANCE / 2))) / math.log(cost_low / cost_high)
+        middle = low * (high / low) ** min(0.95, max(0.05, fraction))
+        cost_middle = cost(middle)
+        if cost_middle <= target:
+            high, cost_high = middle, cost_middle
+        else:
+            low, cost_low = middle, cost_middle
     return high
 
 
