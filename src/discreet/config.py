@@ -102,7 +102,7 @@ class ModelSection(_Section):
     """Which base model, and which of its parameters learn."""
 
     base: str = Field("smollm2-135m-instruct", description="smollm2-135m-instruct, tiny, or a folder of a Hugging Face causal LM (safetensors)")
-    train: tuple[str, ...] = Field(("lora",), description="'lora' for adapters, 'all', or patterns of parameter names (fnmatch); the rest is frozen")
+    train: tuple[str, ...] = Field(("lora",), description="'lora' for adapters, 'lora_B' for their B matrices alone, 'all', or patterns of parameter names (fnmatch); the rest is frozen")
     lora_rank: Count = 4
     lora_alpha: Positive = 16.0
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
