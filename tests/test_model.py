@@ -224,6 +224,18 @@ def test_lora_shares_the_frozen_weights(base: Base) -> None:
     assert {parameter.data_ptr() for parameter in module.parameters() if not parameter.requires_grad} == frozen
 
 
+def test_b_alone_learns_from_a_public_a(base: Base, tmp_path: Path) -> None:
+    section = ModelSection(base="tiny", train=("lora_B",))
+    module = attach(base, section)
+    assert all("lora_B" in name for name in trained_parameters(module))
+    assert len(trained_parameters(module)) == 4 * 2
+    _move(module)
+    save_adapter(module, tmp_path / "a")
+    again = attach(base, section, start=tmp_path / "a")
+    assert torch.equal(_logits(again, base), _logits(module, base))
+    assert trained_parameters(again).keys() == trained_parameters(module).keys()
+
+
 def test_patterns_choose_what_trains(base: Base) -> None:
     everything = trained_parameters(attach(base, ModelSection(base="tiny", train=("all",))))
     assert everything.keys() == dict(base.module.named_parameters()).keys()

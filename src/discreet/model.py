@@ -197,18 +197,30 @@ def build_tiny(
     return _open(_cached(cache / f"{TINY}-{key}", build), TINY)
 
 
-def attach(base: Base, section: ModelSection) -> nn.Module:
+def attach(base: Base, section: ModelSection, *, start: Path | None = None) -> nn.Module:
     """Returns what learns: the base's structure around its weights, with the parameters that `section.train` names set to require grad.
 
-    With "lora", PEFT adapters on `section.lora_targets` of every layer; otherwise copies of the parameters that the patterns match ("all" is every one). Frozen
+    With "lora", PEFT adapters on `section.lora_targets` of every layer; with "lora_B" the same adapters, of which only B learns (Sun et al. 2024, arXiv 2403.12313):
+    fewer coordinates take noise, and the step is linear in what learns. Otherwise copies of the parameters that the patterns match ("all" is every one). Frozen
     weights are shared with the base, which is left as it is.
 
+    Args:
+        start: folder of a saved adapter to go on from, in place of an untrained one.
+
     Raises:
-        NotFound: when the targets or patterns match nothing.
+        NotFound: when the targets or patterns match nothing, or `start` holds no adapter.
+        ModelUnsafe: as `load_adapter`.
     """
-    if "lora" in section.train:
-        return _attach_lora(base, rank=section.lora_rank, alpha=section.lora_alpha, targets=section.lora_targets)
-    return _attach_partial(base, section.train)
+    is_lora = bool({"lora", "lora_B"} & set(section.train))
+    if start is not None:
+        module = load_adapter(base, start)
+    elif is_lora:
+        module = _attach_lora(base, rank=section.lora_rank, alpha=section.lora_alpha, targets=section.lora_targets)
+    else:
+        module = _attach_partial(base, section.train)
+    if is_lora and "lora" not in section.train:
+        _freeze_a(module)
+    return module
 
 
 @contextmanager
@@ -459,6 +471,13 @@ def _attach_lora(base: Base, *, rank: int, alpha: float, targets: Sequence[str])
                 parameter.zero_()
     module.eval()
     return module
+
+
+def _freeze_a(module: nn.Module) -> None:
+    """Leaves A at its public start, so that B alone learns and takes noise."""
+    for name, parameter in module.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
 
 
 def _lora_state(module: nn.Module) -> dict[str, Tensor]:

@@ -257,7 +257,7 @@ def _begin(
     subject: dict[str, str],
 ) -> _Run:
     torch.set_num_threads(setup.run.threads or os.cpu_count() or 1)
-    module = models.attach(setup.base, setup.model) if setup.start is None else models.load_adapter(setup.base, setup.start)
+    module = models.attach(setup.base, setup.model, start=setup.start)
     return _Run(
         setup=setup,
         module=module.to(setup.run.device),
