@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast, get_args
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from typer.exceptions import TyperException
 
 from discreet import __version__
 from discreet.errors import DiscreetError, NotFound, PlanInvalid, RequestInvalid, SourceMissing
@@ -88,7 +88,8 @@ def init(
     from discreet import demo as story
 
     created = story.init_project(folder, example=example)
-    _print(as_json, {"project": str(folder), "example": example, "files": created}, [f"{folder}/{name}" for name in created])
+    following = [f"discreet plan -C {folder}", f"discreet run -C {folder}"]
+    _print(as_json, {"folder": str(folder), "files": created, "next": following}, [*(f"{folder}/{name}" for name in created), *following])
 
 
 @app.command()
@@ -324,8 +325,12 @@ def privacy_epsilon(
     epsilons = {which: price.epsilon if which == "pld" else price.epsilon_rdp for which in wanted}
     document = {
         "epsilon": _finite(epsilons[wanted[0]]),
-        "accountants": {k: _finite(v) for k, v in epsilons.items()},
+        "accountants": {which: _finite(value) for which, value in epsilons.items()},
+        "accountant": wanted[0],
         "delta": delta,
+        "sampling_probability": sampling_probability,
+        "noise_multiplier": noise_multiplier,
+        "steps": steps,
         "relation": relation,
     }
     _print(as_json, document, [f"epsilon = {_finite(value)} ({which}), delta = {delta:g}, {relation}" for which, value in epsilons.items()])
@@ -340,12 +345,20 @@ def privacy_noise(
     as_json: Json = False,
 ) -> None:
     """The smallest noise multiplier for a target epsilon."""
-    from discreet.dp import mechanism
+    from discreet.dp import accounting, mechanism
 
-    noise = _math(
-        lambda: mechanism.noise_for(epsilon=epsilon, delta=delta, sampling_probability=sampling_probability, steps=steps)
-    )
-    document = {"noise_multiplier": noise, "epsilon": epsilon, "delta": delta, "accountant": "pld"}
+    noise = _math(lambda: mechanism.noise_for(epsilon=epsilon, delta=delta, sampling_probability=sampling_probability, steps=steps))
+    price = accounting.guarantee(mechanism.event_of(sampling_probability=sampling_probability, noise_multiplier=noise, steps=steps), delta=delta)
+    document = {
+        "noise_multiplier": noise,
+        "epsilon": price.epsilon,
+        "target_epsilon": epsilon,
+        "accountant": "pld",
+        "delta": delta,
+        "sampling_probability": sampling_probability,
+        "steps": steps,
+        "relation": price.relation,
+    }
     _print(as_json, document, [f"noise multiplier = {noise:.5f}"])
 
 
@@ -391,7 +404,7 @@ def budget_show(name: Annotated[str | None, typer.Argument()] = None, project: F
     _print(
         as_json,
         {"budgets": budgets},
-        [f"{b['name']}: epsilon {b['remaining_epsilon']:.3f} of {b['epsilon']:g} left, delta {b['delta']:.2g}, unit {b['unit']}" for b in budgets],
+        [f"{b['name']}: epsilon {b['remaining']:.3f} of {b['epsilon']:g} left, delta {b['delta']:.2g}, unit {b['unit']}" for b in budgets],
     )
 
 
@@ -415,8 +428,9 @@ def consent_withdraw(subject: str, project: Folder = HERE, as_json: Json = False
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        house.consent.withdraw(pipeline.subject_of(house, subject), house.project.purpose)
-    _print(as_json, {"withdrawn": True, "purpose": house.project.purpose.name}, ["withdrawn"])
+        who = pipeline.subject_of(house, subject)
+        house.consent.withdraw(who, house.project.purpose)
+    _print(as_json, {"subject": who, "purpose": house.project.purpose.name, "state": "withdrawn"}, ["withdrawn"])
 
 
 @consent.command("grant")
@@ -425,8 +439,9 @@ def consent_grant(subject: str, project: Folder = HERE, as_json: Json = False) -
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        house.consent.grant(pipeline.subject_of(house, subject), house.project.purpose)
-    _print(as_json, {"granted": True, "purpose": house.project.purpose.name}, ["granted"])
+        who = pipeline.subject_of(house, subject)
+        house.consent.grant(who, house.project.purpose)
+    _print(as_json, {"subject": who, "purpose": house.project.purpose.name, "state": "granted"}, ["granted"])
 
 
 @catalog.command("list")
@@ -451,12 +466,15 @@ def evidence_export(
     project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
-    """Writes a bundle that anyone can verify offline, and the public key beside it."""
+    """Writes a bundle that anyone can verify offline, and the public key beside it; verifies it once."""
     from discreet import pipeline
+    from discreet.evidence.log import verify_bundle
 
     with pipeline.open_house(project) as house:
         bundle, key = pipeline.export_evidence(house, out, public=public)
-    _print(as_json, {"bundle": str(bundle), "key": str(key), "public": public}, [f"bundle: {bundle}", f"key:    {key}"])
+        verified = verify_bundle(bundle, public_key=key.read_text())
+    document = {"bundle": str(bundle), "key": str(key), "public": public, "entries": len(verified.entries), "checkpoint": verified.note.decode()}
+    _print(as_json, document, [f"bundle: {bundle}", f"key:    {key}"])
 
 
 @evidence.command("verify")
@@ -552,10 +570,10 @@ def main() -> None:
         code = app(standalone_mode=False)
     except DiscreetError as error:
         code = _fail(as_json, error.to_json(), f"{error} [{error.code}]", error.exit_code)
-    except click.exceptions.Abort:
+    except typer.Abort:
         code = _fail(as_json, {"error": {"code": "aborted"}}, "Stopped.", 1)
-    except click.ClickException as error:
-        code = _fail(as_json, {"error": {"code": "usage", "rule": error.format_message()}}, error.format_message(), 2)
+    except TyperException as error:
+        code = _fail(as_json, {"error": {"code": "usage", "rule": str(error), "value": None, "remedy": "See --help."}}, f"{error} See --help.", 2)
     except KeyboardInterrupt:
         code = _fail(as_json, {"error": {"code": "interrupted"}}, "Interrupted; the next call resumes where this one stopped.", 1)
     except OSError as error:

@@ -51,7 +51,14 @@ MAX_DOCUMENTS = 8
 
 _SIZES = {"patients": 2000, "documents": 5000, "public": 1500, "held_out": 120}
 _FAST_SIZES = {"patients": 500, "documents": 1000, "public": 600, "held_out": 60}
-_FAST_SETTINGS = {"model.base": '"tiny"', "privacy.steps": "12", "privacy.expected_batch": "48", "audit.canaries": "300"}
+_FAST_SETTINGS = {
+    "model.base": '"tiny"',
+    "model.train": '["lora"]',
+    "privacy.population": "640",
+    "audit.canaries": "300",
+    "audit.control_epochs": "16",
+    "audit.control_learning_rate": "1e-2",
+}
 
 _MARGIN = 3  # of the estimate
 _ZIPF = 1.3  # with at most 8 documents a mean of 2.5: most patients have one or two, few have many

@@ -251,8 +251,7 @@ def moved(base: Base, section: ModelSection, *, start: Path | None, adapter: Pat
     Args:
         start: folder of the adapter that training started from, or None for an untrained one.
     """
-    before = trained_parameters(attach(base, section) if start is None else load_adapter(base, start))
-    after = trained_parameters(load_adapter(base, adapter))
+    before, after = (trained_parameters(attach(base, section, start=folder)) for folder in (start, adapter))
     return sum(not torch.equal(before[name], parameter) for name, parameter in after.items()), len(after)
 
 

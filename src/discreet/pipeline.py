@@ -65,8 +65,8 @@ if TYPE_CHECKING:
 STAGES = ("ingest", "train", "audit", "release")
 BATCH = 512
 CANARY_SOURCE = "audit-canaries"
-CONTROL_BATCH = 16
-CONTROL_RANK = 8
+CONTROL_BATCH = 8
+CONTROL_RANK = 16
 RECITED = 40
 SERVED_BATCH = 100
 """Planted canaries that both models are asked to recite."""
@@ -295,7 +295,7 @@ class Price:
             f"noise              each step's mean gradient is hidden in noise of norm {self.noise_norm:.3f}; a full batch of aligned gradients has norm {plan.clip_norm:g}",
             f"signal to noise    at most {self.signal_to_noise:.2f} a step over {self.parameters:,} trainable parameters; below 0.01 expect little",
             f"work               about {self.tokens:,} tokens, {self.seconds / 60:.1f} minutes",
-            f"budget             {self.budget['name']}: epsilon {self.budget['remaining_epsilon']:.3f} of {self.budget['epsilon']:g} left; this run "
+            f"budget             {self.budget['name']}: epsilon {self.budget['remaining']:.3f} of {self.budget['epsilon']:g} left; this run "
             + ("is admitted" if self.admitted else "is REFUSED"),
             *self.advice,
         ]
@@ -398,7 +398,8 @@ def _filter(house: House, delta: float) -> tuple[accounting.RdpFilter, Mapping[s
             "epsilon": section.epsilon,
             "delta": fresh.delta,
             "unit": house.project.privacy.unit,
-            "remaining_epsilon": section.epsilon,
+            "spent": 0.0,
+            "remaining": section.epsilon,
         }
 
 
@@ -409,7 +410,8 @@ def budget_fields(budget: Budget) -> dict[str, Any]:
         "epsilon": budget.epsilon,
         "delta": budget.delta,
         "unit": budget.unit,
-        "remaining_epsilon": budget.remaining_epsilon,
+        "spent": budget.epsilon - budget.remaining_epsilon,
+        "remaining": budget.remaining_epsilon,
         "reservations": budget.num_reservations,
     }
 
@@ -679,7 +681,9 @@ def _control(house: House, base: Base, canaries: Canaries, observer: Observer) -
     steps = rules.control_epochs * -(-len(planted.texts) // CONTROL_BATCH)
     setup = replace(
         _setup(house, base, held_out=PublicText(planted.texts[:1]), evaluations=1),
-        model=ModelSection(lora_rank=CONTROL_RANK, lora_targets=model.linear_layers(base), max_tokens=house.project.model.max_tokens),
+        model=ModelSection(
+            lora_rank=CONTROL_RANK, lora_alpha=2.0 * CONTROL_RANK, lora_targets=model.linear_layers(base), max_tokens=house.project.model.max_tokens
+        ),
         train=TrainSection(learning_rate=rules.control_learning_rate),
     )
     order = house.keyring.purpose("control order").stream("order")

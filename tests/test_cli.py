@@ -1,0 +1,255 @@
+"""The command line as its users meet it: exit codes, one JSON document on stdout, errors with rule, value and remedy, never a traceback, never a text."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from discreet import cli, demo
+from jsonschema import Draft202012Validator
+
+Run = Callable[..., tuple[int, str, str]]
+SECRET = "Zebulon Quimby"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command in this process; returns exit code, stdout and stderr."""
+
+    def call(*arguments: str, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["discreet", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return call
+
+
+def document(name: str, out: str) -> dict[str, Any]:
+    """The JSON on stdout, checked against its schema."""
+    value = json.loads(out)
+    schema = json.loads((resources.files("discreet") / "schemas" / f"{name}.json").read_text())
+    Draft202012Validator(schema).validate(value)
+    return dict(value)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project with a little data of its own."""
+    rows = [{"id": str(i), "patient": f"p{i}", "name": SECRET, "text": f"{SECRET} came in with a cough for {i} days."} for i in range(30)]
+    return write_project(tmp_path / "ward", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def write_project(folder: Path, notes: bytes, **changes: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "notes.jsonl").write_bytes(notes)
+    (folder / "held.jsonl").write_text('{"id": "1", "text": "The patient was seen for a cough."}\n')
+    toml = """
+[project]
+name = "ward"
+controller = "General Hospital"
+purpose = "note-assistant"
+[[source]]
+name = "notes"
+path = "notes.jsonl"
+unit = "patient"
+owner = "records office"
+purposes = ["note-assistant"]
+basis = "consent"
+[source.known]
+PERSON = "name"
+[[source]]
+name = "held-out"
+path = "held.jsonl"
+owner = "us"
+sensitivity = "public"
+purposes = ["note-assistant"]
+basis = "generated"
+role = "evaluation"
+[privacy]
+expected_batch = 8
+steps = 2
+[audit]
+canaries = 20
+"""
+    for old, new in changes.items():
+        toml = toml.replace(old.replace("_", " "), new) if old.replace("_", " ") in toml else toml + new
+    (folder / "discreet.toml").write_text(toml)
+    return folder
+
+
+def test_ingest_trace_and_erase(run: Run, project: Path):
+    code, out, err = run("run", "ingest", "-C", str(project), "--json")
+    assert code == 0, err
+    document("run", out)
+    code, out, _ = run("evidence", "export", "--out", str(project / "ev"), "-C", str(project), "--json")
+    assert code == 0
+    exported = document("evidence-export", out)
+    code, out, _ = run("evidence", "verify", exported["bundle"], "--key", exported["key"], "--json")
+    assert code == 0
+    assert document("evidence-verify", out)["valid"]
+    entries = (project / "ev" / "entries.jsonl").read_bytes()
+    (project / "ev" / "entries.jsonl").write_bytes(entries.replace(b"a", b"b", 1))
+    code, out, _ = run("evidence", "verify", exported["bundle"], "--key", exported["key"], "--json")
+    assert code == 4
+    assert document("evidence-verify", out)["failed"]
+    code, out, _ = run("catalog", "list", "-C", str(project), "--json")
+    assert code == 0
+    assert {source["name"] for source in document("catalog", out)["sources"]} == {"notes", "held-out", "audit-canaries"}
+    code, out, _ = run("consent", "withdraw", "p3", "-C", str(project), "--json")
+    assert code == 0
+    document("consent", out)
+    code, out, err = run("erase", "p4", "-C", str(project), "--json")
+    assert code == 0, err
+    document("erase", out)
+    code, out, _ = run("trace", "sha256:" + "0" * 64, "-C", str(project), "--json")
+    assert code == 2
+    assert SECRET not in out + err
+
+
+def test_budget_is_a_budget(run: Run, project: Path):
+    opened = run("budget", "open", "queries", "--epsilon", "1", "--delta", "1e-6", "-C", str(project), "--json")
+    assert opened[0] == 0
+    document("budget-open", opened[1])
+    code, out, _ = run("budget", "reserve", "queries", "--epsilon", "0.6", "-C", str(project), "--json")
+    assert code == 0
+    assert document("budget-reserve", out)["remaining"] == pytest.approx(0.4)
+    code, out, err = run("budget", "reserve", "queries", "--epsilon", "0.6", "-C", str(project), "--json")
+    assert code == 3
+    assert document("error", out)["error"]["code"] == "budget.exhausted"
+    for bad in ("0", "-1", "nan", "inf"):
+        assert run("budget", "reserve", "queries", "--epsilon", bad, "-C", str(project), "--json")[0] == 2
+    code, out, _ = run("budget", "show", "-C", str(project), "--json")
+    assert code == 0
+    document("budget-show", out)
+
+
+@pytest.mark.parametrize(
+    ("notes", "code", "value"),
+    [
+        (b"", "source.empty", None),
+        (b"\x00\x01\x02binary\x00", "source.not_text", None),
+        (b'{"id": "1", "patient": "p", "name": "n", "text": "\xff\xfe"}\n', "source.not_text", None),
+        (b'{"id": "1", "patient": "p", "name": "n", "text": "a"}\n{"id": "2", \n', "record.invalid", "line 2"),
+        (b'{"id": "1", "patient": "p", "name": "n"}\n', "record.invalid", "line 1"),
+        (b'{"id": "1", "patient": "", "name": "n", "text": "a"}\n', "record.invalid", "line 1"),
+        (b'{"id":"1","patient":"p","name":"n","text":"Zebulon Quimby a"}\n{"id":"1","patient":"p","name":"n","text":"b"}\n', "record.conflict", None),
+    ],
+    ids=["empty", "binary", "not UTF-8", "broken JSON", "no text", "no unit", "one id, two texts"],
+)
+def test_bad_sources_are_refused_with_a_place_and_no_text(run: Run, tmp_path: Path, notes: bytes, code: str, value: str | None):
+    exit_code, out, err = run("run", "ingest", "-C", str(write_project(tmp_path / "ward", notes)), "--json")
+    error = document("error", out)["error"]
+    assert (exit_code, error["code"]) == (2, code)
+    assert value is None or value in str(error["value"])
+    assert "Quimby" not in out + err
+    assert "Traceback" not in err
+
+
+def test_a_source_that_changed_or_disappeared_is_refused(run: Run, project: Path):
+    assert run("run", "ingest", "-C", str(project), "--json")[0] == 0
+    original = (project / "notes.jsonl").read_bytes()
+    (project / "notes.jsonl").write_bytes(original + b'{"id": "x", "patient": "x", "name": "x", "text": "x"}\n')
+    code, out, _ = run("run", "ingest", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (4, "source.changed")
+    (project / "notes.jsonl").unlink()
+    code, out, _ = run("run", "ingest", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "source.missing")
+    (project / "notes.jsonl").write_bytes(original)
+    assert run("run", "ingest", "-C", str(project), "--json")[0] == 0, "nothing was lost"
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [("[privacy]\n", "config.invalid"), ("[privvacy]\nepsilon = 1\n", "config.unknown_key"), ("[deid]\npolicy = 'nothing'\n", "config.invalid")],
+)
+def test_a_broken_configuration_says_which_key(run: Run, project: Path, change: str, code: str):
+    settings = project / "discreet.toml"
+    settings.write_text(settings.read_text() + change)
+    exit_code, out, err = run("run", "-C", str(project), "--json")
+    assert (exit_code, document("error", out)["error"]["code"]) == (2, code)
+    assert "Traceback" not in err
+
+
+def test_large_delta_needs_a_recorded_reason(run: Run, project: Path):
+    settings = project / "discreet.toml"
+    settings.write_text(settings.read_text().replace("[privacy]\n", "[privacy]\ndelta = 0.5\n"))
+    code, out, _ = run("train", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "plan.invalid")
+
+
+def test_a_model_folder_with_a_pickle_is_refused(run: Run, project: Path):
+    (project / "base").mkdir()
+    (project / "base" / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    settings = project / "discreet.toml"
+    settings.write_text(settings.read_text() + "[model]\nbase = 'base'\n")
+    code, out, _ = run("plan", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "model.unsafe")
+
+
+def test_privacy_commands(run: Run):
+    # Golden row q=0.01, sigma=1, T=10000, delta=1e-5: PLD 6.1877, RDP 6.7128 (dp_accounting 0.6, prv_accountant).
+    arguments = ["--sampling-probability", "0.01", "--noise-multiplier", "1", "--steps", "10000", "--delta", "1e-5"]
+    code, out, _ = run("privacy", "epsilon", *arguments, "--accountant", "pld,rdp", "--json")
+    assert code == 0
+    found = document("privacy-epsilon", out)
+    assert found["epsilon"] == pytest.approx(6.188, abs=0.01)
+    assert found["accountants"]["rdp"] == pytest.approx(6.713, abs=0.05)
+    code, out, _ = run("privacy", "noise", "--epsilon", "8", "--sampling-probability", "0.01", "--steps", "10000", "--delta", "1e-5", "--json")
+    assert code == 0
+    assert document("privacy-noise", out)["noise_multiplier"] == pytest.approx(0.8826, abs=0.002)
+    for bad in (["--delta", "1"], ["--noise-multiplier", "nan"], ["--sampling-probability", "2"], ["--steps", "-1"]):
+        merged = dict(zip(arguments[::2], arguments[1::2], strict=True)) | {bad[0]: bad[1]}
+        code, out, err = run("privacy", "epsilon", *[part for pair in merged.items() for part in pair], "--json")
+        if bad != ["--delta", "1"]:
+            assert code == 2, (bad, out, err)
+
+
+def test_redact_text_and_lines(run: Run):
+    code, out, _ = run("redact", "-", "--json", stdin=b"Call Dr. Ann Lee at 212-555-0147.")
+    assert code == 0
+    found = document("redact", out)
+    assert "Ann Lee" not in found["text"]
+    assert all(0 <= span["start"] < span["end"] <= 33 for span in found["spans"])
+    code, out, _ = run("redact", "-", "--lines", stdin=b'{"id": 7, "text": "SSN 536-90-4399"}\n')
+    assert code == 0
+    assert json.loads(out)["id"] == 7
+    assert "4399" not in out
+    for bad in (b"\xff", b""):
+        code, _, err = run("redact", "-", "--lines", stdin=b'{"id": 7}\n' if bad == b"" else bad)
+        assert code == 2
+        assert "Traceback" not in err
+
+
+def test_usage_mistakes_exit_2(run: Run, tmp_path: Path):
+    assert run("no-such-verb", "--json")[0] == 2
+    assert run("run", "-C", str(tmp_path), "--json")[0] == 2
+    assert run("run", "dance", "-C", str(tmp_path))[0] == 2
+    assert run("serve", "-C", str(tmp_path))[0] == 2
+
+
+def test_unexpected_errors_do_not_quote_text(run: Run, project: Path, monkeypatch: pytest.MonkeyPatch):
+    def explode(*_: object, **__: object) -> None:
+        raise RuntimeError(SECRET)
+
+    monkeypatch.setattr("discreet.pipeline.ingest", explode)
+    code, out, err = run("run", "ingest", "-C", str(project), "--json")
+    assert code == 1
+    assert "Quimby" not in out + err
+    assert "RuntimeError" in out
+
+
+def test_init_makes_projects_that_load(run: Run, tmp_path: Path):
+    for example in demo.EXAMPLES:
+        code, out, _ = run("init", str(tmp_path / example), "--example", example, "--json")
+        assert code == 0
+        document("init", out)
+    assert run("init", str(tmp_path / "plain"), "--example", "plain", "--json")[0] == 2, "an existing project is not overwritten"
