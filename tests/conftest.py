@@ -1,12 +1,13 @@
-"""A real PostgreSQL for the tests that run on both databases."""
+"""A real PostgreSQL for the tests that run on both databases, and a hospital small enough to tell the whole story in seconds."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
 
@@ -49,3 +50,42 @@ def _run(url: str, *statements: str) -> None:
         for statement in statements:
             connection.execute(text(statement))
     engine.dispose()
+
+
+SIZES = {"patients": 60, "documents": 130, "public": 60, "held_out": 12}
+SETTINGS = {
+    "privacy.steps": "4",
+    "privacy.expected_batch": "24",
+    "privacy.population": "180",
+    "audit.canaries": "120",
+    "audit.control_epochs": "20",
+    "audit.control_learning_rate": "1e-2",
+    "release.verdicts": '["PASS", "INCONCLUSIVE"]',
+    "run.threads": "1",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a language model that has read a little public text."""
+    from discreet import demo, model
+    from discreet.record import Basis, Sensitivity
+
+    folder = tmp_path_factory.mktemp("base")
+    demo.write_corpus(folder, **SIZES)
+    rows = [json.loads(line)["text"] for line in (folder / "public_train.jsonl").read_text().splitlines()]
+    text = model.PublicText.of(rows, sensitivity=Sensitivity.PUBLIC, basis=Basis.GENERATED)
+    return model.build_tiny(text, cache=folder / "models", steps=20, batch=8, learning_rate=1e-2).path
+
+
+@pytest.fixture(scope="session")
+def new_project(tiny_base: Path) -> Callable[[Path], Path]:
+    """Makes the project of a small generated hospital in a folder."""
+    from discreet import demo
+
+    def make(folder: Path) -> Path:
+        demo.write_corpus(folder, **SIZES)
+        demo.write_config(folder, example="hospital", settings=SETTINGS | {"model.base": f'"{tiny_base}"'})
+        return folder
+
+    return make

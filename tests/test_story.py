@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,46 +28,22 @@ from discreet.evidence.log import verify_bundle, verify_proof
 from discreet.evidence.statement import Predicate
 from discreet.governance.consent import Reason
 from discreet.pipeline import House, Silent
-from discreet.record import Basis, Sensitivity
+from discreet.record import Basis, Digest, Sensitivity
 
-SIZES = {"patients": 60, "documents": 130, "public": 60, "held_out": 12}
-SETTINGS = {
-    "privacy.steps": "4",
-    "privacy.expected_batch": "24",
-    "audit.canaries": "120",
-    "audit.control_epochs": "20",
-    "audit.control_learning_rate": "1e-2",
-    "release.verdicts": '["PASS", "INCONCLUSIVE"]',
-    "run.threads": "1",
-}
+NewProject = Callable[[Path], Path]
 
-
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A language model that has read a little public text."""
-    folder = tmp_path_factory.mktemp("base")
-    demo.write_corpus(folder, **SIZES)
-    rows = [json.loads(line)["text"] for line in (folder / "public_train.jsonl").read_text().splitlines()]
-    text = model.PublicText.of(rows, sensitivity=Sensitivity.PUBLIC, basis=Basis.GENERATED)
-    return model.build_tiny(text, cache=folder / "models", steps=20, batch=8, learning_rate=1e-2).path
 
 
 @pytest.fixture
-def project(tmp_path: Path, tiny_base: Path) -> Path:
+def project(tmp_path: Path, new_project: NewProject) -> Path:
     """A project that has not run yet."""
-    return _new_project(tmp_path / "hospital", tiny_base)
-
-
-def _new_project(folder: Path, base: Path) -> Path:
-    demo.write_corpus(folder, **SIZES)
-    demo.write_config(folder, example="hospital", settings=SETTINGS | {"model.base": f'"{base}"'})
-    return folder
+    return new_project(tmp_path / "hospital")
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
+def told(tmp_path_factory: pytest.TempPathFactory, new_project: NewProject) -> Path:
     """A project that ran to its end; read only."""
-    folder = _new_project(tmp_path_factory.mktemp("told") / "hospital", tiny_base)
+    folder = new_project(tmp_path_factory.mktemp("told") / "hospital")
     with pipeline.open_house(folder) as house:
         pipeline.run(house, until=None, observer=Silent())
     return folder
@@ -94,6 +70,11 @@ def _one(house: House) -> Any:
     return admitted[0]
 
 
+def _root(house: House) -> Digest:
+    """The snapshot that the model was trained on."""
+    return next(entry.subjects[0] for entry in house.log.select(Predicate.FROZEN) if entry.fields["name"] == "train")
+
+
 def test_one_record_walks_through_every_line(house: House):
     admitted = _one(house)
     digest = admitted.record.digest
@@ -108,13 +89,12 @@ def test_one_record_walks_through_every_line(house: House):
     assert [p.value for p in sorted(story, key=lambda p: order[p])] == [p.value for p in story]
     assert run.fields["guarantee"]["epsilon"] <= 8
     assert run.fields["guarantee"]["epsilon"] <= run.fields["guarantee"]["filter_epsilon"]
-    snapshot = corpus.open_snapshot(run.subjects[1], keyring=house.keyring, folder=house.snapshots)
+    snapshot = corpus.open_snapshot(_root(house), keyring=house.keyring, folder=house.snapshots)
     assert digest in corpus.digests(snapshot, house.keyring)
 
 
 def test_what_is_frozen_holds_no_identifier_of_anybody(house: House):
-    run = house.log.select(Predicate.TRAINED)[-1]
-    snapshot = corpus.open_snapshot(run.subjects[1], keyring=house.keyring, folder=house.snapshots)
+    snapshot = corpus.open_snapshot(_root(house), keyring=house.keyring, folder=house.snapshots)
     texts = "\n".join(corpus.texts(snapshot, range(20), house.keyring))
     for line in (house.project.root / "notes.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -220,7 +200,7 @@ def test_a_model_is_not_audited_before_it_is_trained(project: Path):
 
 def test_an_exhausted_budget_refuses_a_second_run(copied: House):
     settings = copied.project.root / "discreet.toml"
-    settings.write_text(settings.read_text().replace("learning_rate = 2e-3", "learning_rate = 3e-3"))
+    settings.write_text(settings.read_text().replace("learning_rate = 1e-2", "learning_rate = 2e-2"))
     changed = load(copied.project.root)
     copied_again = House(**{**{name: getattr(copied, name) for name in copied.__dataclass_fields__}, "project": changed})
     with pytest.raises(BudgetExhausted):
@@ -275,13 +255,12 @@ def test_two_runs_at_once_are_refused(project: Path):
 
 
 def test_a_sensitive_source_never_reaches_a_track_without_privacy(copied: House):
-    genuine = demo.write_corpus(copied.project.root.parent / "again", **SIZES).files
+    genuine = demo.write_corpus(copied.project.root.parent / "again", patients=60, documents=130, public=60, held_out=12).files
     altered = dict(genuine) | {"notes.jsonl": "0" * 64}
     with pytest.raises(TrackRefused, match="notes"):
         pipeline.utility_control(copied, generated=altered, observer=Silent())
     with pytest.raises(TrackRefused):
         model.PublicText.of(["text"], sensitivity=Sensitivity.SPECIAL, basis=Basis.CONSENT)
-    snapshot = copied.log.select(Predicate.TRAINED)[-1].subjects[1]
-    opened = corpus.open_snapshot(snapshot, keyring=copied.keyring, folder=copied.snapshots)
+    opened = corpus.open_snapshot(_root(copied), keyring=copied.keyring, folder=copied.snapshots)
     with pytest.raises(TrackRefused):
         model.PublicText.of(["text"], sensitivity=opened.sensitivity, basis=Basis.CONSENT)

@@ -248,6 +248,18 @@ class Ledger:
             wanted = _Wanted(budget=name, run=run, plan=plan.digest, snapshot=snapshot.root, price=_price(plan))
             return self._charge(tx, wanted, account, _vector(plan, account.filter), pure=Decimal("Infinity"))
 
+    def of_run(self, run: str) -> Reservation:
+        """Returns the reservation of a run, whatever its state.
+
+        Raises:
+            NotFound: when the run reserved nothing.
+        """
+        with self._store.transaction() as tx:
+            row = _of_run(tx, run)
+            if row is None:
+                raise NotFound("a run that reserved something", value=run)
+            return _reservation(tx, row.id)
+
     def reserve_epsilon(self, name: str, epsilon: float) -> Reservation:
         """Charges a query that is epsilon-DP with delta 0, by its RDP bound or, among pure queries only, by its epsilon. Every call is a new charge.
 

@@ -446,7 +446,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     """
     done = _finished(house, "train")
     if done is not None:
-        return done
+        return _close_run(house, done)
     frozen = ingest(house, observer)
     observer.stage("train")
     run, plan, reservation = _reserve(house, frozen.snapshot)
@@ -455,7 +455,6 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     )
     base = load_base(house, frozen.public, observer)
     folder = house.project.state / "runs" / run
-    checkpoints = Checkpoints(folder=folder / "private", key=house.keyring.purpose("checkpoint"), run=run)
     start = _public_track(house, base, frozen, folder, observer)
     began = time.monotonic()
     trained = loop.train(
@@ -465,7 +464,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
         texts=_all_texts(house, frozen.snapshot),
         setup=_setup(house, base, held_out=frozen.held_out, start=start),
         run_key=house.keyring.run(run),
-        checkpoints=checkpoints,
+        checkpoints=_checkpoints(house, run),
         adapter=folder / "adapter",
         on_step=_shown(observer, "train"),
     )
@@ -484,9 +483,8 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
         "guarantee": guarantee_fields(plan) | {"privacy_digest": house.project.privacy_digest()},
         "curve": _rounded(trained.curve),
     }
-    done = _finish_training(house, result, reservation)
-    checkpoints.destroy()
-    return done
+    _record_training(house, result, reservation)
+    return _close_run(house, result)
 
 
 def _public_track(house: House, base: Base, frozen: Corpus, folder: Path, observer: Observer) -> Path | None:
@@ -575,23 +573,34 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
     return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run)
 
 
-def _finish_training(house: House, result: dict[str, Any], reservation: Reservation) -> dict[str, Any]:
-    """Logs the trained model, closes the reservation and destroys the run's key, so that nobody regenerates its noise."""
-    run, fields = result["run"], {name: result[name] for name in ("run", "base", "adapter", "plan", "guarantee", "steps", "parameters")}
+def _record_training(house: House, result: Mapping[str, Any], reservation: Reservation) -> None:
+    """Logs the trained model. The snapshot's root stays inside: the statement is public (PITFALLS 41)."""
+    fields = {name: result[name] for name in ("run", "base", "adapter", "plan", "guarantee", "steps", "parameters")}
     fields |= {"track": "dp", "reservation": reservation.id, "public_loss": result["curve"]}
     with house.store.transaction() as tx:
-        subjects = (Digest(result["adapter"]), Digest(result["snapshot"]))
-        house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=subjects, fields=fields))
+        house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(Digest(result["adapter"]),), fields=fields))
         artifact = lineage.Artifact(digest=Digest(result["adapter"]), kind=lineage.Kind.MODEL, protects=house.project.privacy.unit)
         lineage.derive(tx, artifact, parents=[Digest(result["snapshot"])])
         _record(tx, "train", _run_config(house), result)
-    house.ledger.close(reservation, CloseReason.COMPLETED, executed_steps=result["steps"])
-    house.keyring.close_run(run)
+
+
+def _close_run(house: House, result: Mapping[str, Any]) -> dict[str, Any]:
+    """Closes the reservation and destroys the run's key, so that nobody regenerates its noise. Idempotent: a call that was killed is finished by the next."""
+    run = result["run"]
+    house.ledger.close(house.ledger.of_run(run), CloseReason.COMPLETED, executed_steps=result["steps"])
     with house.store.transaction() as tx:
-        house.log.append(
-            tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(Digest(result["adapter"]),), fields={"run": run, "kind": "noise and sampling"})
-        )
-    return result
+        told = run in {entry.fields["run"] for entry in house.log.select(Predicate.KEY_DESTROYED, tx=tx)}
+    if not told:
+        house.keyring.close_run(run)
+        fields: dict[str, JSON] = {"run": run, "kind": "noise and sampling"}
+        with house.store.transaction() as tx:
+            house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(Digest(result["adapter"]),), fields=fields))
+    _checkpoints(house, run).destroy()
+    return dict(result)
+
+
+def _checkpoints(house: House, run: str) -> Checkpoints:
+    return Checkpoints(folder=house.project.state / "runs" / run / "private", key=house.keyring.purpose("checkpoint"), run=run)
 
 
 # Line 8: does it hold
@@ -746,18 +755,22 @@ def _decide(house: House, trained: Mapping[str, Any], audited: Mapping[str, Any]
         if holds
         else {"reasons": [gate["gate"] for gate in gates if not gate["holds"]], "verdict": audited["verdict"]}
     )
-    folder = house.releases / common["name"]
-    if holds:
-        shutil.copytree(house.project.state / "runs" / trained["run"] / "adapter", folder / "adapter", dirs_exist_ok=True)
-    result = {"decision": "released" if holds else "withheld", **fields}
     with house.store.transaction() as tx:
         kind = Predicate.RELEASED if holds else Predicate.WITHHELD
-        index = house.log.append(tx, Statement(predicate=kind, subjects=(Digest(trained["adapter"]),), fields=fields))
+        house.log.append(tx, Statement(predicate=kind, subjects=(Digest(trained["adapter"]),), fields=fields))
+        result = {"decision": "released" if holds else "withheld", **fields}
         _record(tx, "release", _config_of(house, "release"), result)
-        entry = next(entry for entry in house.log.select(kind, tx=tx) if entry.index == index)
-        if holds:
-            write_atomically(folder / "release.json", entry.envelope)
     return result
+
+
+def _publish(house: House, released: Mapping[str, Any]) -> None:
+    """Puts adapter and signed statement where the gateway looks, after the log has them. Idempotent."""
+    folder = house.releases / released["name"]
+    if (folder / gateway.STATEMENT_FILE).is_file():
+        return
+    shutil.copytree(house.project.state / "runs" / released["run"] / "adapter", folder / gateway.ADAPTER_FOLDER, dirs_exist_ok=True)
+    entry = next(entry for entry in reversed(house.log.select(Predicate.RELEASED)) if entry.fields["name"] == released["name"])
+    write_atomically(folder / gateway.STATEMENT_FILE, entry.envelope)
 
 
 def _gates(house: House, guarantee: Mapping[str, Any], audited: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -780,7 +793,7 @@ def load_release(folder: Path, *, public_key: str) -> Release:
         NotReleased: when there is no signed release in the folder.
         EvidenceInvalid: when the statement was not signed by this log.
     """
-    path = folder / "release.json"
+    path = folder / gateway.STATEMENT_FILE
     if not path.is_file():
         raise NotReleased("a signed release in this project", remedy="Run `discreet run`; a withheld model is not served.")
     return _release(folder, gateway.released_entry(path.read_bytes(), public_key=public_key))

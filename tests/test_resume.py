@@ -1,0 +1,84 @@
+"""Killed at any moment, continued by the next call: nothing is lost, nothing is spent twice."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from discreet import model, pipeline
+from discreet.evidence.statement import Predicate
+
+COMMAND = [sys.executable, "-c", "from discreet.cli import main; main()", "run", "-C"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+
+
+def _start(folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen([*COMMAND, str(folder)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
+
+
+def _kill_at(folder: Path, marker: str) -> None:
+    """Runs until a line of stderr holds `marker`, then kills without warning."""
+    process = _start(folder)
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if marker in line:
+            break
+    else:
+        pytest.fail(f"no line with {marker!r} in: {''.join(seen)[-2000:]}")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+def _finish(folder: Path) -> str:
+    process = _start(folder)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]
+    return errors
+
+
+def _check_whole(folder: Path) -> None:
+    """One of everything, in a log that verifies, and a release that opens."""
+    with pipeline.open_house(folder) as house:
+        house.log.verify()
+        for once in (Predicate.COMMITTED, Predicate.BUDGET_OPENED, Predicate.RESERVED, Predicate.SPENT, Predicate.CLOSED):
+            assert len(house.log.select(once)) == 1, once
+        for once in (Predicate.TRAINED, Predicate.KEY_DESTROYED, Predicate.AUDITED, Predicate.RELEASED):
+            assert len(house.log.select(once)) == 1, once
+        [budget] = house.ledger.budgets()
+        assert budget.num_reservations == 1
+        released = pipeline.load_release(house.releases / pipeline.released_name(house), public_key=house.log.public_key())
+        assert model.adapter_digest(released.path / "adapter") == released.adapter
+        assert not list((house.project.state / "runs").rglob("*.partial"))
+
+
+def test_killed_while_training_and_while_auditing(tmp_path: Path, new_project: Callable[[Path], Path]):
+    folder = new_project(tmp_path / "hospital")
+    _kill_at(folder, "train 2/4")
+    with pipeline.open_house(folder) as house:
+        assert len(house.log.select(Predicate.SPENT)) == 1, "the whole run was spent before its first step"
+        assert not house.log.select(Predicate.TRAINED)
+    _kill_at(folder, "control")
+    said = _finish(folder)
+    assert "train 1/4" not in said, "finished steps are not repeated"
+    _check_whole(folder)
+
+
+@pytest.mark.slow
+def test_killed_at_five_moments_of_the_clock(tmp_path: Path, new_project: Callable[[Path], Path]):
+    folder = new_project(tmp_path / "hospital")
+    for moment_s in (1.0, 7.0, 9.5, 12.0, 14.5):
+        process = _start(folder)
+        time.sleep(moment_s)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    _finish(folder)
+    _check_whole(folder)
