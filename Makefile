@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 export OMP_WAIT_POLICY := passive
+# Freed memory is kept for the next micro-batch: about a tenth faster on a CPU.
+export MALLOC_TRIM_THRESHOLD_ := 4294967296
+export MALLOC_TOP_PAD_ := 268435456
 
 .PHONY: demo test test-slow check setup clean
 

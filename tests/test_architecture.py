@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from discreet import errors
 
 ROOT = Path(__file__).parents[1]

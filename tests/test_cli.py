@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from discreet import cli, demo
 from jsonschema import Draft202012Validator
+
+from discreet import cli, demo
 
 Run = Callable[..., tuple[int, str, str]]
 SECRET = "Zebulon Quimby"
@@ -75,6 +76,7 @@ purposes = ["note-assistant"]
 basis = "generated"
 role = "evaluation"
 [privacy]
+population = 60
 expected_batch = 8
 steps = 2
 [audit]
@@ -103,7 +105,7 @@ def test_ingest_trace_and_erase(run: Run, project: Path):
     assert document("evidence-verify", out)["failed"]
     code, out, _ = run("catalog", "list", "-C", str(project), "--json")
     assert code == 0
-    assert {source["name"] for source in document("catalog", out)["sources"]} == {"notes", "held-out", "audit-canaries"}
+    assert {source["name"] for source in document("catalog", out)["sources"]} == {"notes", "held-out", "audit-canaries-20"}
     code, out, _ = run("consent", "withdraw", "p3", "-C", str(project), "--json")
     assert code == 0
     document("consent", out)
@@ -163,7 +165,11 @@ def test_a_source_that_changed_or_disappeared_is_refused(run: Run, project: Path
     (project / "notes.jsonl").unlink()
     code, out, _ = run("run", "ingest", "-C", str(project), "--json")
     assert (code, document("error", out)["error"]["code"]) == (2, "source.missing")
+    (project / "notes.jsonl").write_bytes(original + b'{"id": "x", "patient": "x", "name": "x", "text": "x"}\n')
+    assert run("catalog", "register", "notes", "--again", "-C", str(project), "--json")[0] == 0
+    assert run("run", "ingest", "-C", str(project), "--json")[0] == 0, "the remedy of the message works"
     (project / "notes.jsonl").write_bytes(original)
+    assert run("catalog", "register", "notes", "--again", "-C", str(project), "--json")[0] == 0
     assert run("run", "ingest", "-C", str(project), "--json")[0] == 0, "nothing was lost"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from discreet.config import load
 from discreet.errors import ConfigInvalid, SourceMissing, UnknownKey
 

@@ -121,7 +121,7 @@ def test_settings_replace_one_value_and_keep_the_comments(tmp_path: Path) -> Non
     project = load(tmp_path)
     assert (project.model.base, project.privacy.steps, project.audit.canaries) == ("tiny", 7, 40)
     assert "# half planted, half held back as twins" in text
-    assert project.privacy.expected_batch == 64
+    assert project.privacy.expected_batch == 160
 
 
 def test_write_config_refuses(tmp_path: Path) -> None:

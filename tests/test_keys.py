@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+
 from discreet.errors import ConfigInvalid, Forgotten, KeyUnavailable, SealBroken
 from discreet.keys import Key, Keyring, Stream, open_master
 from discreet.record import SubjectId

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from discreet import model, pipeline
 from discreet.evidence.statement import Predicate
 

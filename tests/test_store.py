@@ -6,10 +6,11 @@ import threading
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
+
 from discreet import store as store_module
 from discreet.errors import ClockBackwards, ConfigInvalid, OperationFailed, StorageFull
 from discreet.store import Store, now
-from sqlalchemy import text
 
 
 def test_read_then_write_is_never_a_race(tmp_path: Path):

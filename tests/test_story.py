@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from discreet import corpus, demo, model, pipeline
 from discreet.config import load
 from discreet.deid import policy as deid
@@ -31,7 +32,6 @@ from discreet.pipeline import House, Silent
 from discreet.record import Basis, Digest, Sensitivity
 
 NewProject = Callable[[Path], Path]
-
 
 
 @pytest.fixture

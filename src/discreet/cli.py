@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from typer.exceptions import TyperException
 
 from discreet import __version__
-from discreet.errors import DiscreetError, NotFound, PlanInvalid, RequestInvalid, SourceMissing
+from discreet.errors import DiscreetError, NotFound, NotReleased, PlanInvalid, RequestInvalid, SourceMissing
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Sensitive text to a language model that keeps it, with proof."
@@ -69,8 +68,8 @@ def demo(
     from discreet import demo as story
 
     home = folder or Path("demo") / ("fast" if fast else "hospital")
-    if fresh and (home / ".discreet").is_dir():
-        shutil.rmtree(home)
+    if fresh and home.is_dir():
+        story.remove(home)
     outcome = story.tell(home, fast=fast, observer=_Bars())
     _print(as_json, outcome.to_json(), outcome.lines())
     asked = serve is None and not as_json and sys.stdin.isatty() and typer.confirm("Start the gateway and the dashboard?", default=True, err=True)
@@ -104,7 +103,11 @@ def run(
 
     with pipeline.open_house(project) as house:
         before = pipeline.finished(house)
-        outcome = pipeline.run(house, until=stage, observer=_Bars())
+        try:
+            outcome = pipeline.run(house, until=stage, observer=_Bars())
+        except NotReleased:
+            reports.write(house.log, house.project.root)
+            raise
         written = reports.write(house.log, house.project.root)[0] if stage is None else None
         sentence = reports.of(house.log).sentence
     trained = outcome.get("train", {})
@@ -454,6 +457,25 @@ def catalog_list(project: Folder = HERE, as_json: Json = False) -> None:
     _print(
         as_json, {"sources": sources}, [f"{s['name']}: {s['sensitivity']}, owner {s['owner']}, purposes {', '.join(s['purposes'])}" for s in sources]
     )
+
+
+@catalog.command("register")
+def catalog_register(
+    name: Annotated[str, typer.Argument(help="Name of the [[source]] in discreet.toml.")],
+    again: Annotated[bool, typer.Option("--again", help="Take the present bytes and declaration in place of the registered ones.")] = False,
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Registers a source, or with --again what became of it since; its name, and so its budget, stay."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        section = next((section for section in house.project.source if section.name == name), None)
+        if section is None:
+            raise NotFound("a [[source]] of that name in discreet.toml", value=name)
+        (house.catalog.register_again if again else house.catalog.register)(house.project, section)
+        sources = house.catalog.sources()
+    _print(as_json, {"sources": sources}, [f"registered {name}"])
 
 
 # --- evidence ---------------------------------------------------------------------------------------------------------------------------------------

@@ -102,7 +102,10 @@ class ModelSection(_Section):
     """Which base model, and which of its parameters learn."""
 
     base: str = Field("smollm2-135m-instruct", description="smollm2-135m-instruct, tiny, or a folder of a Hugging Face causal LM (safetensors)")
-    train: tuple[str, ...] = Field(("lora",), description="'lora' for adapters, 'lora_B' for their B matrices alone, 'all', or patterns of parameter names (fnmatch); the rest is frozen")
+    train: tuple[str, ...] = Field(
+        ("lora",),
+        description="'lora' for adapters, 'lora_B' for their B matrices alone, 'all', or patterns of parameter names (fnmatch); the rest is frozen",
+    )
     lora_rank: Count = 4
     lora_alpha: Positive = 16.0
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
@@ -118,7 +121,7 @@ class PrivacySection(_Section):
     allow_large_delta: str = Field("", description="reason for delta >= 1/population, recorded in the log; empty refuses it")
     unit: str = Field("patient", description="what one epsilon protects: everything this unit contributed")
     population: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="public estimate of the number of units, canaries included; left out: the exact count is used, and named as unprotected"
+        None, description="public estimate of the number of units, canaries included; required to train"
     )
     cap: Count = Field(1, description="documents of one unit used in one step, chosen by keyed hash")
     clip_norm: Positive = 0.5

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import tempfile
 import time
 import tomllib
@@ -33,11 +34,12 @@ from faker import Faker
 
 from discreet import pipeline, report
 from discreet.config import FILE_NAME
-from discreet.errors import ConfigInvalid, NotFound, TrackRefused
+from discreet.errors import ConfigInvalid, NotFound, NotReleased, TrackRefused
 from discreet.evidence.log import verify_bundle
 from discreet.evidence.statement import Predicate
 from discreet.keys import Stream
 from discreet.pipeline import House, Observer
+from discreet.store import write_atomically
 
 SEED = "discreet hospital 1"
 """Public seed of the corpus; another seed is another hospital."""
@@ -49,12 +51,15 @@ MIN_TOKENS, MAX_TOKENS = 40, 80
 MAX_DOCUMENTS = 8
 """Documents of one patient, at most."""
 
-_SIZES = {"patients": 2000, "documents": 5000, "public": 1500, "held_out": 120}
+_CORPUS_FILES = ("notes.jsonl", "gold.jsonl", "public_train.jsonl", "held_out.jsonl", "opt_outs.txt")
+_SIZES = {"patients": 2000, "documents": 5000, "public": 1500, "held_out": 48}
 _FAST_SIZES = {"patients": 500, "documents": 1000, "public": 600, "held_out": 60}
 _FAST_SETTINGS = {
     "model.base": '"tiny"',
     "model.train": '["lora"]',
     "privacy.population": "640",
+    "privacy.steps": "10",
+    "privacy.expected_batch": "64",
     "audit.canaries": "300",
     "audit.control_epochs": "16",
     "audit.control_learning_rate": "1e-2",
@@ -229,7 +234,7 @@ def write_config(folder: Path, *, example: str, settings: Mapping[str, str] | No
     for key, literal in (settings or {}).items():
         content = _with_setting(content, key, literal)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(content, encoding="utf-8", newline="\n")
+    write_atomically(path, content.encode())
     return path
 
 
@@ -548,7 +553,7 @@ class Outcome:
             "",
             f"refused    {self.refused} documents of {self.facts.opted_out} patients who opted out",
             f"learned    held-out loss {loss['before']:.3f} -> {loss['private']:.3f} private, {loss['control']:.3f} non-private control: "
-            f"{100 * loss['gain_share']:.0f} % of the gain",
+            + (f"{100 * loss['gain_share']:.0f} % of the gain" if loss["gain_share"] is not None else "the control gained nothing"),
             f"audit      {audited['verdict']}: certified epsilon >= {audited['epsilon_lower']:.2f} (could have shown up to {audited['ceiling']:.2f})",
             f"recited    control {said['control']} of {said['tried']} canaries, private model {said['private']} of {said['tried']}",
             f"  prompt   {example['prompt']}",
@@ -569,9 +574,10 @@ def init_project(folder: Path, *, example: str) -> list[str]:
         NotFound: when there is no such example.
         ConfigInvalid: when the folder already is a project.
     """
+    if example == "hospital":
+        _check_free(folder)
     write_config(folder, example=example)
-    written = list(write_corpus(folder).files) if example == "hospital" else []
-    return [FILE_NAME, *written]
+    return [FILE_NAME, *(write_corpus(folder).files if example == "hospital" else ())]
 
 
 def tell(folder: Path, *, fast: bool, observer: Observer) -> Outcome:
@@ -589,13 +595,18 @@ def tell(folder: Path, *, fast: bool, observer: Observer) -> Outcome:
     sizes = _FAST_SIZES if fast else _SIZES
     if not (folder / FILE_NAME).exists():
         observer.stage("corpus")
+        _check_free(folder)
         write_corpus(folder, **sizes, seed=SEED)
         write_config(folder, example="hospital", settings=_FAST_SETTINGS if fast else {})
     with pipeline.open_house(folder) as house:
         facts = _generated(house, sizes)
         trained = pipeline.run(house, until="train", observer=observer)["train"]
         utility = _utility(house, trained, facts, observer)
-        result = pipeline.run(house, until=None, observer=observer)
+        try:
+            result = pipeline.run(house, until=None, observer=observer)
+        except NotReleased:
+            report.write(house.log, house.project.root)
+            raise
         written = report.write(house.log, house.project.root)
         sentence = report.of(house.log).sentence
         evidence = _verified_offline(house)
@@ -609,6 +620,25 @@ def tell(folder: Path, *, fast: bool, observer: Observer) -> Outcome:
         evidence=evidence,
         seconds=time.monotonic() - began,
     )
+
+
+def remove(folder: Path) -> None:
+    """Deletes an earlier demo.
+
+    Raises:
+        ConfigInvalid: when the folder holds another project.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file() or "Riverside General Hospital (generated)" not in path.read_text(encoding="utf-8"):
+        raise ConfigInvalid("the folder of an earlier demo", value=str(folder), remedy="--fresh deletes nothing else.")
+    shutil.rmtree(folder)
+
+
+def _check_free(folder: Path) -> None:
+    """Refuses to write a corpus over files that are somebody's. A corpus without a project is what a killed demo left behind: it is written again."""
+    stranger = next((path for path in folder.glob("*") if path.name not in (*_CORPUS_FILES, FILE_NAME)), None)
+    if stranger is not None:
+        raise ConfigInvalid("an empty folder for the demo", value=stranger.name, remedy="Choose another folder with --dir.")
 
 
 def _generated(house: House, sizes: Mapping[str, int]) -> CorpusFacts:
@@ -633,7 +663,12 @@ def _utility(house: House, trained: Mapping[str, Any], facts: CorpusFacts, obser
     """Trains the same adapter on the same text without privacy, to say what privacy cost. Exists only because `_generated` held."""
     curve = pipeline.utility_control(house, generated=facts.files, observer=observer)
     before, private, control = trained["curve"][0][1], trained["curve"][-1][1], curve[-1][1]
-    return {"before": before, "private": private, "control": control, "gain_share": (before - private) / (before - control)}
+    return {
+        "before": before,
+        "private": private,
+        "control": control,
+        "gain_share": (before - private) / (before - control) if control < before else None,
+    }
 
 
 def _verified_offline(house: House) -> dict[str, Any]:

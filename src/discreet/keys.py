@@ -23,6 +23,7 @@ import secrets
 import stat
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
@@ -246,10 +247,14 @@ def _master_from_file(path: Path) -> Key:
 
 
 def _write_private(path: Path, content: bytes) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+    with suppress(FileExistsError):  # another process was faster: its key is the key
+        os.link(partial, path)
+    partial.unlink()
 
 
 def _decode_master(encoded: str | None, where: str) -> Key:

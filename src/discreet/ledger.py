@@ -248,6 +248,17 @@ class Ledger:
             wanted = _Wanted(budget=name, run=run, plan=plan.digest, snapshot=snapshot.root, price=_price(plan))
             return self._charge(tx, wanted, account, _vector(plan, account.filter), pure=Decimal("Infinity"))
 
+    def has_run(self, run: str) -> bool:
+        """Returns whether a run has a reservation."""
+        with self._store.transaction() as tx:
+            return _of_run(tx, run) is not None
+
+    def open_runs(self) -> list[Reservation]:
+        """Returns the reservations of training runs that are not closed."""
+        open_ = (_reservations.c.state != State.CLOSED.value) & _reservations.c.snapshot.is_not(None)
+        with self._store.transaction() as tx:
+            return [_reservation(tx, identifier) for identifier in tx.execute(select(_reservations.c.id).where(open_)).scalars()]
+
     def of_run(self, run: str) -> Reservation:
         """Returns the reservation of a run, whatever its state.
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
-from sqlalchemy import Column, Connection, String, Table, Text, insert, select
+from sqlalchemy import Column, Connection, String, Table, Text, delete, insert, select
 
 from discreet import config, corpus, model
 from discreet.audit import bounds, extraction, membership
@@ -37,7 +37,7 @@ from discreet.audit.canaries import Canaries
 from discreet.config import ModelSection, Project, SourceSection, TrainSection, digest_of
 from discreet.deid import policy as deid
 from discreet.dp import accounting, mechanism
-from discreet.errors import BudgetExhausted, ConfigInvalid, NotFound, NotReleased, PlanInvalid, RunInProgress, TrackRefused
+from discreet.errors import BudgetExhausted, ConfigInvalid, DigestMismatch, NotFound, NotReleased, PlanInvalid, RunInProgress, TrackRefused
 from discreet.evidence.log import Log
 from discreet.evidence.statement import JSON, Entry, Predicate, Statement
 from discreet.governance import lineage
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 
 STAGES = ("ingest", "train", "audit", "release")
 BATCH = 512
-CANARY_SOURCE = "audit-canaries"
+CANARY_SOURCE = "audit-canaries-{count}"
 CONTROL_BATCH = 8
 CONTROL_RANK = 16
 RECITED = 40
@@ -81,7 +81,7 @@ _stages = Table(
 
 
 class Observer(Protocol):
-    """Hears what happens and may show it. Nothing sensitive is ever said to it."""
+    """Hears what happens and may show it to the operator: counts and speeds that stay inside, never a text or an identifier."""
 
     def stage(self, name: str) -> None: ...
 
@@ -245,7 +245,7 @@ def _canary_section(house: House, canaries: Canaries) -> SourceSection:
     path = house.project.state / "canaries.jsonl"
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in canaries.rows()).encode())
     return SourceSection(
-        name=CANARY_SOURCE,
+        name=CANARY_SOURCE.format(count=len(canaries)),
         path=str(path.relative_to(house.project.root)),
         unit="unit",
         owner="audit",
@@ -290,7 +290,7 @@ class Price:
         plan, promised = self.plan, self.plan.guarantee
         return [
             f"unit               one {plan.unit}: everything they contributed, {plan.cap} document(s) a step",
-            f"epsilon            {plan.filter_epsilon:.3f} by the budget's filter (RDP), {promised.epsilon:.3f} by PLD, delta {promised.delta:.2g}",
+            f"epsilon            {promised.epsilon:.3f} by PLD, {promised.epsilon_rdp or math.inf:.3f} by RDP as the budget counts, delta {promised.delta:.2g}",
             f"mechanism          {plan.steps} Poisson steps, probability {plan.sampling_probability:.4f}, noise multiplier {plan.noise_multiplier:.4f}, clip norm {plan.clip_norm:g}",
             f"noise              each step's mean gradient is hidden in noise of norm {self.noise_norm:.3f}; a full batch of aligned gradients has norm {plan.clip_norm:g}",
             f"signal to noise    at most {self.signal_to_noise:.2f} a step over {self.parameters:,} trainable parameters; below 0.01 expect little",
@@ -359,9 +359,12 @@ def _seconds_a_token(house: House, base: Base) -> float:
 
 
 def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
-    """Line 5. The population is the public figure of [privacy]; without one it is the exact count, and the guarantee says that the count is not protected."""
+    """Line 5. The population is a public figure that [privacy] names: the exact count is private, and everything below would give it away."""
     privacy = house.project.privacy
-    population = privacy.population or snapshot.num_units
+    if privacy.population is None:
+        remedy = "Name a public figure, such as the registered number of patients and the canaries; the exact count would leak through the sampling probability."
+        raise PlanInvalid("[privacy] population: a public estimate of the number of units", remedy=remedy)
+    population = privacy.population
     delta = privacy.delta or 1 / (2 * population)
     budget = _filter(house, delta)[0] if privacy.target == "budget" else None
     try:
@@ -379,6 +382,8 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
         )
     except ValueError as error:
         raise PlanInvalid("[privacy] to have a solution", value=str(error), remedy="See docs/choosing-unit-and-epsilon.md.") from None
+    if plan.delta >= 1 / snapshot.num_units and not plan.allow_large_delta:
+        raise PlanInvalid("delta below one over the units really there", value=plan.delta, remedy="Lower [privacy] population or delta.")
     left = budget.remaining_epsilon() if budget else privacy.epsilon
     if left < min(privacy.epsilon, house.project.budget.epsilon) / 2:
         remedy = "A budget is never refilled. Set [privacy] epsilon to what is left, or open a budget for other people."
@@ -494,7 +499,8 @@ def _public_track(house: House, base: Base, frozen: Corpus, folder: Path, observ
         return None
     if frozen.public is None:
         raise ConfigInvalid("a [[source]] with role = 'public' for [train] public_steps > 0")
-    if not adapter.exists():
+    run = f"public-{folder.name}"
+    if run not in {entry.fields["run"] for entry in house.log.select(Predicate.TRAINED)}:
         checkpoints = Checkpoints(folder=folder / "public", key=house.keyring.purpose("checkpoint"), run=folder.name)
         fitted = loop.fit(
             frozen.public,
@@ -507,7 +513,7 @@ def _public_track(house: House, base: Base, frozen: Corpus, folder: Path, observ
         )
         digest = model.save_adapter(fitted.module, adapter)
         fields = {
-            "run": f"public-{folder.name}",
+            "run": run,
             "track": "public",
             "base": base.digest,
             "adapter": digest,
@@ -527,10 +533,10 @@ def _all_texts(house: House, snapshot: Snapshot) -> list[str]:
 
 
 def _public_text(house: House, snapshot: Snapshot) -> PublicText:
-    return PublicText.of(_all_texts(house, snapshot), sensitivity=snapshot.sensitivity, basis=Basis.GENERATED)
+    return PublicText.of(_all_texts(house, snapshot), sensitivity=snapshot.sensitivity, basis=Basis.CONSENT)  # so that only its sensitivity admits it
 
 
-def _setup(house: House, base: Base, *, held_out: PublicText, start: Path | None = None, evaluations: int = 5) -> loop.Setup:
+def _setup(house: House, base: Base, *, held_out: PublicText, start: Path | None = None, evaluations: int = 3) -> loop.Setup:
     project = house.project
     return loop.Setup(base=base, model=project.model, train=project.train, run=project.run, held_out=held_out, start=start, evaluations=evaluations)
 
@@ -564,12 +570,17 @@ def _rounded(curve: loop.Curve) -> list[list[float]]:
 def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Reservation]:
     """Lines 5 and 6. A run is its configuration on its snapshot; its plan is fixed when it is first reserved."""
     run = "run-" + digest_of([_run_config(house), snapshot.root]).removeprefix("sha256:")[:12]
-    known = _result(house, f"plan/{run}", "")
+    _close_abandoned(house, run)
+    known = _result(house, f"plan/{run}", "") if house.ledger.has_run(run) else None
     plan = mechanism.plan_from_json(known) if known else _calibrate(house, snapshot)
     house.ledger.open(house.project.budget.name, epsilon=house.project.budget.epsilon, delta=house.project.budget.delta or plan.delta, unit=plan.unit)
     if known is None:
         with house.store.transaction() as tx:
+            tx.execute(delete(_stages).where(_stages.c.name == f"plan/{run}"))
             _record(tx, f"plan/{run}", "", plan.to_json())
+            if plan.allow_large_delta:
+                fields: dict[str, JSON] = {"rule": "delta < 1 / population", "value": plan.delta, "reason": plan.allow_large_delta, "run": run}
+                house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(plan.digest,), fields=fields))
     return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run)
 
 
@@ -599,6 +610,18 @@ def _close_run(house: House, result: Mapping[str, Any]) -> dict[str, Any]:
     return dict(result)
 
 
+def _close_abandoned(house: House, current: str) -> None:
+    """Closes runs that were killed and never resumed, because configuration or corpus changed: what they spent stays spent, their keys are destroyed."""
+    for reservation in house.ledger.open_runs():
+        if reservation.run != current:
+            house.ledger.close(reservation, CloseReason.CRASH)
+            house.keyring.close_run(reservation.run)
+            fields: dict[str, JSON] = {"run": reservation.run, "kind": "noise and sampling", "reason": "abandoned"}
+            with house.store.transaction() as tx:
+                house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(reservation.plan,), fields=fields))
+            _checkpoints(house, reservation.run).destroy()
+
+
 def _checkpoints(house: House, run: str) -> Checkpoints:
     return Checkpoints(folder=house.project.state / "runs" / run / "private", key=house.keyring.purpose("checkpoint"), run=run)
 
@@ -621,7 +644,12 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     observer.stage("audit")
     canaries, plan = plant_canaries(house), mechanism.plan_from_json(_needed(house, f"plan/{trained['run']}"))
     base = load_base(house, None, observer)
-    private = model.load_adapter(base, house.project.state / "runs" / trained["run"] / "adapter")
+    adapter = house.project.state / "runs" / trained["run"] / "adapter"
+    if (base.digest, model.adapter_digest(adapter)) != (trained["base"], trained["adapter"]):
+        raise DigestMismatch(
+            "the base model and the adapter that were trained", remedy="Restore the files; another model cannot be audited in their place."
+        )
+    private = model.load_adapter(base, adapter)
     scored = _scores(house, base, private, canaries)
     observer.note("scored the private model; training the control on canaries alone")
     control = _control(house, base, canaries, observer)
@@ -649,13 +677,15 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     observer.note(f"verdict {found.verdict}; asking both models to recite")
     result = found.to_json() | {"adapter": trained["adapter"], "run": trained["run"], "canaries": len(canaries)}
     result["recitation"] = _recitation(house, base, private, control, canaries)
+    if found.verdict is not bounds.Verdict.PASS:
+        result["recitation"]["example"]["private"] = "(not shown: the audit did not pass)"
     del control
     with house.store.transaction() as tx:
         subject = (Digest(trained["adapter"]),)
         house.log.append(tx, Statement(predicate=Predicate.AUDITED, subjects=subject, fields=_audit_fields(result)))
         fields = {"control": f"control of {trained['run']}", "run": trained["run"], "kind": "non-private, canaries only", "reason": "audit done"}
         house.log.append(tx, Statement(predicate=Predicate.CONTROL_DESTROYED, subjects=subject, fields=fields))
-        _record(tx, "audit", _run_config(house), result)
+        _record(tx, "audit", _config_of(house, "audit"), result)
     return result
 
 
@@ -735,9 +765,11 @@ def release(house: House, observer: Observer) -> dict[str, Any]:
         done = _decide(house, trained, audited)
     failed = [gate["gate"] for gate in done["gates"] if not gate["holds"]]
     if failed:
+        shutil.rmtree(house.releases / done["name"], ignore_errors=True)
         raise NotReleased(
             "every gate of [release] to hold", value=", ".join(failed), remedy="The report says what was found. Nothing left the house."
         )
+    _publish(house, done)
     return done
 
 
@@ -886,7 +918,7 @@ def erase(house: House, unit: str) -> dict[str, Any]:
         "subject": certificate.request,
         "stores": list(certificate.stores),
         "failed": [],
-        "models": [str(Decision.KEPT)],
+        "models": [str(Decision.KEPT)] if house.log.select(Predicate.TRAINED) else [],
         "certificate": certificate.entry,
         "key_destroyed": True,
     }
@@ -998,16 +1030,21 @@ class Silent:
 def _run_config(house: House) -> str:
     """What identifies the computed result: everything but [run], [release] and [serve]."""
     project = house.project
-    sections = (project.privacy, project.model, project.train, project.audit, project.budget, project.deid)
-    return digest_of([section.model_dump(mode="json") for section in sections] + [section.model_dump(mode="json") for section in project.source])
+    sections = (project.privacy, project.model, project.train, project.budget, project.deid)
+    return digest_of(
+        [project.audit.canaries]
+        + [section.model_dump(mode="json") for section in sections]
+        + [section.model_dump(mode="json") for section in project.source]
+    )
 
 
 def _config_of(house: House, name: str) -> str:
     """What a stage's result depends on: its run, and for a release the gates too."""
     if name.startswith("plan/"):
         return ""
-    gates = house.project.release.model_dump(mode="json")
-    return digest_of([_run_config(house), gates]) if name == "release" else _run_config(house)
+    after = {"audit": (house.project.audit, None), "release": (house.project.audit, house.project.release)}.get(name, ())
+    later = [section for section in after if section is not None]
+    return digest_of([_run_config(house), *(section.model_dump(mode="json") for section in later)]) if later else _run_config(house)
 
 
 def _result(house: House, name: str, config_digest: str) -> dict[str, Any] | None:

@@ -179,7 +179,6 @@ def render_html(report: Report) -> str:
     return page.render(report=report, style=Markup(stylesheet()), curves=_curves(report), roc=_attack(report))  # noqa: S704 - our own file, no input in it
 
 
-@cache
 def of(log: Log, *, run: str | None = None) -> Report:
     """Computes the report of a run from a project's log."""
     entries = [entry for predicate in Predicate for entry in log.select(predicate)]
@@ -200,6 +199,7 @@ def write(log: Log, folder: Path, *, public: bool = False) -> list[Path]:
     return list(contents)
 
 
+@cache
 def stylesheet() -> str:
     """Returns the one stylesheet of the report and of the pages of `web`."""
     return (resources.files("discreet") / "templates" / "style.css").read_text(encoding="utf-8")
@@ -314,7 +314,7 @@ def _purpose(log: _Log) -> Section:
     facts = _facts(
         ("controller", "Who decides on the data", controllers),
         ("purposes", "Purpose", purposes),
-        ("bases", "Legal basis of the records admitted", bases),
+        ("bases", "Legal basis of the records admitted", bases, Exposure.INTERNAL),
         ("sources", "Sources", sources, Exposure.INTERNAL),
     )
     return Section(name="purpose", title="Purpose and basis", facts=facts)
@@ -431,7 +431,9 @@ def _training(log: _Log, trained: Logged | None) -> Section:
     curve = _points(fields, "public_loss")
     utility = log.last("trained", kind="utility control", run=f"utility-{fields.get('run')}")
     control = _points(utility.fields, "public_loss") if utility else None
-    public_runs = [entry.fields.get("run") for entry in log.all("trained") if not entry.fields.get("guarantee")]
+    public_runs = [
+        entry.fields.get("run") for entry in log.all("trained") if not entry.fields.get("guarantee") and entry.fields.get("kind") != "utility control"
+    ]
     facts = _facts(
         ("run", "Run", fields.get("run")),
         ("base", "Base model", fields.get("base")),

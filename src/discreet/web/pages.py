@@ -150,7 +150,7 @@ class HouseProvider:
         promised = trained.fields["guarantee"]
         return {
             "run": trained.fields["run"],
-            "status": about[-1].predicate.value if about else "trained",
+            "status": max(about, key=lambda entry: entry.index).predicate.value if about else "trained",
             "epsilon": promised["epsilon"],
             "delta": promised["delta"],
             "steps": trained.fields.get("steps"),
@@ -161,7 +161,14 @@ class HouseProvider:
 
 def _budget(budget: Budget) -> dict[str, Any]:
     left = budget.remaining_epsilon
-    return {"name": budget.name, "epsilon": budget.epsilon, "delta": budget.delta, "unit": budget.unit, "spent": budget.epsilon - left, "remaining": left}
+    return {
+        "name": budget.name,
+        "epsilon": budget.epsilon,
+        "delta": budget.delta,
+        "unit": budget.unit,
+        "spent": budget.epsilon - left,
+        "remaining": left,
+    }
 
 
 def _released(entry: Entry) -> dict[str, Any]:
