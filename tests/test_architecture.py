@@ -84,3 +84,13 @@ def test_messages_state_rule_value_and_remedy():
     error = errors.PlanInvalid("epsilon > 0", value=-1.0, remedy="Choose one.")
     assert str(error) == "Expected epsilon > 0. Got -1.0. Choose one."
     assert error.to_json() == {"error": {"code": "plan.invalid", "rule": "epsilon > 0", "value": "-1.0", "remedy": "Choose one."}}
+
+
+def test_the_public_names_are_there():
+    import discreet
+
+    found = discreet.detect("Call Dr. Ann Lee.")
+    assert [span.label for span in found] == ["PERSON"]
+    assert "Ann Lee" not in discreet.redact("Call Dr. Ann Lee.").text
+    with pytest.raises(AttributeError):
+        _ = discreet.nothing

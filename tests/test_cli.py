@@ -124,7 +124,7 @@ def test_budget_is_a_budget(run: Run, project: Path):
     code, out, _ = run("budget", "reserve", "queries", "--epsilon", "0.6", "-C", str(project), "--json")
     assert code == 0
     assert document("budget-reserve", out)["remaining"] == pytest.approx(0.4)
-    code, out, err = run("budget", "reserve", "queries", "--epsilon", "0.6", "-C", str(project), "--json")
+    code, out, _ = run("budget", "reserve", "queries", "--epsilon", "0.6", "-C", str(project), "--json")
     assert code == 3
     assert document("error", out)["error"]["code"] == "budget.exhausted"
     for bad in ("0", "-1", "nan", "inf"):
