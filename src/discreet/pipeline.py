@@ -536,7 +536,7 @@ def _public_text(house: House, snapshot: Snapshot) -> PublicText:
     return PublicText.of(_all_texts(house, snapshot), sensitivity=snapshot.sensitivity, basis=Basis.CONSENT)  # so that only its sensitivity admits it
 
 
-def _setup(house: House, base: Base, *, held_out: PublicText, start: Path | None = None, evaluations: int = 3) -> loop.Setup:
+def _setup(house: House, base: Base, *, held_out: PublicText, start: Path | None = None, evaluations: int = 2) -> loop.Setup:
     project = house.project
     return loop.Setup(base=base, model=project.model, train=project.train, run=project.run, held_out=held_out, start=start, evaluations=evaluations)
 

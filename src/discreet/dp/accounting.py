@@ -133,6 +133,8 @@ def guarantee(event: DpEvent, *, delta: float, relation: Relation = "add_remove"
     epsilon = float(composed.get_epsilon_for_delta(delta))
     if epsilon_rdp is None or delta == 0.0:
         return result(epsilon, "pld", epsilon_rdp)
+    if epsilon > epsilon_rdp:  # near epsilon = 0 rounding the loss up to the grid can cost more than the slack of RDP: look closer before comparing
+        epsilon = float(_pld_or_none(parts, relation, (grid or FINE) / 10).get_epsilon_for_delta(delta))
     return result(min(epsilon, epsilon_rdp), "pld", epsilon_rdp, _compare(epsilon, epsilon_rdp))
 
 
