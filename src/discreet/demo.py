@@ -62,7 +62,7 @@ _FAST_SETTINGS = {
     "privacy.expected_batch": "64",
     "audit.canaries": "300",
     "audit.control_epochs": "16",
-    "audit.control_learning_rate": "1e-2",
+    "audit.control_learning_rate": "3e-3",
 }
 
 _MARGIN = 3  # of the estimate
