@@ -31,6 +31,7 @@ from typing import final
 
 from discreet.deid import patterns
 from discreet.deid.patterns import GUARDS, PATTERNS, SHAPE, STRONG, WEAK, Label, Pattern
+from discreet.deid.tagging import Reader
 from discreet.errors import RequestInvalid
 
 MAX_CHARS = 2_000_000
@@ -57,7 +58,13 @@ class Span:
     score: float
 
 
-def detect(text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({}), labels: Iterable[str] | None = None) -> list[Span]:
+def detect(
+    text: str,
+    *,
+    known: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    labels: Iterable[str] | None = None,
+    reader: Reader | None = None,
+) -> list[Span]:
     """Returns the identifiers in the text, sorted by place, none overlapping another.
 
     Args:
@@ -65,6 +72,7 @@ def detect(text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({
         known: identifiers that this text is known to be about, label -> values; found in other spellings too (letter case, spaces, separators, name order,
             date format).
         labels: only these labels; None for all.
+        reader: a name model as one more detector; None for lists and rules alone.
 
     Returns:
         Spans with indices of `text`.
@@ -80,7 +88,7 @@ def detect(text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({
     found: list[Span] = []
     regions: Regions = [(0, len(view.text))]
     for _ in range(MAX_ROUNDS):
-        spans = _read(view, values, regions)
+        spans = _read(view, values, regions, reader)
         if not spans:
             break
         found += [Span(*view.original(s.start, s.end), s.label, s.score) for s in spans]
@@ -195,10 +203,12 @@ def _fold_character(character: str) -> str:
 # Candidates -------------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _read(view: View, values: Sequence[tuple[Label, str]], regions: Regions) -> list[Span]:
+def _read(view: View, values: Sequence[tuple[Label, str]], regions: Regions, reader: Reader | None) -> list[Span]:
     """One round over the regions of a view: every candidate, then the resolution rule. Spans are indices of the view."""
     text = view.text
     candidates = [*_rows(text, regions), *_known(text, values)]
+    if reader is not None:
+        candidates += [Span(*tag) for tag in reader.read(text, regions, _words())]
     candidates += _names(text, candidates, regions)
     return _resolve(candidates, text)
 
