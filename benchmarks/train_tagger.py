@@ -33,10 +33,7 @@ from discreet.deid import ner
 
 Sentence = tuple[str, list[tuple[int, int, str]]]
 HERE = Path(__file__).parent
-LOCALES = (
-    "en_US en_GB en_US en_GB en_AU en_CA en_IE en_IN en_US en_NZ de_DE de_AT fr_FR fr_CA es_ES es_MX es_CO it_IT nl_NL pl_PL pt_BR pt_PT sv_SE no_NO da_DK fi_FI cs_CZ sk_SK hu_HU ro_RO hr_HR sl_SI "
-    "et_EE lt_LT lv_LV tr_TR id_ID fil_PH en_PK en_NG yo_NG vi_VN zu_ZA tw_GH sw ga_IE en_KE"
-).split()
+LOCALES = ["en_US", "en_GB", "en_US", "en_GB", "en_AU", "en_CA", "en_IE", "en_IN", "en_US", "en_NZ", "de_DE", "de_AT", "fr_FR", "fr_CA", "es_ES", "es_MX", "es_CO", "it_IT", "nl_NL", "pl_PL", "pt_BR", "pt_PT", "sv_SE", "no_NO", "da_DK", "fi_FI", "cs_CZ", "sk_SK", "hu_HU", "ro_RO", "hr_HR", "sl_SI", "et_EE", "lt_LT", "lv_LV", "tr_TR", "id_ID", "fil_PH", "en_PK", "en_NG", "yo_NG", "vi_VN", "zu_ZA", "tw_GH", "sw", "ga_IE", "en_KE"]
 LEARNED = {
     "PER": "PERSON", "person": "PERSON", "Person": "PERSON", "LOC": "LOCATION", "location": "LOCATION", "Location": "LOCATION", "ORG": "ORG", "corporation": "ORG", "group": "ORG",
     "Organisation": "ORG", "NOMBRE_SUJETO_ASISTENCIA": "PERSON", "NOMBRE_PERSONAL_SANITARIO": "PERSON", "TERRITORIO": "LOCATION", "PAIS": "LOCATION", "HOSPITAL": "ORG", "INSTITUCION": "ORG",
@@ -67,8 +64,8 @@ COURTS = (
     "{c} Crown Court", "{c} County Court", "{c} Regional Administrative Court", "Department of Health", "{n} Embassy", "{c} Magistrate's Court", "National Security Court", "Ministry of Finance", "{c} City Council",
     "European Court of Human Rights", "House of Lords", "{c} Sheriff's Office", "Court of First Instance", "State Security Court", "Legal Aid Board", "Prison Board", "Parole Board", "Securities Commission",
 )  # fmt: skip
-DEMONYM_FREE = "Poland Turkey France Germany Italy Spain Russia Ukraine Austria Sweden Norway Finland Denmark Greece Romania Hungary Bulgaria Croatia Serbia Slovenia Moldova Georgia Armenia Azerbaijan Malta Cyprus Ireland Iceland Portugal Switzerland Belgium Latvia Lithuania Estonia Albania England Scotland Wales USA U.S. UK U.K. Mexico Canada Brazil Peru Chile China Japan India Pakistan Syria Iraq Iran Israel Egypt Morocco Kenya Nigeria Ghana Vietnam Thailand Australia California Texas Florida Ohio Virginia Illinois Georgia Michigan Oregon Utah Arizona Iowa CA NY TX MA".split()
-MEDICINES = "Metformin Lisinopril Atorvastatin Lipitor Norvasc Amlodipine Protonix Lasix Bumex Prednisone Tylenol Ibuprofen Zoloft Lexapro Synthroid Levothyroxine Warfarin Eliquis Xarelto Plavix Aspirin Albuterol Flonase Singulair Gabapentin Tramadol Percocet Norco Mobic Meloxicam Humira Enbrel Ozempic Jardiance Farxiga Insulin Lantus Amoxicillin Augmentin Keflex Doxycycline Bactrim Cipro Zofran Miralax Nexium Prilosec Allopurinol Colchicine Coreg Toprol Diovan Losartan Cozaar Digoxin Entresto Keppra Lyrica Topamax Imitrex Claritin Zyrtec Benadryl Vancomycin Rocephin".split()
+DEMONYM_FREE = ["Poland", "Turkey", "France", "Germany", "Italy", "Spain", "Russia", "Ukraine", "Austria", "Sweden", "Norway", "Finland", "Denmark", "Greece", "Romania", "Hungary", "Bulgaria", "Croatia", "Serbia", "Slovenia", "Moldova", "Georgia", "Armenia", "Azerbaijan", "Malta", "Cyprus", "Ireland", "Iceland", "Portugal", "Switzerland", "Belgium", "Latvia", "Lithuania", "Estonia", "Albania", "England", "Scotland", "Wales", "USA", "U.S.", "UK", "U.K.", "Mexico", "Canada", "Brazil", "Peru", "Chile", "China", "Japan", "India", "Pakistan", "Syria", "Iraq", "Iran", "Israel", "Egypt", "Morocco", "Kenya", "Nigeria", "Ghana", "Vietnam", "Thailand", "Australia", "California", "Texas", "Florida", "Ohio", "Virginia", "Illinois", "Georgia", "Michigan", "Oregon", "Utah", "Arizona", "Iowa", "CA", "NY", "TX", "MA"]
+MEDICINES = ["Metformin", "Lisinopril", "Atorvastatin", "Lipitor", "Norvasc", "Amlodipine", "Protonix", "Lasix", "Bumex", "Prednisone", "Tylenol", "Ibuprofen", "Zoloft", "Lexapro", "Synthroid", "Levothyroxine", "Warfarin", "Eliquis", "Xarelto", "Plavix", "Aspirin", "Albuterol", "Flonase", "Singulair", "Gabapentin", "Tramadol", "Percocet", "Norco", "Mobic", "Meloxicam", "Humira", "Enbrel", "Ozempic", "Jardiance", "Farxiga", "Insulin", "Lantus", "Amoxicillin", "Augmentin", "Keflex", "Doxycycline", "Bactrim", "Cipro", "Zofran", "Miralax", "Nexium", "Prilosec", "Allopurinol", "Colchicine", "Coreg", "Toprol", "Diovan", "Losartan", "Cozaar", "Digoxin", "Entresto", "Keppra", "Lyrica", "Topamax", "Imitrex", "Claritin", "Zyrtec", "Benadryl", "Vancomycin", "Rocephin"]
 
 
 # Names ------------------------------------------------------------------------------------------------------------------------------------------------------
@@ -389,7 +386,7 @@ def batch_of(chosen: Sequence[tuple[list[str], list[int]]], rng: random.Random, 
         places += range(at, at + len(words))
         marks += tags
         at += len(words) + ner.GAP
-    return tuple(torch.tensor(v) for v in (flat, offsets, which, places)) + (at,), torch.tensor(marks)
+    return (*(torch.tensor(v) for v in (flat, offsets, which, places)), at), torch.tensor(marks)
 
 
 def train(data: Path, out: Path, *, minutes: float, seed: int = 20) -> None:
@@ -400,7 +397,7 @@ def train(data: Path, out: Path, *, minutes: float, seed: int = 20) -> None:
     templates = [
         line
         for line in (HERE / "tagger/templates.txt").read_text(encoding="utf-8").splitlines()
-        if line and line[:2] not in ("# ",) or line.startswith("# Written")
+        if (line and line[:2] not in ("# ",)) or line.startswith("# Written")
     ]
     real, none = corpora(data), empty(data)
     print(f"{len(real)} labelled, {len(none)} empty, {len(templates)} templates", flush=True)

@@ -235,6 +235,47 @@ def test_redact_text_and_lines(run: Run):
         assert "Traceback" not in err
 
 
+def test_redact_a_folder_resumes_and_leaves_out_what_is_no_text(run: Run, tmp_path: Path):
+    source, out = tmp_path / "in", tmp_path / "out"
+    (source / "deep").mkdir(parents=True)
+    (source / "a.txt").write_text("Call Dr. Ann Lee.")
+    (source / "deep" / "b.txt").write_text("SSN 536-90-4399\r\nno more")
+    assert run("redact", str(source), "--out", str(out))[0] == 0
+    assert "Ann Lee" not in (out / "a.txt").read_text()
+    (out / "a.txt").write_text("done before")
+    (source / "bad.txt").write_bytes(b"\xff secret")
+    code, _, err = run("redact", str(source), "--out", str(out))
+    assert code == 2
+    assert "secret" not in err
+    assert (out / "a.txt").read_text() == "done before"
+    assert not (out / "bad.txt").exists()
+    assert run("redact", str(source), "--out", str(source / "x"))[0] == 2
+
+
+def test_redact_refuses_bad_lines_without_quoting_them(run: Run):
+    for bad in (b'{"text": "Ann Lee \\ud800"}', b"[" * 100_000, b'{"text": 7, "note": "Ann Lee"}', b"Ann Lee"):
+        code, _, err = run("redact", "-", "--lines", stdin=bad + b"\n")
+        assert code == 2
+        assert "Ann Lee" not in err
+    assert run("redact", "-", "--policy", "nothing", stdin=b"x")[0] == 2
+    code, out, _ = run("redact", stdin=b"SSN 536-90-4399\x00 and more")
+    assert code == 0
+    assert "4399" not in out
+    assert "\x00 and more" in out
+
+
+def test_redact_calibrate_states_the_miss_rate(run: Run):
+    rows = "".join(
+        json.dumps({"text": f"to a{i}@b.example.org", "spans": [{"start": 3, "end": 17 + len(str(i)), "label": "EMAIL"}]}) + "\n" for i in range(30)
+    )
+    code, out, _ = run("redact", "calibrate", "--miss-rate", "0.3", "--json", stdin=rows.encode())
+    assert code == 0
+    found = document("redact-calibrate", out)
+    assert found["met"]
+    assert found["labels"][0]["values"] == 30
+    assert run("redact", "calibrate", stdin=b'{"text": 3}')[0] == 2
+
+
 def test_usage_mistakes_exit_2(run: Run, tmp_path: Path):
     assert run("no-such-verb", "--json")[0] == 2
     assert run("run", "-C", str(tmp_path), "--json")[0] == 2

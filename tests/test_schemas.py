@@ -20,7 +20,7 @@ SCHEMAS: dict[str, Any] = {
     if path.name.endswith(".json")
 }
 COMMANDS = (
-    "redact", "privacy-epsilon", "privacy-noise", "budget-open", "budget-show", "budget-reserve", "plan", "train", "audit", "release", "evidence-export", "evidence-verify",
+    "redact", "redact-calibrate", "privacy-epsilon", "privacy-noise", "budget-open", "budget-show", "budget-reserve", "plan", "train", "audit", "release", "evidence-export", "evidence-verify",
     "trace", "run", "demo", "catalog", "consent", "erase", "init", "report", "error",
 )  # fmt: skip
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from discreet import __version__
@@ -32,6 +33,18 @@ budget = typer.Typer(no_args_is_help=True, help="Privacy budgets: open, show, re
 consent = typer.Typer(no_args_is_help=True, help="Grants and withdrawals of the people whose data it is.")
 catalog = typer.Typer(no_args_is_help=True, help="What data exists, whose it is, what for.")
 evidence = typer.Typer(no_args_is_help=True, help="The signed log: export and verify.")
+
+
+class _RedactGroup(TyperGroup):
+    """`discreet redact FILE` is `discreet redact text FILE`; a file that is called like a subcommand is given as ./calibrate."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = next((part for part in args if not part.startswith("-") or part == "-"), None)
+        return super().parse_args(ctx, args if args[:1] == ["--help"] or (args and named == args[0] and named in self.commands) else ["text", *args])
+
+
+redacting = typer.Typer(cls=_RedactGroup, help="Removes identifiers from text (FILE or -); calibrates thresholds on labelled samples.")
+app.add_typer(redacting, name="redact")
 for name, group in (("privacy", privacy), ("budget", budget), ("consent", consent), ("catalog", catalog), ("evidence", evidence)):
     app.add_typer(group, name=name)
 
@@ -248,24 +261,33 @@ def _invitation(address: str, api_key: str, name: str) -> list[str]:
 MAX_REDACT_BYTES = 100_000_000
 
 
-@app.command()
+@redacting.command("text")
 def redact(
     file: Annotated[str, typer.Argument(help="A file, or - for standard input.")] = "-",
     lines: Annotated[bool, typer.Option("--lines", help="JSON Lines in, JSON Lines out; the text is in the field `text`.")] = False,
     policy: Annotated[str, typer.Option("--policy", help="label, redact or log.")] = "label",
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the redacted files, when FILE is a folder; files already there are not done again.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Removes identifiers from text."""
+    """Removes identifiers from a text, from JSON Lines, or from every file of a folder."""
     from discreet.deid.policy import BUILTIN
 
     if policy not in BUILTIN:
         raise RequestInvalid(f"a policy out of {', '.join(sorted(BUILTIN))}", value=policy)
+    if file != "-" and Path(file).is_dir():
+        _redact_folder(Path(file), out, policy, lines=lines)
+        return
     text = _read_text(file)
     if not lines:
         found = _redacted(text, policy)
-        _print(as_json, found, [found["text"]])
+        if as_json:
+            _print(True, found, [])
+        else:
+            typer.echo(found["text"], nl=not found["text"].endswith("\n"))
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             typer.echo(json.dumps(_redact_line(line, number, policy), ensure_ascii=False))
 
@@ -273,11 +295,88 @@ def redact(
 def _redact_line(line: str, number: int, policy: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         row = None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise RequestInvalid("a JSON object with a string field `text` on every line", value=f"line {number}")
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or any("\ud800" <= c <= "\udfff" for c in row["text"]):
+        raise RequestInvalid("a JSON object with a string field `text` (no lone surrogates) on every line", value=f"line {number}")
     return {**row, **_redacted(row["text"], policy)}
+
+
+def _redact_folder(source: Path, out: Path | None, policy: str, *, lines: bool) -> None:
+    """Redacts every file below a folder on all cores; a finished file is renamed into place, so that the next call skips it."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    if out is None or out.resolve().is_relative_to(source.resolve()):
+        raise RequestInvalid("--out with a folder outside the one that is read")
+    wanted = [path for path in sorted(source.rglob("*")) if path.is_file() and not path.is_symlink()]
+    todo = [(str(path), str(out / path.relative_to(source)), policy, lines) for path in wanted if not (out / path.relative_to(source)).exists()]
+    bars, failed = _Bars(), 0
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, max(len(todo), 1)), mp_context=get_context("spawn")) as pool:
+        for done, problem in enumerate(pool.map(_redact_file, todo), start=1):
+            bars.progress("files", done, len(todo), {})
+            if problem:
+                failed += 1
+                bars.note(problem)
+    bars.stop()
+    if failed:
+        raise RequestInvalid(
+            "files of text", value=f"{failed} of {len(todo)} not redacted", remedy="They are named above and left out; nothing of them was written."
+        )
+
+
+def _redact_file(task: tuple[str, str, str, bool]) -> str | None:
+    """Redacts one file; returns what is wrong with it, without a word of its text."""
+    path, target, policy, lines = task
+    try:
+        text = _read_text(path)
+        made = (
+            "".join(
+                json.dumps(_redact_line(line, n, policy), ensure_ascii=False) + "\n" for n, line in enumerate(text.split("\n"), 1) if line.strip()
+            )
+            if lines
+            else _redacted(text, policy)["text"]
+        )
+    except DiscreetError as error:
+        return f"{path}: {error}"
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(target + ".partial")
+    partial.write_text(made, encoding="utf-8", newline="")
+    partial.replace(target)
+    return None
+
+
+@redacting.command("calibrate")
+def redact_calibrate(
+    file: Annotated[str, typer.Argument(help="JSON Lines of labelled samples: text, spans of start, end, label; - for standard input.")] = "-",
+    miss_rate: Annotated[float, typer.Option("--miss-rate", help="Largest share of values that may be missed, per label.")] = 0.05,
+    confidence: Annotated[float, typer.Option("--confidence", help="Of all statements together.")] = 0.95,
+    as_json: Json = False,
+) -> None:
+    """Chooses score thresholds per label from labelled samples, with the miss rate they keep and its confidence interval."""
+    from discreet.deid.calibrate import calibrate, samples_of
+
+    rows = [_json_line(line, number) for number, line in enumerate(_read_text(file).split("\n"), start=1) if line.strip()]
+    chosen = calibrate(samples_of(rows), miss_rate=miss_rate, confidence=confidence)
+    labels = [
+        {
+            "label": str(c.label), "threshold": c.threshold, "values": c.values, "missed": c.missed, "lower": c.lower, "upper": c.upper, "met": c.met,
+            "flagged_wrongly": c.flagged_wrongly,
+        }
+        for c in chosen
+    ]  # fmt: skip
+    document = {"miss_rate": miss_rate, "confidence": confidence, "met": all(c.met for c in chosen), "labels": labels}
+    said = [
+        f"{c.label} = {c.threshold}  # missed {c.missed} of {c.values}, at most {c.upper:.3f}{'' if c.met else ' (target not met)'}" for c in chosen
+    ]
+    _print(as_json, document, ["[deid.thresholds]", *said])
+
+
+def _json_line(line: str, number: int) -> object:
+    try:
+        return json.loads(line)
+    except (json.JSONDecodeError, RecursionError):
+        raise RequestInvalid("JSON on every line", value=f"line {number}") from None
 
 
 def _redacted(text: str, policy: str) -> dict[str, Any]:

@@ -95,6 +95,10 @@ class DeidSection(_Section):
     policy: Literal["surrogate", "label", "redact"] = Field(
         "surrogate", description="surrogate: consistent stand-ins per subject; label: [PERSON]; redact: removed"
     )
+    thresholds: dict[str, Probability] = Field(
+        default_factory=dict,
+        description="label -> least score that counts, from `discreet redact calibrate`; on public or separately charged samples only",
+    )
 
 
 @final

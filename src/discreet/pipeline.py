@@ -193,7 +193,7 @@ def _source_documents(house: House, section: SourceSection, observer: Observer) 
     house.consent.load_opt_outs(source)
     admitted, refused = house.consent.admit_all(house.catalog.collect(source), house.project.purpose)
     keys = house.keyring.subjects([each.record.subject for each in admitted])
-    policy = deid.BUILTIN[house.project.deid.policy]
+    policy = deid.configured(house.project.deid.policy, house.project.deid.thresholds)
     kept = []
     for number, each in enumerate(admitted, start=1):
         kept.append(deid.deidentify(each, policy, keys[each.record.subject]))

@@ -24,12 +24,15 @@ from enum import StrEnum
 from functools import cache
 from typing import final, overload
 
+from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
 from discreet.deid.detect import fold, names
 from discreet.deid.patterns import CREDENTIALS, MONTHS, PARTICLES, TITLES, Label, digits, is_card
+from discreet.errors import SealBroken
 from discreet.keys import Key
 
 REDACTED = "[REDACTED]"
@@ -83,9 +86,28 @@ def generalise(value: str, label: Label) -> str:
 
 
 def token(value: str, label: Label, key: Key) -> str:
-    """Returns a keyed, irreversible token of the value: `PERSON_` and 16 base32 characters (80 bits of HMAC-SHA256). Equal values give equal tokens."""
-    digest = key.derive("deid/token").mac(f"{label}\0{canonical(value)}".encode())
-    return f"{label}_{base64.b32encode(digest).decode()[:16]}"
+    """Returns the value sealed under the subject's key: `PERSON_` and base32 of AES-SIV (RFC 5297), the label as associated data. Equal values give equal tokens."""
+    sealed = _siv(key).encrypt(value.encode("utf-8", "surrogatepass"), [label.encode()])
+    return f"{label}_{base64.b32encode(sealed).decode().rstrip('=')}"
+
+
+def open_token(sealed: str, key: Key) -> str:
+    """Returns the value of a token.
+
+    Raises:
+        SealBroken: when it was not made under this key and label; after `forget` of the subject no key opens it.
+    """
+    name, _, body = sealed.rpartition("_")
+    try:
+        raw = base64.b32decode(body + "=" * (-len(body) % 8))
+        return _siv(key).decrypt(raw, [name.encode()]).decode("utf-8", "surrogatepass")
+    except (InvalidTag, ValueError):
+        raise SealBroken("a token that opens under this key") from None
+
+
+def _siv(key: Key) -> AESSIV:
+    half = key.derive("deid/token")
+    return AESSIV(half.mac(b"authentication") + half.mac(b"encryption"))
 
 
 def canonical(value: str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from importlib import resources
@@ -27,7 +27,7 @@ from discreet.deid.detect import Span, detect, parse_label
 from discreet.deid.operators import Operator, Surrogates
 from discreet.deid.patterns import Label
 from discreet.deid.vault import Vault
-from discreet.errors import ConfigInvalid
+from discreet.errors import ConfigInvalid, RequestInvalid
 from discreet.keys import Key
 from discreet.record import Admitted, Deidentified, Digest, Sensitive
 
@@ -55,6 +55,7 @@ class Policy:
         channel: where the text goes.
         operators: one operator for each label.
         version: raised when the policy of that name changes.
+        thresholds: label -> least score at which a span counts, in [0, 1]; 0 for the others. On the training path from public or separately charged samples only.
 
     Raises:
         ConfigInvalid: when a label has no operator, dates alone are not the ones that shift, or placeholders would leave the prompt channel.
@@ -64,6 +65,7 @@ class Policy:
     channel: Channel
     operators: Mapping[Label, Operator]
     version: int = 1
+    thresholds: Mapping[Label, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         missing = [label for label in Label if label not in self.operators]
@@ -74,7 +76,12 @@ class Policy:
             raise ConfigInvalid("the operator shift for DATE alone", value=", ".join(misused))
         if self.channel is not Channel.PROMPT and Operator.VAULT in self.operators.values():
             raise ConfigInvalid("the operator vault on the channel prompt alone", value=self.channel)
+        if self.channel is Channel.TRAINING and Operator.TOKEN in self.operators.values():
+            raise ConfigInvalid("no reversible operator (token) on the channel training", value=self.name)
+        if not all(label in Label and 0 <= least <= 1 for label, least in self.thresholds.items()):
+            raise ConfigInvalid("thresholds in [0, 1] for labels of docs/labels.md", value=", ".join(map(str, self.thresholds)))
         object.__setattr__(self, "operators", MappingProxyType(dict(self.operators)))
+        object.__setattr__(self, "thresholds", MappingProxyType(dict(self.thresholds)))
 
     @property
     def digest(self) -> Digest:
@@ -88,6 +95,7 @@ class Policy:
                 "operators": chosen,
                 "detector": patterns.VERSION,
                 "lists": _lists_digest(),
+                **({"thresholds": {str(label): self.thresholds[label] for label in Label if label in self.thresholds}} if self.thresholds else {}),
             }
         )
 
@@ -230,8 +238,21 @@ def builtin(name: str) -> Policy:
     return BUILTIN[name]
 
 
+def configured(name: str, thresholds: Mapping[str, float]) -> Policy:
+    """Returns the built-in policy of that name with the thresholds of a configuration.
+
+    Raises:
+        ConfigInvalid: when there is no such policy or label.
+    """
+    try:
+        least = {parse_label(label): value for label, value in thresholds.items()}
+    except RequestInvalid as error:
+        raise ConfigInvalid("labels of docs/labels.md in [deid.thresholds]", remedy=str(error)) from None
+    return replace(builtin(name), thresholds=least)
+
+
 def _chosen(spans: Sequence[Span], policy: Policy) -> list[Span]:
-    return [span for span in spans if policy.operators[Label(span.label)] is not Operator.KEEP]
+    return [s for s in spans if policy.operators[Label(s.label)] is not Operator.KEEP and s.score >= policy.thresholds.get(Label(s.label), 0.0)]
 
 
 def _renderer(text: str, spans: Sequence[Span], policy: Policy, *, known: Mapping[str, Sequence[str]], key: Key | None) -> Callable[[Span], str]:
