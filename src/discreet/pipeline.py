@@ -306,6 +306,7 @@ class Price:
         said = ["Choosing unit and epsilon: docs/choosing-unit-and-epsilon.md."]
         if not self.admitted:
             said.append("The budget does not admit this plan: take fewer steps, a smaller batch or epsilon, or wait for another population.")
+            said.append("With [privacy] target = 'pld' the noise meets a PLD epsilon, and the budget counts by RDP, which asks for more: target = 'budget' fits it.")
         if self.plan.guarantee.epsilon > 10:
             said.append("Above epsilon 10 the promise says little about one person; a larger population or fewer steps lower it at the same noise.")
         if self.signal_to_noise < 0.05:

@@ -150,7 +150,8 @@ def test_choice_of_documents_depends_on_unit_and_step_alone(paid: Paid) -> None:
     picks: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     for which, one in enumerate((corpus, smaller)):
         for number in range(1, 30):
-            drawn = steps._capped(one.units.reveal()[3], 1, key.stream("documents", number).fork(one.names[3]))
+            kept = sampling.capped_range(len(one.units.reveal()[3]), 1, key.stream("documents", number).fork(one.names[3]))
+            drawn = tuple(one.units.reveal()[3][place] for place in kept)
             picks[which].append(drawn[0])
     assert all(torch.equal(left, right) for left, right in zip(picks[0], picks[1], strict=True))
     assert len({tuple(pick.tolist()) for pick in picks[0]}) == 2

@@ -217,7 +217,8 @@ def renyi(event: DpEvent, orders: Sequence[float], *, relation: Relation = "add_
     if composed is None:
         raise ValueError(f"Expected an event that PLD accounting knows under {relation}, got {event}.")
     directions = {id(pmf): pmf.to_dense_pmf() for pmf in (composed._pmf_remove, composed._pmf_add)}.values()
-    return np.maximum.reduce([_renyi_of_pmf(pmf, np.asarray(orders, dtype=np.float64)) for pmf in directions])
+    result: Vector = np.maximum.reduce([_renyi_of_pmf(pmf, np.asarray(orders, dtype=np.float64)) for pmf in directions])
+    return result
 
 
 def _renyi_of_pmf(pmf: Any, orders: Vector) -> Vector:
@@ -250,7 +251,9 @@ def _group_once(event: Any, size: int) -> DpEvent:
     if isinstance(event, dp_accounting.PoissonSampledDpEvent) and isinstance(event.event, dp_accounting.GaussianDpEvent):
         chances = stats.binom.pmf(np.arange(size + 1), size, event.sampling_probability)
         return mixture(event.event.noise_multiplier, [float(chance) for chance in chances])
-    raise ValueError(f"Expected Gaussian or Laplace noise, or Poisson-sampled Gaussian noise, to say what it costs a group; got {type(event).__name__}.")
+    raise ValueError(
+        f"Expected Gaussian or Laplace noise, or Poisson-sampled Gaussian noise, to say what it costs a group; got {type(event).__name__}."
+    )
 
 
 def mixture(noise_multiplier: float, chances: Sequence[float]) -> DpEvent:
@@ -411,6 +414,11 @@ class RdpFilter:
         return max(0.0, 1.0 - math.fsum(self.shares)) * self.delta
 
     @property
+    def basic(self) -> float:
+        """The sum of epsilons spent, infinity when something was charged by RDP alone: RDP never exceeds the sum where all were (epsilon, delta) queries."""
+        return self.spent_basic if max(self.spent) <= self.spent_basic * (1 + 1e-12) else math.inf
+
+    @property
     def next_delta(self) -> float:
         """The delta at which the next (epsilon, delta) query is charged: half of what is left of the reserve, so that it never runs out."""
         left = (self.reserve - self.spent_delta) / 2
@@ -452,7 +460,9 @@ class RdpFilter:
             divergences = rdp(event, self.orders, relation=self.relation)
             return np.append(divergences, [math.inf if np.any(divergences > 0) else 0.0, 0.0])
         if self.next_delta == 0:
-            raise ValueError("Expected a budget with a share of delta for events that RDP does not know; this one has none left. Open one with a reserve.")
+            raise ValueError(
+                "Expected a budget with a share of delta for events that RDP does not know; this one has none left. Open one with a reserve."
+            )
         epsilon = trade_off(event, relation=self.relation).epsilons([self.next_delta])[0]
         return np.append(rdp_of_pure(epsilon, self.orders), [epsilon, self.next_delta])
 
@@ -479,7 +489,7 @@ class RdpFilter:
             "spent": list(self.spent),
             "relation": self.relation,
             "spent_delta": self.spent_delta,
-            "spent_basic": self.spent_basic if math.isfinite(self.spent_basic) else None,
+            "spent_basic": self.basic if math.isfinite(self.basic) else None,
         }
 
     @staticmethod
@@ -490,11 +500,13 @@ class RdpFilter:
             ValueError: when a field is missing, unknown or breaks its rule.
         """
         fields = {"kind", "epsilon", "delta", "orders", "shares", "spent", "relation"}
-        if set(value) == fields and value["kind"] == "rdp_filter/1":  # opened before (epsilon, delta) queries had a place: all of its delta is shared out
+        if (
+            set(value) == fields and value["kind"] == "rdp_filter/1"
+        ):  # opened before (epsilon, delta) queries had a place: all of its delta is shared out
             value = {**value, "kind": "rdp_filter/2", "spent_delta": 0.0, "spent_basic": None}
         if set(value) != fields | {"spent_delta", "spent_basic"} or value["kind"] != "rdp_filter/2":
             raise ValueError(f"Expected the fields {sorted(fields)}, spent_delta and spent_basic of kind rdp_filter/2.")
-        vectors = {key: tuple(_number(item, key) for item in value[key]) for key in ("orders", "shares", "spent")}
+        vectors: dict[str, Any] = {key: tuple(_number(item, key) for item in value[key]) for key in ("orders", "shares", "spent")}
         basic = math.inf if value["spent_basic"] is None else _number(value["spent_basic"], "spent_basic")
         numbers = {key: _number(value[key], key) for key in ("epsilon", "delta", "spent_delta")}
         return RdpFilter(relation=value["relation"], spent_basic=basic, **numbers, **vectors)
@@ -520,16 +532,16 @@ class RdpFilter:
         if self.spent_delta + vector[-1] > self.reserve * (1 + 1e-9):
             raise ValueError(f"Expected a charge whose delta={vector[-1]:.3g} is left of the reserve {self.reserve:.3g}.")
         spent = np.asarray(self.spent) + vector[:-2]
-        basic, delta = self.spent_basic + float(vector[-2]), self.spent_delta + float(vector[-1])
+        basic, delta = self.basic + float(vector[-2]), self.spent_delta + float(vector[-1])
         return replace(self, spent=tuple(map(float, spent)), spent_basic=basic, spent_delta=delta)
 
     def _has_room(self, after: RdpFilter) -> bool:
-        return after.spent_basic <= self.epsilon or any(spent <= limit for spent, limit in zip(after.spent, self.limits, strict=True))
+        return after.basic <= self.epsilon or any(spent <= limit for spent, limit in zip(after.spent, self.limits, strict=True))
 
     def _epsilon_of(self, after: RdpFilter) -> float:
         if not any(value > 0 for value in after.spent):
             return 0.0
-        return max(0.0, min(after.spent_basic, *(value + overhead for value, overhead in zip(after.spent, self._overheads(), strict=True))))
+        return max(0.0, min(after.basic, *(value + overhead for value, overhead in zip(after.spent, self._overheads(), strict=True))))
 
 
 _SPLIT = ((0.45, 0.43), (0.6, 0.43), (0.9, 0.09))

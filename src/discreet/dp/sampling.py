@@ -7,7 +7,9 @@ probability is public.
 Guarantees: inclusion is exact to 2^-53 and independent across units, steps and keys; a unit's choice of documents depends on no other unit; all documents of
 one unit land in one micro-batch. Source: Abadi et al. 2016, "Deep Learning with Differential Privacy" (Poisson); units after Chua et al. 2024.
 
-Does not cover: truncated Poisson, sampling without replacement, distributed shards.
+Truncation and sampling by document are these two draws put together, beside their events, in `mechanism.draw`.
+
+Does not cover: sampling without replacement, distributed shards.
 """
 
 from __future__ import annotations
@@ -57,6 +59,11 @@ def capped(positions: torch.Tensor, cap: int, key: Stream) -> torch.Tensor:
         return positions.sort().values
     order = csprng.uniform(key, len(positions)).argsort()
     return positions[order[:cap].to(positions.device)].sort().values
+
+
+def capped_range(num_documents: int, cap: int, key: Stream) -> list[int]:
+    """Chooses at most `cap` of the documents 0 to `num_documents` - 1 of one unit, as `capped` does."""
+    return [int(position) for position in capped(torch.arange(num_documents), cap, key).tolist()]
 
 
 def micro_batches(lengths_by_unit: Sequence[Sequence[int]], token_budget: int) -> list[list[int]]:

@@ -26,7 +26,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from discreet.dp import clipping, noise, sampling
+from discreet.dp import clipping, mechanism, noise, sampling
 from discreet.dp.clipping import ClippedSum
 from discreet.dp.mechanism import Plan
 from discreet.keys import Key
@@ -206,15 +206,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 
 def _drawn(corpus: PrivateCorpus, plan: Plan, *, run_key: Key, step: int) -> list[tuple[Tensor, ...]]:
-    """The documents of each unit that takes part in the step."""
+    """The documents of each contribution to the step that is clipped as one."""
     units = corpus.units.reveal()
-    chosen = sampling.poisson(len(units), plan.sampling_probability, run_key.stream("sample", step)).tolist()
-    documents_key = run_key.stream("documents", step)
-    return [_capped(units[u], plan.cap, documents_key.fork(corpus.names[u])) for u in chosen]
-
-
-def _capped(documents: tuple[Tensor, ...], cap: int, key: Any) -> tuple[Tensor, ...]:
-    return tuple(documents[i] for i in sampling.capped(torch.arange(len(documents)), cap, key).tolist())
+    drawn = mechanism.draw(plan, [len(documents) for documents in units], corpus.names, key=run_key, step=step)
+    return [tuple(units[unit][place] for place in places) for unit, places in drawn]
 
 
 def _apply(model: nn.Module, optimizer: torch.optim.Optimizer, sums: Mapping[str, Tensor], *, divisor: float) -> None:
