@@ -432,7 +432,7 @@ def guarantee_fields(plan: mechanism.Plan) -> dict[str, Any]:
         "filter_epsilon": plan.filter_epsilon,
         "noise_multiplier": plan.noise_multiplier,
         "sampling_probability": plan.sampling_probability,
-        "sampler": "poisson",
+        "sampler": plan.sampling.value,
         "steps": plan.steps,
         "clip_norm": plan.clip_norm,
         "expected_batch": plan.expected_batch,
