@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from discreet.dp import clipping
+from discreet.dp import clipping, rules
 from discreet.dp.clipping import ClippedSum, clipped_sum
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft 0.21 reads it from transformers
@@ -224,7 +224,7 @@ class OddNorm(GemmaLikeNorm):
 @pytest.mark.parametrize("norm", [GemmaLikeNorm, OddNorm])
 def test_oracle_for_norms_of_model_libraries(norm: type[nn.Module]) -> None:
     layer = norm()
-    assert (clipping._rule_of(layer) is None) == (norm is OddNorm)
+    assert (rules.rule_of(layer) is None) == (norm is OddNorm)
     check(nn.Sequential(nn.Linear(6, 6), layer, nn.Linear(6, 2)).double(), square_loss, torch.randn(4, 5, 6).double(), [0, 1, 2, 1])
 
 
@@ -239,7 +239,7 @@ def test_library_layers_have_rules() -> None:
 
 def test_tied_weights_need_their_cross_term(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted defect (PITFALLS 7)."""
-    monkeypatch.setattr(clipping, "_cross_term", lambda outer, rows: torch.zeros(len(outer.left_ULp), dtype=torch.float64))
+    monkeypatch.setattr(rules, "cross_term", lambda outer, rows: torch.zeros(len(outer.left_ULp), dtype=torch.float64))
     model, batch = llama().double(), tokens(4, 6)
     expected = oracle(model, language_loss, batch, [0, 1, 2, 3], 0.5)
     assert error(clipped_sum(model, language_loss, batch, [0, 1, 2, 3], clip_norm=0.5), expected) > 1e-3
