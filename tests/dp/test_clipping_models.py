@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -169,3 +170,80 @@ def test_oracle_float64(name: str) -> None:
     assert error(model, loss_of(name), batch, UNITS, 0.5) < 1e-9
     left_over = without_rule(model, loss_of(name), batch, UNITS)
     assert all("relative_attention_bias" in name for name in left_over)  # T5's has no batch dimension: one backward pass a unit
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_float64_throughout")
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "bert"])
+def test_oracle_eager_attention_padding_and_longer_rows(name: str, side: str) -> None:
+    model = build(name, attention="eager").double()
+    assert error(model, loss_of(name), texts(5, 40, side=side), UNITS, 0.5) < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_oracle_float32(name: str) -> None:
+    assert error(build(name), loss_of(name), texts(5, 9), UNITS, 0.5) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_bound_bfloat16(name: str) -> None:
+    model = build(name).to(torch.bfloat16)
+    found = clipped_sum(model, loss_of(name), {key: value[:2] for key, value in texts(5, 9).items()}, [0, 0], clip_norm=1e-2)
+    assert 0.0099 < norm_of(found.gradients) <= 1e-2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_of_either_kind_changes_nothing(reentrant: bool) -> None:
+    model, batch = build("llama tied", dropout=0.2).double(), texts(5, 9)
+    torch.manual_seed(3)
+    plain = clipped_sum(model, causal_loss, batch, UNITS, clip_norm=0.5).gradients
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    torch.manual_seed(3)
+    replayed = clipped_sum(model, causal_loss, batch, UNITS, clip_norm=0.5).gradients
+    assert norm_of({name: plain[name] - replayed[name] for name in plain}) < 1e-9 * norm_of(plain)
+
+
+def test_embedded_inputs_need_no_ids() -> None:
+    def loss(model: Any, batch: Batch) -> Tensor:
+        logits = model(inputs_embeds=batch["embedded"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        return token_losses(logits[:, :-1].mT, batch["labels"][:, 1:]).sum(1)
+
+    model, batch = build("llama").double(), texts(5, 9)
+    batch["embedded"] = torch.randn(5, 9, 24, dtype=torch.float64)
+    assert error(model, loss, batch, UNITS, 0.5) < 1e-9
+
+
+def test_bound_under_autocast() -> None:
+    def loss(model: Any, batch: Batch) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return causal_loss(model, batch)
+
+    model, batch = build("llama tied"), {key: value[:1] for key, value in texts(5, 30).items()}
+    found = clipped_sum(model, loss, batch, [0], clip_norm=1e-2)
+    assert 0.0099 < norm_of(found.gradients) <= 1e-2
+    assert error(model, loss, batch, [0], 1e-2) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_gives_the_same_sum() -> None:
+    model, batch = build("llama tied"), texts(5, 9)
+    plain = clipped_sum(model, causal_loss, batch, UNITS, clip_norm=0.5).gradients
+    compiled: Any = torch.compile(model, backend="eager")
+    compiled(input_ids=batch["input_ids"], use_cache=False)
+    found = clipped_sum(compiled, causal_loss, batch, UNITS, clip_norm=0.5).gradients
+    assert norm_of({name: gradient - found[f"_orig_mod.{name}"] for name, gradient in plain.items()}) < 1e-5 * norm_of(plain)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_adapters_on_tied_layers() -> None:
+    config = LoraConfig(r=3, target_modules=["embed_tokens", "lm_head", "q_proj"], lora_dropout=0.0)
+    model = get_peft_model(build("llama tied"), config).double()
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(parameter, std=0.2)
+    assert error(model, causal_loss, texts(5, 9), UNITS, 0.5) < 1e-9

@@ -7,7 +7,7 @@ For a layer y = x W^T the gradient of one document is G^T A, the product of the 
     norms      per unit, from A and G alone (the Gram trick) or from the unit's own gradient, whichever takes fewer operations
     sum        one weighted product a layer, A^T diag(c) G, with c = min(1, clip_norm / norm)
 
-The rules are `_RULES`, a table from layer type to the *uses* its parameters make of (A, G). Uses of one parameter, in one module or in several (tied embedding
+The rules are in `rules.py`, a table from layer type to the *uses* its parameters make of (A, G). Uses of one parameter, in one module or in several (tied embedding
 and head, layers applied twice), are added before the norm is taken, cross terms included. Whatever else reaches a trained parameter (a custom layer, a
 functional use of a weight) is found in the autograd graph and differentiated one unit at a time: slow, but exact.
 
@@ -21,7 +21,10 @@ Guarantees, for every unit, whatever its documents contain:
 Sources: Goodfellow 2015 (arXiv 1510.01799); Li et al. 2022, "Large Language Models Can Be Strong Differentially Private Learners" (Gram norms); Bu et al. 2023,
 "Differentially Private Optimization on Large Foundation Models" (book-keeping). The tied cross term and the shape of the module are ours.
 
-Does not cover: several devices, fused GPU kernels, per-layer or adaptive clipping, custom autograd functions that mix rows without the probe noticing.
+Also: per-layer and group-wise clipping (`groups`), normalised gradients (`Weighing`), units larger than a micro-batch (`clipped_unit`). A compiled model is run
+eagerly, a reentrant checkpoint as a non-reentrant one.
+
+Does not cover: several devices, fused GPU kernels, compiled speed, custom autograd functions that mix rows without the probe noticing.
 
 Legend: B rows of the batch, T tokens of a row, D documents, U units, L tokens of a unit (padded), d and p features in and out, V rows of an embedding.
 """

@@ -163,7 +163,7 @@ def _products(one_USp: Tensor, other_UTp: Tensor) -> Tensor:
     """Inner products of tokens, [U, S, T], in the working precision; a low-precision tensor is widened a tile at a time."""
     if one_USp.dtype is working(one_USp.dtype):
         return torch.bmm(one_USp, other_UTp.mT)
-    tiles = zip(one_USp.split(_TILE, dim=2), other_UTp.split(_TILE, dim=2), strict=True)
+    tiles = zip(torch.split(one_USp, _TILE, dim=2), torch.split(other_UTp, _TILE, dim=2), strict=True)
     first, second = next(tiles)
     total_UST = torch.bmm(wide(first), wide(second).mT)
     for first, second in tiles:
@@ -191,7 +191,7 @@ def _rows_norm(use: Rows) -> tuple[Tensor, Tensor]:
 
 def _kept_norm(use: Kept) -> tuple[Tensor, Tensor]:
     square_U = torch.zeros(len(use.grad_UX), dtype=torch.float64, device=use.grad_UX.device)
-    for block_UX in use.grad_UX.split(_BLOCK, dim=1):
+    for block_UX in torch.split(use.grad_UX, _BLOCK, dim=1):
         square_U += torch.linalg.vector_norm(block_UX, dim=1).double().square()
     return square_U, torch.zeros_like(square_U)
 
@@ -243,7 +243,7 @@ def _weighted_outer(use: Outer, shape: torch.Size, weight_U: Tensor, total: Tens
         return left_Np.T @ right_Nd if total is None else total.addmm_(left_Np.T, right_Nd)
     right_Nd = right_Nd.to(weight_U.dtype)
     total = weight_U.new_zeros(shape) if total is None else total
-    for part_Pd, part_NP in zip(total.split(_TILE), left_Np.split(_TILE, dim=1), strict=True):
+    for part_Pd, part_NP in zip(torch.split(total, _TILE), torch.split(left_Np, _TILE, dim=1), strict=True):
         part_Pd.addmm_(part_NP.T.to(weight_U.dtype), right_Nd)
     return total
 
@@ -282,7 +282,7 @@ def _embedding(module: Any, ids_UL1: Tensor, grad_ULd: Tensor) -> Uses:
 
 def _scaled_embedding(module: Any, place_UL2: Tensor, grad_ULd: Tensor) -> Uses:
     """Row and scale of every token, as `_looked_up` found them."""
-    ids_UL1, scale_UL1 = place_UL2.split(1, dim=2)
+    ids_UL1, scale_UL1 = torch.split(place_UL2, 1, dim=2)
     yield from _embedding(module, ids_UL1.round().long(), wide(grad_ULd) * scale_UL1.to(working(grad_ULd.dtype)))
 
 
@@ -390,13 +390,14 @@ def _candidate(module: nn.Module) -> Rule | None:
         return _RULES[kind]
     if (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D"):
         return _CONV1D
-    if list(module._parameters) != ["weight"] or module._modules:
+    if module._modules:
         return None
     if isinstance(module, nn.Embedding) and kind.forward is not nn.Embedding.forward:
         return _SCALED_EMBEDDING
     if isinstance(module, nn.Embedding | nn.Linear | nn.LayerNorm | nn.RMSNorm):
         return next(rule for known, rule in _RULES.items() if isinstance(module, known))
-    return _SCALE_NORM if "Norm" in kind.__qualname__ and module.get_parameter("weight").dim() == 1 else None
+    is_scale = "Norm" in kind.__qualname__ and list(module._parameters) == ["weight"]
+    return _SCALE_NORM if is_scale and module.get_parameter("weight").dim() == 1 else None
 
 
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
@@ -413,9 +414,7 @@ def agrees(module: nn.Module, rule: Rule) -> bool:
     like = next(iter(held.values()))
     held = {key: _numbers(*p.shape, like=wide(p)) if p.dim() == 1 else wide(p) for key, p in held.items()}
     features = rule.features_in(module)
-    inputs = (
-        _numbers(2, 3, *features, like=wide(like)) if features else torch.tensor([[1, 0, 1], [0, 0, 1]], device=like.device) % module.num_embeddings
-    )
+    inputs = _numbers(2, 3, *features, like=wide(like)) if features else torch.tensor([[1, 0, 1], [0, 0, 1]], device=like.device) % len(like)
     grad = _numbers(2, 3, *rule.features_out(module), like=wide(like)).flip(1)
     try:
         expected = row_gradients(module, held, (inputs,), {}, grad)
@@ -460,10 +459,12 @@ def row_gradients(
         row_args, row_kwargs = tree_unflatten(row, spec)
 
         def product(parameters: dict[str, Tensor]) -> Tensor:
-            answer: Tensor = _forward(module, {**fixed, **parameters}, *row_args, **row_kwargs)
-            return (answer * grad_x[None]).sum()
+            answer = _forward(module, {**fixed, **parameters}, *row_args, **row_kwargs)
+            total: Tensor = (answer * grad_x[None]).sum()
+            return total
 
-        return torch.func.grad(product)(trained)
+        gradients: dict[str, Tensor] = torch.func.grad(product)(trained)
+        return gradients
 
     found: dict[str, Tensor] = torch.func.vmap(gradient, in_dims=(0, *along))(grad_Bx, *flat)
     return found
