@@ -34,7 +34,13 @@ _BASE64 = re.compile(r"(?<![\w+/=.%-])(?=[\w+/-]{0,200}?[A-Z0-9])[A-Za-z0-9+/_-]
 _HEX = re.compile(r"(?<![\w-])(?:0x)?(?:[2-7][0-9a-fA-F]){6,}(?![\w-])")
 _APART = re.compile(r"(?<!\S)(?:[^\s\ufffc] {1,3}){4,200}[^\s\ufffc](?!\S)")
 _MARKUP = re.compile(r"\*{1,3}|~~|__|(?<=\w)`{1,3}(?=\w)|(?<=\w)</?[a-z]{1,10}>(?=\w)")
-_SPELLED = re.compile(r"(?<=\w)(?: {1,2}| ?[(\[{] ?)(?:at|dot)(?: {1,2}| ?[)\]}] ?)(?=\w)", re.IGNORECASE)
+_SAID_DOT, _SAID_AT = r"(?: {1,2}dot {1,2}| ?[(\[{] ?dot ?[)\]}] ?)", r"(?: {1,2}at {1,2}| ?[(\[{] ?at ?[)\]}] ?|@)"
+_SPELLED = re.compile(
+    rf"(?<!\w)(?:[\w+-]{{1,64}}(?:(?:{_SAID_DOT}|\.)[\w+-]{{1,64}}){{0,4}}{_SAID_AT}[\w-]{{1,63}}(?:(?:{_SAID_DOT}|\.)[\w-]{{1,63}}){{0,4}}(?:{_SAID_DOT}|\.)"
+    rf"(?:com|org|net|edu|gov|mil|info|io|health|[a-z]{{2}})|\d{{1,3}}(?:{_SAID_DOT}\d{{1,3}}){{3}})(?!\w)",
+    re.IGNORECASE,
+)
+_COUNTRY_CODES = frozenset("uk de fr es nl ch ca au nz ie pt pl se dk fi cz eu br mx jp cn kr ru za ar cl co".split())  # noqa: SIM905 - a table that reads as one
 _BREAK = re.compile(r"(?P<tail>[A-Za-z0-9.@]{1,64})(?P<gap>[ \t]{0,2}-?[ \t]{0,2}\r?\n[ \t]{0,8})(?P<head>[A-Za-z0-9.@-]{1,64})")
 _NUMBER = re.compile(r"(?<!\S)[\d.-]*\d(?: [\d.-]+)*\Z")
 
@@ -79,8 +85,19 @@ def _codes(text: str) -> Iterator[Edit]:
             yield from _closed(text, match.start(), match.end())
     if "*" in text or "_" in text or "~" in text or "`" in text or "<" in text:
         yield from ((match.start(), match.end(), "") for match in _MARKUP.finditer(text))
-    for match in _SPELLED.finditer(text):
-        yield match.start(), match.end(), "@" if "at" in match.group().lower() else "."
+    lowered = text.lower()
+    if "dot" in lowered or "[at" in lowered or "(at" in lowered:
+        for match in _SPELLED.finditer(text):
+            yield from _said(match)
+
+
+def _said(match: re.Match[str]) -> Iterator[Edit]:
+    """Yields the spelled signs of an address, unless it ends in a two-letter word that is no country ("at the dot on")."""
+    ending = re.split(r"[^A-Za-z0-9]", match.group())[-1].lower()
+    if len(ending) == 2 and not ending.isdigit() and ending not in _COUNTRY_CODES:
+        return
+    for sign in re.finditer(rf"{_SAID_AT}|{_SAID_DOT}", match.group(), re.IGNORECASE):
+        yield match.start() + sign.start(), match.start() + sign.end(), "." if "dot" in sign.group().lower() else "@"
 
 
 def _closed(text: str, start: int, end: int) -> Iterator[Edit]:
@@ -102,7 +119,7 @@ def _is_one(tail: str, head: str, before: str, is_word: Callable[[str], bool]) -
         return True
     if (tail + head).isalpha():
         whole, halves = (tail + head).lower(), (tail.lower(), head.lower())
-        return is_word(whole) and not all(map(is_word, halves)) and len(whole) >= 4
+        return len(whole) >= 4 and not all(map(is_word, halves)) and (is_word(whole) or (len(head) <= 2 and not is_word(halves[1])))
     numeric = _NUMBER.search(before) is not None
     return (tail[-1].isdigit() and head[0] == "-" and any(c.isdigit() for c in head)) or (numeric and head[:1].isdigit()) or _mixed(tail, head)
 

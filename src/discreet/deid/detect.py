@@ -2,8 +2,8 @@
 
     original -> view (normalised, with an offset for every character) -> candidates (rows, names, known values) -> spans -> blank them, look again -> spans
 
-The view undoes what hides an identifier from an expression: compatibility forms and accents are folded, other digits become ASCII digits, look-alike Greek and Cyrillic letters
-become Latin, and zero-width characters, soft hyphens and variation selectors vanish (PITFALLS 24).
+`normalise` folds single characters; `decode` then reads through escapes, encodings, markup and broken lines, and what it finds maps back to the characters that hide it.
+Text written backwards is read where a line has the look of it. A name model joins in through `tagging`.
 
 One resolution rule: the longest candidate wins, then the stronger, then the earlier; what a loser covers beyond the winner stays as a span of its own, so that no
 candidate's text is ever left uncovered because another one was longer.
@@ -12,7 +12,7 @@ Guarantees: spans are in range, sorted, disjoint and non-empty. A found span cou
 is found, so that redacting a redacted text changes nothing. The result depends on the text and on `known` alone. Time is linear in the text times a bounded number
 of rounds; texts above `MAX_CHARS` are refused.
 
-Does not cover: encoded values (base64, percent, HTML entities), names that no list, cue or `known` value gives away, quasi-identifiers (occupation, rare disease), states, countries,
+Does not cover: names that no list, cue, model or `known` value gives away, encodings beyond `decode`'s, quasi-identifiers (occupation, rare disease), states, countries,
 years, weekdays and ages below 90 (45 CFR 164.514(b)(2) lets them stand).
 """
 
@@ -171,7 +171,10 @@ def _touching(found: Iterable[Span], places: Sequence[tuple[int, int]], kinds: S
 
 
 def _has_own(label: str, start: int, end: int, plain: Sequence[Span]) -> bool:
-    return label not in (Label.PERSON, Label.ADDRESS) and any(s.label == label and start < s.end and s.start < end for s in plain)
+    """Says whether a find of that label, long enough to be whole, stands in the range already: what follows on the next line is then something else."""
+    if label in (Label.PERSON, Label.ADDRESS):
+        return False
+    return any(s.label == label and start < s.end and s.start < end and s.end - s.start >= 8 for s in plain)
 
 
 def _is_word(word: str) -> bool:
@@ -459,6 +462,7 @@ _TITLE_LOWER = re.compile(r"(?:dr|mr|mrs|ms)\b", re.IGNORECASE)
 _LOWER_WORD = re.compile(r"(?<![a-z'-])[a-z]{4,30}(?![a-z'-])")
 _LOWER_NEXT = re.compile(r" (?P<value>[a-z]{3,30})(?![a-z])")
 _COLON = re.compile(rf"[:=][ \t]{{0,4}}(?P<value>{_NAME})")
+_COLON_LOWER = re.compile(r"[:=][ \t]{0,4}(?P<value>[a-z]{3,30} [a-z]{3,30})(?![a-z'-])")
 _COLON_CUE = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(patterns.COLON_CUES, key=len, reverse=True))})(?: name)?[ \t]{{0,2}}$", re.IGNORECASE)
 _SPEAKER = re.compile(rf"(?<![a-z])(?:{'|'.join(patterns.SPEAKERS)})[ \t]{{0,2}}$", re.IGNORECASE)
 _ADDRESSED = re.compile(
@@ -533,6 +537,9 @@ def _cued(text: str, regions: Regions) -> Iterator[Span]:
             and all(is_last(t) or not _common(t) for t in surname)
             and not (_common(given[0]) and _common(surname[-1]))
         ):
+            yield Span(*match.span("value"), Label.PERSON, SHAPE)
+    for match in _within(_COLON_LOWER, text, regions):
+        if _COLON_CUE.search(text, max(0, match.start() - 45), match.start()) and all(t in names() for t in match["value"].split()):
             yield Span(*match.span("value"), Label.PERSON, SHAPE)
     for match in _within(_TITLED_LOWER, text, regions):
         said = match["value"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import final
@@ -147,11 +147,6 @@ def _fold(text: str) -> View:
     if done < len(text):
         made.add(text[done:], done, _ITSELF)
     return made.view()
-
-
-def ranges_of(text: str, found: re.Pattern[str]) -> Iterator[tuple[int, int]]:
-    """Yields where an expression stands."""
-    return (match.span() for match in found.finditer(text))
 
 
 _LATIN = dict(zip("øØłŁđĐðıəƏħ", "oOlLdDdieEh", strict=True)) | {"ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "þ": "th", "Þ": "Th"}
