@@ -106,7 +106,7 @@ def test_an_empty_sample_is_noised_and_applied(paid: Paid, monkeypatch: pytest.M
     monkeypatch.setattr(sampling, "poisson", lambda *_: torch.zeros(0, dtype=torch.int64))
     module = models.attach(paid.setup.base, SECTION)
     before = {name: parameter.detach().clone() for name, parameter in models.trained_parameters(module).items()}
-    assert private_step(module, _sgd(module), _corpus(paid), paid.plan, run_key=paid.run_key, step=1, token_budget=64) == 0
+    assert private_step(module, _sgd(module), _corpus(paid), paid.plan, run_key=paid.run_key, step=1, token_budget=64).tokens == 0
     assert all(not torch.equal(before[name], parameter) for name, parameter in models.trained_parameters(module).items())
 
 
