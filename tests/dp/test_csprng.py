@@ -138,4 +138,6 @@ def test_noise_on_a_gpu() -> None:
     device = torch.device("cuda")
     drawn = csprng.normal(Stream(bytes(32)), (1000, 300), device=device)
     assert drawn.device.type == "cuda"
-    torch.testing.assert_close(drawn.cpu().flatten(), csprng._normal_on(torch.device("cpu"), Stream(bytes(32)).fork("device").bytes(32), 300_000, torch.float32))
+    torch.testing.assert_close(
+        drawn.cpu().flatten(), csprng._normal_on(torch.device("cpu"), Stream(bytes(32)).fork("device").bytes(32), 300_000, torch.float32)
+    )

@@ -138,7 +138,9 @@ def keystream(key: bytes, *, nonce: int, num_blocks: int, device: torch.device) 
     return (torch.cat([a, b, c, d]) + start).T.flatten()
 
 
-def _quarter_rounds(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _quarter_rounds(
+    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Four quarter rounds at once, one a row; 32-bit additions wrap."""
     a = a + b
     d = _rotated(d ^ a, 16)

@@ -36,8 +36,8 @@ from discreet.keys import Key, Stream
 from discreet.ledger import Reservation, State
 from discreet.model import Base, PublicText, trained_parameters
 from discreet.record import Digest, Snapshot
-from discreet.train.checkpoint import Checkpoints
 from discreet.train import parallel
+from discreet.train.checkpoint import Checkpoints
 from discreet.train.parallel import ALONE, Ranks
 from discreet.train.step import PrivateCorpus, Rows, Work, mean_loss, public_step, tokenize
 
@@ -246,7 +246,7 @@ def fit(
 
     def step(number: int) -> Work:
         chosen = _in_order(len(documents), batch, order, number)
-        return Work(tokens=public_step(run.module, run.optimizer, [documents[i] for i in chosen], token_budget=setup.run.token_budget), padding=0)
+        return public_step(run.module, run.optimizer, [documents[i] for i in chosen], token_budget=setup.run.token_budget)
 
     _go(run, step)
     return Fitted(module=run.module, steps=run.step, curve=tuple(run.curve))

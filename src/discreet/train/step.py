@@ -202,15 +202,17 @@ def padded_size(units: Units, batch: MicroBatch) -> int:
     return len(batch) * max(sum(len(units[unit][d]) for unit, d in row) for row in batch)
 
 
-def public_step(model: nn.Module, optimizer: torch.optim.Optimizer, documents: Documents, *, token_budget: int) -> int:
-    """Takes one step without privacy on public documents: the mean of their losses. Returns the number of tokens read."""
+def public_step(model: nn.Module, optimizer: torch.optim.Optimizer, documents: Documents, *, token_budget: int) -> Work:
+    """Takes one step without privacy on public documents: the mean of their losses. Returns what it computed."""
     optimizer.zero_grad(set_to_none=True)
-    for group in sampling.micro_batches([[len(document)] for document in documents], token_budget):
-        losses_D = document_losses(model, padded([documents[index] for index in group]))
+    units = [(document,) for document in documents]
+    batches = arranged(units, token_budget, Rows.PADDED)
+    for rows in batches:
+        losses_D = document_losses(model, laid_out([[documents[unit] for unit, _ in row] for row in rows]))
         (losses_D.sum() / len(documents)).backward()  # type: ignore[no-untyped-call]  # torch declares no types here
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return sum(len(document) for document in documents)
+    return work(units, batches)
 
 
 @torch.no_grad()
