@@ -35,7 +35,7 @@ Documents = list[Tensor]
 
 
 def documents_of(arguments: argparse.Namespace, base: models.Base) -> Documents:
-    rows = [json.loads(line) for line in Path(arguments.texts).open()]
+    rows = [json.loads(line) for line in Path(arguments.texts).read_text().splitlines()]
     return tokenize(["\n".join(row[field] for field in arguments.fields.split(",")) for row in rows], base, max_tokens=arguments.max_tokens)
 
 
