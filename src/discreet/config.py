@@ -187,6 +187,9 @@ class RunSection(_Section):
     threads: int = Field(0, ge=0, description="0: all cores")
     device: Literal["cpu", "cuda"] = "cpu"
     token_budget: Count = Field(2048, description="tokens in one micro-batch")
+    rows: Literal["padded", "packed"] = Field(
+        "padded", description="padded: one document a row, grouped by length (CPU); packed: several that do not see each other (GPU)"
+    )
     checkpoint_every: Count = 1
 
 

@@ -51,7 +51,7 @@ from discreet.record import Basis, Deidentified, Digest, Release, Sensitivity, S
 from discreet.serve import gateway
 from discreet.store import Store, metadata, write_atomically
 from discreet.train import loop
-from discreet.train.checkpoint import Checkpoints
+from discreet.train.checkpoint import PURPOSE, Checkpoints, CheckpointStore
 from discreet.train.step import tokenize
 
 if TYPE_CHECKING:
@@ -501,7 +501,7 @@ def _public_track(house: House, base: Base, frozen: Corpus, folder: Path, observ
         raise ConfigInvalid("a [[source]] with role = 'public' for [train] public_steps > 0")
     run = f"public-{folder.name}"
     if run not in {entry.fields["run"] for entry in house.log.select(Predicate.TRAINED)}:
-        checkpoints = Checkpoints(folder=folder / "public", key=house.keyring.purpose("checkpoint"), run=folder.name)
+        checkpoints = Checkpoints(folder=folder / "public", key=house.keyring.purpose(PURPOSE), run=folder.name)
         fitted = loop.fit(
             frozen.public,
             setup=_setup(house, base, held_out=frozen.held_out),
@@ -558,7 +558,7 @@ def load_base(house: House, public: PublicText | None, observer: Observer) -> Ba
 def _shown(observer: Observer, task: str) -> Callable[[loop.StepReport], None]:
     def show(step: loop.StepReport) -> None:
         figures = {"loss": f"{step.loss:.3f}"} | ({} if step.epsilon is None else {"epsilon": f"{step.epsilon:.2f}"})
-        observer.progress(task, step.step, step.steps, figures | {"tok/s": f"{step.tokens_per_second:.0f}"})
+        observer.progress(task, step.step, step.steps, figures | {"tok/s": f"{step.tokens_per_second:.0f}", "padding": f"{step.padding:.1%}"})
 
     return show
 
@@ -614,16 +614,20 @@ def _close_abandoned(house: House, current: str) -> None:
     """Closes runs that were killed and never resumed, because configuration or corpus changed: what they spent stays spent, their keys are destroyed."""
     for reservation in house.ledger.open_runs():
         if reservation.run != current:
-            house.ledger.close(reservation, CloseReason.CRASH)
-            house.keyring.close_run(reservation.run)
-            fields: dict[str, JSON] = {"run": reservation.run, "kind": "noise and sampling", "reason": "abandoned"}
-            with house.store.transaction() as tx:
-                house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(reservation.plan,), fields=fields))
-            _checkpoints(house, reservation.run).destroy()
+            _abandon(house, reservation)
+
+
+def _abandon(house: House, reservation: Reservation) -> None:
+    house.ledger.close(reservation, CloseReason.CRASH)
+    house.keyring.close_run(reservation.run)
+    fields: dict[str, JSON] = {"run": reservation.run, "kind": "noise and sampling", "reason": "abandoned"}
+    with house.store.transaction() as tx:
+        house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(reservation.plan,), fields=fields))
+    _checkpoints(house, reservation.run).destroy()
 
 
 def _checkpoints(house: House, run: str) -> Checkpoints:
-    return Checkpoints(folder=house.project.state / "runs" / run / "private", key=house.keyring.purpose("checkpoint"), run=run)
+    return Checkpoints.of(house.project.state / "runs", run, house.keyring)
 
 
 # Line 8: does it hold
@@ -907,9 +911,14 @@ def erase(house: House, unit: str) -> dict[str, Any]:
     Raises:
         ErasureIncomplete: when a store still holds them; the name of the store is the value.
     """
-    stores = (house.catalog, corpus.SnapshotStore(house.snapshots, house.keyring))
+    snapshots = corpus.SnapshotStore(house.snapshots, house.keyring)
+    stores = (house.catalog, snapshots, CheckpointStore(house.project.state / "runs", house.keyring, snapshots=snapshots))
     erasure = Erasure(house.store, house.keyring, house.log, stores=stores, unit=house.project.privacy.unit)
+    lost = snapshots.holds(subject_of(house, unit))
     certificate = erasure.execute(subject_of(house, unit))
+    for reservation in house.ledger.open_runs():
+        if reservation.snapshot in lost:  # its population is no longer what it reserved, and its key could still take the noise away
+            _abandon(house, reservation)
     return {
         "subject": certificate.request,
         "stores": list(certificate.stores),
