@@ -478,7 +478,11 @@ def test_a_batch_is_charged_whole_or_not_at_all(house):
     with pytest.raises(BudgetExhausted):
         house.ledger.charge("queries", [Spend(kind=Kind.RETRIEVAL, epsilon=0.3)] * 4)
     assert house.ledger.show("queries").num_reservations == 0
-    assert [round(held.remaining_epsilon, 6) for held in house.ledger.charge("queries", [Spend(kind=Kind.RETRIEVAL, epsilon=0.3)] * 3)] == [0.7, 0.4, 0.1]
+    assert [round(held.remaining_epsilon, 6) for held in house.ledger.charge("queries", [Spend(kind=Kind.RETRIEVAL, epsilon=0.3)] * 3)] == [
+        0.7,
+        0.4,
+        0.1,
+    ]
     with pytest.raises(PlanInvalid):
         house.ledger.charge("queries", [])
 
@@ -499,7 +503,13 @@ def test_a_query_with_a_delta_takes_it_from_what_was_kept_for_queries(house):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{}, {"epsilon": 1.0, "event": dp_accounting.GaussianDpEvent(1.0)}, {"epsilon": 1.0, "delta": 1.0}, {"epsilon": 1.0, "delta": -1e-9}, {"epsilon": math.nan}],
+    [
+        {},
+        {"epsilon": 1.0, "event": dp_accounting.GaussianDpEvent(1.0)},
+        {"epsilon": 1.0, "delta": 1.0},
+        {"epsilon": 1.0, "delta": -1e-9},
+        {"epsilon": math.nan},
+    ],
 )
 def test_a_spend_is_an_event_or_numbers(wrong):
     with pytest.raises(PlanInvalid):
@@ -677,17 +687,17 @@ def _race_with(house, barrier, results, number):
 def _die(url, plan, moment):
     """Reserves and spends, and is killed just before or just after a commit."""
     house = open_house(url)
-    append, calls = house.log.append, 0
+    append_all, calls = house.log.append_all, 0
 
-    def dying(tx, statement):
+    def dying(tx, statements):
         nonlocal calls
         calls += 1
-        index = append(tx, statement)
+        indices = append_all(tx, statements)
         if calls == moment:
             os.kill(os.getpid(), signal.SIGKILL)
-        return index
+        return indices
 
-    house.log.append = dying
+    house.log.append_all = dying
     held = house.ledger.reserve("main", plan, snapshot(), "run-1")
     if moment == 0:
         os.kill(os.getpid(), signal.SIGKILL)

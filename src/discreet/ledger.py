@@ -415,7 +415,9 @@ class Ledger:
         self._keyring = keyring
         self._log = log
         if "terms" not in {column["name"] for column in inspect(store.engine).get_columns(_budgets.name)}:
-            raise OperationFailed("a ledger that keeps what each person spent", remedy="It was begun by an older version; begin a new project folder.")
+            raise OperationFailed(
+                "a ledger that keeps what each person spent", remedy="It was begun by an older version; begin a new project folder."
+            )
 
     def open(
         self,
@@ -503,7 +505,9 @@ class Ledger:
             NotFound: when the budget was not opened.
         """
         if not snapshot.sources or not snapshot.num_units:
-            raise ReservationRefused("a snapshot that names its sources and has people in it", value=snapshot.root, remedy="Freeze it with `corpus.freeze`.")
+            raise ReservationRefused(
+                "a snapshot that names its sources and has people in it", value=snapshot.root, remedy="Freeze it with `corpus.freeze`."
+            )
         with self._store.transaction() as tx:
             held = _of_run(tx, run)
             if held is not None:
@@ -803,7 +807,9 @@ def _replayed(tx: Connection, cohort: int, terms: _Terms) -> _Account:
     account = _Account.fresh(terms)
     for content, times in cohorts.history(tx, cohort):
         cost = _cost(content, terms)
-        many = _Cost(vector=tuple(value * times for value in cost.vector), pure=_EXACT.multiply(cost.pure, times), delta=_EXACT.multiply(cost.delta, times))
+        many = _Cost(
+            vector=tuple(value * times for value in cost.vector), pure=_EXACT.multiply(cost.pure, times), delta=_EXACT.multiply(cost.delta, times)
+        )
         account = account.charged(many)
     return account
 
@@ -825,7 +831,9 @@ def _judged(account: _Account, want: _Wanted, *, asked: str) -> _Account:
         remedy = "Its delta for queries is fixed at opening (--query-delta)."
     also = "" if name == asked else ", which binds some of these people,"
     raise BudgetExhausted(
-        f"a spend that budget '{name}'{also} admits", value=f"epsilon {asks:.4g} asked, {account.remaining_epsilon:.4g} of {total:.4g} left", remedy=remedy
+        f"a spend that budget '{name}'{also} admits",
+        value=f"epsilon {asks:.4g} asked, {account.remaining_epsilon:.4g} of {total:.4g} left",
+        remedy=remedy,
     )
 
 
