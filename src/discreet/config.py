@@ -158,8 +158,8 @@ class AuditSection(_Section):
     canaries: Annotated[int, Field(ge=20)] = 500
     level: Probability = 0.05
     false_positive_rate: Probability = 0.05
-    control_epochs: Count = Field(10, description="passes of the non-private control over its canaries; it must be caught")
-    control_learning_rate: Positive = 2e-3
+    control_epochs: Count = Field(6, description="passes of the non-private control over its canaries; it must be caught")
+    control_learning_rate: Positive = 7e-4
 
 
 @final

@@ -65,8 +65,7 @@ if TYPE_CHECKING:
 STAGES = ("ingest", "train", "audit", "release")
 BATCH = 512
 CANARY_SOURCE = "audit-canaries-{count}"
-CONTROL_BATCH = 8
-CONTROL_RANK = 16
+CONTROL_BATCH = 16
 RECITED = 40
 SERVED_BATCH = 100
 """Planted canaries that both models are asked to recite."""
@@ -556,7 +555,7 @@ def load_base(house: House, public: PublicText | None, observer: Observer) -> Ba
         return model.load_base(name if name == model.SMOLLM2 else str(house.project.path(name)), cache=cache, progress=observer.note)
     if public is None:
         return model.load_base(_needed(house, "train")["base_path"], cache=cache)
-    return model.build_tiny(public, cache=house.project.state / "models", steps=80, batch=16, learning_rate=1e-2, progress=observer.note)
+    return model.build_tiny(public, cache=house.project.state / "models", steps=50, batch=16, learning_rate=1e-2, progress=observer.note)
 
 
 def _shown(observer: Observer, task: str) -> Callable[[loop.StepReport], None]:
@@ -654,11 +653,11 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
             "the base model and the adapter that were trained", remedy="Restore the files; another model cannot be audited in their place."
         )
     private = model.load_adapter(base, adapter)
-    scored = _scores(house, base, private, canaries)
+    untouched = _log_likelihoods(house, base.module, base, canaries)
+    scored = _log_likelihoods(house, private, base, canaries) - untouched
     observer.note("scored the private model; training the control on canaries alone")
     control = _control(house, base, canaries, observer)
-    controlled = _scores(house, base, control, canaries)
-    untouched = membership.log_likelihoods(base.module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget)
+    controlled = _log_likelihoods(house, control, base, canaries) - untouched
     found = bounds.verdict(
         scored,
         canaries.included,
@@ -693,10 +692,8 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     return result
 
 
-def _scores(house: House, base: Base, module: nn.Module, canaries: Canaries) -> NDArray[np.float64]:
-    return membership.scores(
-        module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget, adapter_off=lambda: model.adapter_off(module, base)
-    )
+def _log_likelihoods(house: House, module: nn.Module, base: Base, canaries: Canaries) -> NDArray[np.float64]:
+    return membership.log_likelihoods(module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget)
 
 
 def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module, canaries: Canaries) -> dict[str, Any]:
@@ -715,7 +712,7 @@ def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module
 
 
 def _control(house: House, base: Base, canaries: Canaries, observer: Observer) -> nn.Module:
-    """Trains the positive control without privacy on the planted canaries alone, with adapters on every linear layer. It lives in memory only.
+    """Trains the positive control without privacy on the planted canaries alone, all weights of the last blocks. It lives in memory only.
 
     It has more room to memorise than the private model, so that what the audit can see is not limited by what a small adapter can hold.
     """
@@ -724,9 +721,7 @@ def _control(house: House, base: Base, canaries: Canaries, observer: Observer) -
     steps = rules.control_epochs * -(-len(planted.texts) // CONTROL_BATCH)
     setup = replace(
         _setup(house, base, held_out=PublicText(planted.texts[:1]), evaluations=1),
-        model=ModelSection(
-            lora_rank=CONTROL_RANK, lora_alpha=2.0 * CONTROL_RANK, lora_targets=model.linear_layers(base), max_tokens=house.project.model.max_tokens
-        ),
+        model=ModelSection(train=model.top_blocks(base), max_tokens=house.project.model.max_tokens),
         train=TrainSection(learning_rate=rules.control_learning_rate),
     )
     order = house.keyring.purpose("control order").stream("order")
