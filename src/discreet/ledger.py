@@ -383,7 +383,8 @@ class _Account:
     @staticmethod
     def from_json(stored: str, terms: _Terms) -> _Account:
         fields = json.loads(stored)
-        pace = None if fields["pace"] is None else _Pace(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields["pace"].items()})
+        kept = fields["pace"]
+        pace = None if kept is None else _Pace(period=kept["period"], start=tuple(kept["start"]), allowance=tuple(kept["allowance"]))
         return _Account(terms=terms, spent=tuple(fields["spent"]), pure=Decimal(fields["pure"]), delta=Decimal(fields["delta"]), pace=pace)
 
 

@@ -70,7 +70,6 @@ class Predicate(StrEnum):
     AUDITED = "audited"
     CONTROL_DESTROYED = "control_destroyed"
     KEY_DESTROYED = "key_destroyed"
-    KEY_ROTATED = "key_rotated"
     RELEASED = "released"
     WITHHELD = "withheld"
     OVERRIDDEN = "overridden"
@@ -128,7 +127,6 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         ),
         Predicate.CONTROL_DESTROYED: _public("control", "run kind reason"),
         Predicate.KEY_DESTROYED: _public("run", "reason kind"),
-        Predicate.KEY_ROTATED: _public("key_id vkey previous endorsement", "reason"),
         Predicate.RELEASED: _public("name base adapter guarantee", "run plan gates audit verdict report purpose policy limits kind"),
         Predicate.WITHHELD: _public("adapter reasons", "name run gates audit verdict"),
         Predicate.OVERRIDDEN: _public("rule reason", "value run budget name by"),
