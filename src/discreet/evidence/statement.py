@@ -106,7 +106,9 @@ def _internal(required: str) -> Row:
     return Row(required=tuple(required.split()), optional=None)
 
 
-_PRICE = "unit epsilon delta relation accountant guarantee sampling_probability noise_multiplier clip_norm steps expected_batch cap filter_epsilon kind"
+_PRICE = (
+    "unit epsilon delta relation accountant guarantee sampling_probability noise_multiplier clip_norm steps expected_batch cap filter_epsilon kind"
+)
 
 PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
     {
