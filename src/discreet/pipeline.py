@@ -131,7 +131,7 @@ def open_house(folder: Path, *, exclusive: bool = True) -> Iterator[House]:
             keyring = Keyring(store, open_master(project.master_location()))
             log = Log(store, keyring, f"discreet.{project.project.name}")
             catalog, consent = Catalog(store, keyring, log), Consent(store, keyring, log)
-            yield House(project=project, store=store, keyring=keyring, log=log, catalog=catalog, consent=consent, ledger=Ledger(store, log))
+            yield House(project=project, store=store, keyring=keyring, log=log, catalog=catalog, consent=consent, ledger=Ledger(store, keyring, log))
         finally:
             store.close()
 
@@ -327,7 +327,7 @@ def price(house: House, observer: Observer) -> Price:
     """
     frozen = ingest(house, observer)
     plan = _calibrate(house, frozen.snapshot)
-    spent_so_far, budget = _filter(house, plan.delta)
+    spent_so_far, budget = _filter(house, plan.delta, frozen.snapshot)
     base = load_base(house, frozen.public, observer)
     parameters = sum(p.numel() for p in model.trained_parameters(model.attach(base, house.project.model)).values())
     tokens = _mean_tokens(house, base, frozen.snapshot) * plan.expected_batch * plan.cap * plan.steps
@@ -366,7 +366,7 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
         raise PlanInvalid("[privacy] population: a public estimate of the number of units", remedy=remedy)
     population = privacy.population
     delta = privacy.delta or 1 / (2 * population)
-    budget = _filter(house, delta)[0] if privacy.target == "budget" else None
+    budget = _filter(house, delta, snapshot)[0] if privacy.target == "budget" else None
     try:
         plan = mechanism.calibrate(
             epsilon=privacy.epsilon,
@@ -391,11 +391,11 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
     return plan
 
 
-def _filter(house: House, delta: float) -> tuple[accounting.RdpFilter, Mapping[str, Any]]:
-    """The budget as it stands, or as it would be opened."""
+def _filter(house: House, delta: float, snapshot: Snapshot) -> tuple[accounting.RdpFilter, Mapping[str, Any]]:
+    """The budget as it stands for the people of a snapshot, or as it would be opened."""
     section = house.project.budget
     try:
-        return house.ledger.filter(section.name), budget_fields(house.ledger.show(section.name))
+        return house.ledger.filter(section.name, snapshot), budget_fields(house.ledger.show(section.name))
     except NotFound:
         fresh = accounting.RdpFilter.open(epsilon=section.epsilon, delta=section.delta or delta)
         return fresh, {
@@ -418,6 +418,10 @@ def budget_fields(budget: Budget) -> dict[str, Any]:
         "spent": budget.epsilon - budget.remaining_epsilon,
         "remaining": budget.remaining_epsilon,
         "reservations": budget.num_reservations,
+        "query_delta": budget.query_delta,
+        "period": None if budget.period is None else budget.period.to_json(),
+        "unlocked": budget.unlocked,
+        "alerts": list(budget.alerts),
     }
 
 
