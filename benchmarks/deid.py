@@ -55,7 +55,18 @@ GOLD = {
     "ID_CONTACTO_ASISTENCIAL": "ID", "NUMERO_TELEFONO": "PHONE", "NUMERO_FAX": "FAX", "CENTRO_SALUD": "ORG",
 }  # fmt: skip
 OUTSIDE = frozenset(
-    ["TITLE", "PREFIX", "NRP", "AGE", "EDAD_SUJETO_ASISTENCIA", "SEXO_SUJETO_ASISTENCIA", "PAIS", "FAMILIARES_SUJETO_ASISTENCIA", "PROFESION", "OTROS_SUJETO_ASISTENCIA"]
+    [
+        "TITLE",
+        "PREFIX",
+        "NRP",
+        "AGE",
+        "EDAD_SUJETO_ASISTENCIA",
+        "SEXO_SUJETO_ASISTENCIA",
+        "PAIS",
+        "FAMILIARES_SUJETO_ASISTENCIA",
+        "PROFESION",
+        "OTROS_SUJETO_ASISTENCIA",
+    ]
 )
 """Classes that docs/labels.md says stay (ages below 90, nationalities, occupations, countries): neither asked for nor counted as false."""
 PRESIDIO = {
@@ -103,9 +114,14 @@ def openmed(data: Path, split: str) -> list[Document]:
         rows = rows if isinstance(rows, list) else rows.get("fixtures", rows.get("cases", []))
         for row in rows:
             spans = row.get("gold_spans", row.get("spans", row.get("entities"))) if isinstance(row, dict) else None
-            if isinstance(row, dict) and isinstance(row.get("text"), str) and isinstance(spans, list) and all(isinstance(s, dict) and "start" in s for s in spans):
+            if (
+                isinstance(row, dict)
+                and isinstance(row.get("text"), str)
+                and isinstance(spans, list)
+                and all(isinstance(s, dict) and "start" in s for s in spans)
+            ):
                 found.append(Document(text=row["text"], gold=tuple((s["start"], s["end"], str(s.get("label", "OTHER")).upper()) for s in spans)))
-    return found[:: 2] if split == "dev" else found[1::2]
+    return found[::2] if split == "dev" else found[1::2]
 
 
 def loghub(data: Path, _split: str) -> list[Document]:
@@ -124,7 +140,16 @@ VALUES = {
     "EMAIL": "ann.keller@mail.example.org", "SSN": "464-79-1772", "CARD": "4111 1111 1111 1111", "PHONE": "212-555-0187",
     "IBAN": "GB82WEST12345698765432", "IP": "203.0.113.77", "PERSON": "Jonathan Smith", "ADDRESS": "482 Maple Street",
 }  # fmt: skip
-CUES = {"EMAIL": "e-mail: ", "SSN": "SSN: ", "CARD": "card number: ", "PHONE": "phone: ", "IBAN": "IBAN: ", "IP": "IP address: ", "PERSON": "Patient name: ", "ADDRESS": "address: "}
+CUES = {
+    "EMAIL": "e-mail: ",
+    "SSN": "SSN: ",
+    "CARD": "card number: ",
+    "PHONE": "phone: ",
+    "IBAN": "IBAN: ",
+    "IP": "IP address: ",
+    "PERSON": "Patient name: ",
+    "ADDRESS": "address: ",
+}
 _GREEK = str.maketrans("aeopcxyiAEOPCTBHM", "аеорсхуіАЕОРСТВНМ")
 
 
