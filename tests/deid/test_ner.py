@@ -38,7 +38,9 @@ def test_names_that_no_list_has_are_found_by_form_and_place(sentence: str, name:
         "The patient was started on Metformin 500 mg twice daily.",
         "Blood pressure 120/80, pulse 72, temperature 98.6.",
         "REVIEW OF SYSTEMS",
-        pytest.param("Parkinson's disease is treated with levodopa.", marks=pytest.mark.xfail(reason="these weights take levodopa for a name", strict=True)),
+        pytest.param(
+            "Parkinson's disease is treated with levodopa.", marks=pytest.mark.xfail(reason="these weights take levodopa for a name", strict=True)
+        ),
         "def add(left, right): return left + right",
         "What is the maximum dose of ibuprofen?",
     ],
