@@ -161,6 +161,6 @@ def _all_reduced(parts: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]
         names = sorted(name for name, part in parts.items() if part.dtype is dtype)
         flat = torch.cat([parts[name].flatten() for name in names])
         dist.all_reduce(flat)
-        for name, piece in zip(names, flat.split([parts[name].numel() for name in names]), strict=True):
+        for name, piece in zip(names, torch.split(flat, [parts[name].numel() for name in names]), strict=True):
             summed_[name] = piece.view(parts[name].shape)
     return summed_
