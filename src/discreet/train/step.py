@@ -100,15 +100,29 @@ def private_step(
     Returns:
         the number of tokens read: private, for the display only.
     """
+    total, tokens = clipped_step(model, corpus, plan, run_key=run_key, step=step, token_budget=token_budget)
+    noised = noise.add(total, noise_multiplier=plan.noise_multiplier, key=run_key.stream("noise", step))
+    _apply(model, optimizer, noised.gradients, divisor=plan.expected_batch)
+    return tokens
+
+
+def clipped_step(model: nn.Module, corpus: PrivateCorpus, plan: Plan, *, run_key: Key, step: int, token_budget: int) -> tuple[ClippedSum, int]:
+    """Draws the units of one step and sums their clipped gradients, without noise: what never leaves a site of a fleet except masked and noised.
+
+    Args:
+        step: from 1; names the step's draws under `run_key`.
+        token_budget: padded tokens of a micro-batch, >= 1.
+
+    Returns:
+        the clipped sum and the number of tokens read, both private.
+    """
     units = _drawn(corpus, plan, run_key=run_key, step=step)
     total = ClippedSum.zero(model, clip_norm=plan.clip_norm)
     for group in sampling.micro_batches([[len(document) for document in unit] for unit in units], token_budget):
         documents = [document for unit in group for document in units[unit]]
         owners = [unit for unit in group for _ in units[unit]]
         total = total + clipping.clipped_sum(model, document_losses, padded(documents), owners, clip_norm=plan.clip_norm)
-    noised = noise.add(total, noise_multiplier=plan.noise_multiplier, key=run_key.stream("noise", step))
-    _apply(model, optimizer, noised.gradients, divisor=plan.expected_batch)
-    return sum(len(document) for unit in units for document in unit)
+    return total, sum(len(document) for unit in units for document in unit)
 
 
 def public_step(model: nn.Module, optimizer: torch.optim.Optimizer, documents: Documents, *, token_budget: int) -> int:
