@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,6 +42,9 @@ class Memory:
         if held is None:
             self.answers[session, number, stage] = (request, answer())
         return self.answers[session, number, stage][1]
+
+    def count(self, session: str, stage: str, *, other_than: int) -> int:
+        return sum((known, at) == (session, stage) and number != other_than for known, number, at in self.answers)
 
     def rounds(self, session: str) -> int:
         return max((number for known, number, _ in self.answers if known == session), default=-1) + 1
@@ -174,7 +178,7 @@ def lie(fleet: Fleet, tamper: Callable[[str, str, bytes], bytes]) -> dict[str, D
 def resealed(fleet: Fleet, request: bytes, change: Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]]) -> bytes:
     """The request with other content, signed by the server: it may sign what it likes."""
     header, _, body = secagg._parse(request)
-    return secagg._sealed_frame(fleet.signer, *change(header, body))
+    return secagg.sealed_frame(fleet.signer, *change(header, body))
 
 
 def edited_list(fleet: Fleet, wanted: str, edit: Callable[[str, list[bytes]], list[bytes]]) -> Callable[[str, str, bytes], bytes]:
@@ -183,7 +187,7 @@ def edited_list(fleet: Fleet, wanted: str, edit: Callable[[str, list[bytes]], li
     def tamper(stage: str, name: str, request: bytes) -> bytes:
         if stage != wanted:
             return request
-        return resealed(fleet, request, lambda header, body: (header, secagg._join(edit(name, list(secagg._parts(body))))))
+        return resealed(fleet, request, lambda header, body: (header, secagg.join(edit(name, list(secagg.parts(body))))))
 
     return tamper
 
@@ -222,7 +226,7 @@ def test_a_substituted_key_is_refused() -> None:
 
     def edit(name: str, frames: list[bytes]) -> list[bytes]:
         header, _, _ = secagg._parse(frames[1])
-        return [frames[0], secagg._sealed_frame(fleet.signer, {**header, "cipher": secret("mine").hex()}), *frames[2:]]
+        return [frames[0], secagg.sealed_frame(fleet.signer, {**header, "cipher": secret("mine").hex()}), *frames[2:]]
 
     assert {type(error) for error in lie(fleet, edited_list(fleet, "cohort", edit)).values()} == {PeerRefused}
 
@@ -268,13 +272,13 @@ def test_another_model_for_one_client_is_noticed_by_its_peers() -> None:
     target_journal = fleet.journals["site-001"].answers
     target_journal.clear()
     other_terms = fleet.terms(payload=b"another")
-    odd = secagg._sealed_frame(
+    odd = secagg.sealed_frame(
         fleet.identities["site-002"],
         {"kind": "keys", "terms": other_terms.digest.hex(), "from": "site-002", "cipher": "00" * 32, "mask": "11" * 32, "seed": ""},
     )
     announced = next(secagg.server(fleet.terms(), roster=fleet.roster, signer=fleet.signer, payload=PAYLOAD))["site-001"]
     own = target.send(announced)
-    cohort = secagg._sealed_frame(fleet.signer, {"kind": "cohort", "terms": fleet.terms().digest.hex()}, secagg._join([own, odd]))
+    cohort = secagg.sealed_frame(fleet.signer, {"kind": "cohort", "terms": fleet.terms().digest.hex()}, secagg.join([own, odd]))
     with pytest.raises(PeerRefused, match="terms of this round"):
         target.send(cohort)
 
@@ -402,7 +406,7 @@ def test_a_client_that_reveals_a_wrong_share_costs_the_round_and_nothing_more() 
         replies = {name: members[name].send(request) for name, request in requests.items()}
         if stage == "agreement":
             header, _, body = secagg._parse(replies["site-000"])
-            replies["site-000"] = secagg._sealed_frame(fleet.identities["site-000"], header, bytes([body[0] ^ 1]) + body[1:])
+            replies["site-000"] = secagg.sealed_frame(fleet.identities["site-000"], header, bytes([body[0] ^ 1]) + body[1:])
             with pytest.raises(RoundAborted, match="shares"):
                 hub.send(replies)
             return
@@ -417,6 +421,17 @@ def test_receipts_name_terms_survivors_and_upload() -> None:
         assert receipt.upload == opened.uploads[name]
         assert receipt.survivors == secagg.survivors_digest(opened.uploads)
         assert receipt.model == hashlib.sha256(PAYLOAD).hexdigest()
+
+
+def test_no_more_rounds_are_opened_than_the_plan_paid_for() -> None:
+    """A server that calls an opened round aborted and asks for another one in its place."""
+    fleet = Fleet(4)
+    fleet.policy = dataclasses.replace(fleet.policy, rounds=2)
+    fleet.run()
+    fleet.run(terms=fleet.terms(number=1))
+    with pytest.raises(RoundAborted):
+        fleet.run(terms=fleet.terms(number=2))
+    assert {str(error)[:25] for error in fleet.refused.values()} == {"Expected at most 2 opened"}
 
 
 def test_rosters_have_different_keys() -> None:

@@ -62,6 +62,17 @@ class Journal:
             numbers = tx.execute(select(_answers.c.round).where(_answers.c.session == session)).scalars().all()
         return max(numbers, default=-1) + 1
 
+    def answer(self, session: str, number: int, stage: str) -> bytes:
+        """Returns the recorded answer of a stage; empty when there is none or it was swept."""
+        with self._store.transaction() as tx:
+            return bytes(tx.execute(select(_answers.c.answer).filter_by(session=session, round=number, stage=stage)).scalar_one_or_none() or b"")
+
+    def count(self, session: str, stage: str, *, other_than: int) -> int:
+        """Returns in how many rounds of a session a stage was answered, one round left out."""
+        with self._store.transaction() as tx:
+            numbers = tx.execute(select(_answers.c.round).filter_by(session=session, stage=stage)).scalars().all()
+        return sum(number != other_than for number in numbers)
+
     def sweep(self, session: str, before: int) -> None:
         """Empties the answers of rounds before `before`; that they were given stays on record."""
         with self._store.transaction() as tx:

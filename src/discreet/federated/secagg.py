@@ -119,7 +119,10 @@ class Terms:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """The floor below which this client takes part in nothing. Set up with the site, never by the server."""
+    """The floor below which this client takes part in nothing. Set up with the site, never by the server.
+
+    `rounds` is the number of rounds that the plan pays for: in no more of them does this client reveal a share, however many the server calls aborted.
+    """
 
     roster: Roster
     session: str
@@ -128,6 +131,7 @@ class Policy:
     dimension: int
     bits: int
     server: Server = Server.MALICIOUS
+    rounds: int = 1 << 30
 
     def check(self, terms: Terms, *, name: str, next_round: int) -> None:
         """Raises:
@@ -220,18 +224,20 @@ def terms_for(
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class Frame:
+    """A message whose signature was verified; its body is checked by `checked_body`."""
+
     header: Mapping[str, Any]
     head: bytes
     body: bytes
 
 
-def _sealed_frame(signer: Ed25519PrivateKey, header: Mapping[str, Any], body: bytes = b"") -> bytes:
+def sealed_frame(signer: Ed25519PrivateKey, header: Mapping[str, Any], body: bytes = b"") -> bytes:
     content = canonical_json({**header, "body": _hex(body)})
     return b"".join([len(content).to_bytes(4, "big"), content, signer.sign(masks.PROTOCOL + content), body])
 
 
-def _open_frame(frame: bytes, key: bytes, *, kind: str, terms: bytes | None) -> _Frame:
+def open_frame(frame: bytes, key: bytes, *, kind: str, terms: bytes | None) -> Frame:
     """Returns a frame that this key signed, of this kind and these terms.
 
     Raises:
@@ -246,10 +252,10 @@ def _open_frame(frame: bytes, key: bytes, *, kind: str, terms: bytes | None) -> 
         Ed25519PublicKey.from_public_bytes(key).verify(head[-SIGNATURE_BYTES:], masks.PROTOCOL + head[4:-SIGNATURE_BYTES])
     except InvalidSignature:
         raise PeerRefused("a message that its pinned sender signed") from None
-    return _Frame(header, head, body)
+    return Frame(header, head, body)
 
 
-def _checked_body(frame: _Frame) -> bytes:
+def checked_body(frame: Frame) -> bytes:
     if frame.header.get("body") != _hex(frame.body):
         raise PeerRefused("a message whose body is the one that was signed")
     return frame.body
@@ -269,11 +275,11 @@ def _parse(frame: bytes) -> tuple[dict[str, Any], bytes, bytes]:
     return header, frame[:end], frame[end:]
 
 
-def _join(parts: Iterable[bytes]) -> bytes:
+def join(parts: Iterable[bytes]) -> bytes:
     return b"".join(piece for part in parts for piece in (len(part).to_bytes(4, "big"), part))
 
 
-def _parts(content: bytes) -> Iterator[bytes]:
+def parts(content: bytes) -> Iterator[bytes]:
     at = 0
     while at < len(content):
         length = int.from_bytes(content[at : at + 4], "big")
@@ -294,6 +300,16 @@ def _set_digest(names: Iterable[str]) -> str:
 def survivors_digest(uploads: Mapping[str, str]) -> str:
     """Returns the digest of a survivor set: every survivor with the digest of its upload."""
     return _hex(canonical_json(sorted([name, upload] for name, upload in uploads.items())))
+
+
+def upload_digest(masked: bytes) -> str:
+    """Returns the digest of the vector in a client's own "masked" message."""
+    return str(_parse(masked)[0].get("body"))
+
+
+def kind_of(frame: bytes) -> str:
+    """Returns the kind that a message claims to be; nothing of it is verified yet."""
+    return str(_parse(frame)[0].get("kind"))
 
 
 _KINDS = {*STAGES, "keys", "shares", "masked", "agreed", "reveal"}
@@ -354,11 +370,11 @@ class _Member:
         request: bytes, contribution: Contribution, *, name: str, identity: Ed25519PrivateKey, policy: Policy, stream: Stream, journal: Journal
     ) -> _Member:
         """Reads the announcement; refuses terms below the policy before anything is drawn."""
-        frame = _open_frame(request, policy.roster.server, kind="announce", terms=None)
+        frame = open_frame(request, policy.roster.server, kind="announce", terms=None)
         terms = _terms_of(frame.header)
         # A killed client takes up the round it was in; a round after which it has answered another one is over.
         policy.check(terms, name=name, next_round=max(0, journal.rounds(policy.session) - 1))
-        if _hex(_checked_body(frame)) != terms.model:
+        if _hex(checked_body(frame)) != terms.model:
             raise TermsRefused("the model that the terms name", remedy="Nothing left this client.")
         secret = stream.fork("secagg", terms.session, terms.number, terms.digest.hex())
         return _Member(
@@ -400,10 +416,10 @@ class _Member:
         )
 
     def _reply(self, kind: str, body: bytes = b"", **more: Any) -> bytes:
-        return _sealed_frame(self.identity, {"kind": kind, "terms": self.terms.digest.hex(), "from": self.name, **more}, body)
+        return sealed_frame(self.identity, {"kind": kind, "terms": self.terms.digest.hex(), "from": self.name, **more}, body)
 
     def _request(self, request: bytes, kind: str) -> bytes:
-        return _checked_body(_open_frame(request, self.policy.roster.server, kind=kind, terms=self.terms.digest))
+        return checked_body(open_frame(request, self.policy.roster.server, kind=kind, terms=self.terms.digest))
 
     def _announce(self, _request: bytes) -> Callable[[], bytes]:
         return lambda: self._reply(
@@ -412,7 +428,7 @@ class _Member:
 
     def _cohort(self, request: bytes) -> Callable[[], bytes]:
         """U1: the signed keys of at least `threshold` members, this client's own among them, each key once."""
-        for frame in _parts(self._request(request, "cohort")):
+        for frame in parts(self._request(request, "cohort")):
             who, keys = _read_keys(frame, self.policy.roster, self.terms)
             if who in self.peers:
                 raise PeerRefused("each client once in the cohort")
@@ -443,7 +459,7 @@ class _Member:
     def _delivery(self, request: bytes) -> Callable[[], bytes]:
         """U2: those whose shares arrived; their shares open only under the same terms and the same cohort."""
         held: dict[str, bytes] = {}
-        for part in _parts(self._request(request, "delivery")):
+        for part in parts(self._request(request, "delivery")):
             sealed, who = part[:_SEALED_BYTES], part[_SEALED_BYTES:].decode("utf-8", "replace")
             if who not in self.peers or who == self.name or who in held:
                 raise PeerRefused("shares of other members of the cohort, each once")
@@ -466,9 +482,9 @@ class _Member:
     def _survivors(self, request: bytes) -> Callable[[], bytes]:
         """U3: signed heads of uploads over the same U2 as this client's own, which is among them unchanged."""
         uploads: dict[str, str] = {}
-        for head in _parts(self._request(request, "survivors")):
+        for head in parts(self._request(request, "survivors")):
             who = _sender(head, self.policy.roster)
-            frame = _open_frame(head, self.policy.roster.clients[who], kind="masked", terms=self.terms.digest)
+            frame = open_frame(head, self.policy.roster.clients[who], kind="masked", terms=self.terms.digest)
             if who in uploads or who not in self.senders or frame.header.get("senders") != _set_digest(self.senders):
                 raise SurvivorsRefused("survivors that uploaded over the same cohort, each once", remedy="No share was revealed.")
             uploads[who] = str(frame.header.get("body"))
@@ -484,11 +500,13 @@ class _Member:
     def _agreement(self, request: bytes) -> Callable[[], bytes]:
         """Reveals only when `threshold` survivors signed the very set that this client signed."""
         signed: set[str] = set()
-        for head in _parts(self._request(request, "agreement")):
+        for head in parts(self._request(request, "agreement")):
             who = _sender(head, self.policy.roster)
-            frame = _open_frame(head, self.policy.roster.clients[who], kind="agreed", terms=self.terms.digest)
+            frame = open_frame(head, self.policy.roster.clients[who], kind="agreed", terms=self.terms.digest)
             if who in self.uploads and frame.header.get("survivors") == survivors_digest(self.uploads):
                 signed.add(who)
+        if self.journal.count(self.terms.session, "agreement", other_than=self.terms.number) >= self.policy.rounds:
+            raise TermsRefused(f"at most {self.policy.rounds} opened rounds, which the plan paid for", remedy="No share was revealed.")
         if len(signed) < self.terms.threshold:
             raise SurvivorsRefused(f"the same survivor set signed by {self.terms.threshold}", value=len(signed), remedy="No share was revealed.")
         return self._reveal
@@ -529,7 +547,7 @@ def server(terms: Terms, *, roster: Roster, signer: Ed25519PrivateKey, payload: 
         RoundAborted: when fewer answered a stage than the threshold or the planned minimum, or the shares do not combine. Nothing was opened.
     """
     hub = _Hub(terms=terms, roster=roster, signer=signer)
-    asked = _sealed_frame(signer, {"kind": "announce", "terms_json": terms.to_json()}, payload)
+    asked = sealed_frame(signer, {"kind": "announce", "terms_json": terms.to_json()}, payload)
     hub.take_keys((yield dict.fromkeys(terms.members, asked)))
     hub.take_shares((yield hub.cohort()))
     hub.take_uploads((yield hub.delivery()))
@@ -546,10 +564,10 @@ class _Hub:
     terms: Terms
     roster: Roster
     signer: Ed25519PrivateKey
-    keys: dict[str, _Frame] = field(default_factory=dict)
+    keys: dict[str, Frame] = field(default_factory=dict)
     sealed: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    heads: dict[str, _Frame] = field(default_factory=dict)
-    agreed: dict[str, _Frame] = field(default_factory=dict)
+    heads: dict[str, Frame] = field(default_factory=dict)
+    agreed: dict[str, Frame] = field(default_factory=dict)
     reveals: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     total: Words = field(default_factory=lambda: np.zeros(0, WORD[32]))
@@ -561,7 +579,7 @@ class _Hub:
         self._enough(self.keys, "announce", self.terms.members)
 
     def cohort(self) -> Requests:
-        body = _join(self.keys[who].head for who in sorted(self.keys))
+        body = join(self.keys[who].head for who in sorted(self.keys))
         return dict.fromkeys(self.keys, self._ask("cohort", body))
 
     def take_shares(self, replies: Replies) -> None:
@@ -574,7 +592,7 @@ class _Hub:
 
     def delivery(self) -> Requests:
         return {
-            who: self._ask("delivery", _join(self.sealed[peer][who] + peer.encode() for peer in sorted(self.sealed) if peer != who))
+            who: self._ask("delivery", join(self.sealed[peer][who] + peer.encode() for peer in sorted(self.sealed) if peer != who))
             for who in self.sealed
         }
 
@@ -584,11 +602,11 @@ class _Hub:
         for who, frame in self._valid(replies, "masked", sorted(self.sealed)).items():
             if frame.header.get("senders") == wanted and len(frame.body) == self.total.nbytes:
                 self.total += np.frombuffer(frame.body, word)
-                self.heads[who] = _Frame(frame.header, frame.head, b"")
+                self.heads[who] = Frame(frame.header, frame.head, b"")
         self._enough(self.heads, "delivery", self.sealed)
 
     def survivors(self) -> Requests:
-        return dict.fromkeys(self.heads, self._ask("survivors", _join(self.heads[who].head for who in sorted(self.heads))))
+        return dict.fromkeys(self.heads, self._ask("survivors", join(self.heads[who].head for who in sorted(self.heads))))
 
     def take_agreed(self, replies: Replies) -> None:
         for who, frame in self._valid(replies, "agreed", sorted(self.heads)).items():
@@ -597,7 +615,7 @@ class _Hub:
         self._enough(self.agreed, "survivors", self.heads, minimum=self.terms.threshold)
 
     def agreement(self) -> Requests:
-        return dict.fromkeys(self.agreed, self._ask("agreement", _join(self.agreed[who].head for who in sorted(self.agreed))))
+        return dict.fromkeys(self.agreed, self._ask("agreement", join(self.agreed[who].head for who in sorted(self.agreed))))
 
     def take_reveals(self, replies: Replies) -> None:
         size = masks.SHARE_BYTES
@@ -644,17 +662,17 @@ class _Hub:
         return RoundAborted("shares that combine to the secret that was committed to", remedy="A client revealed a wrong share; run the round again.")
 
     def _ask(self, kind: str, body: bytes) -> bytes:
-        return _sealed_frame(self.signer, {"kind": kind, "terms": self.terms.digest.hex()}, body)
+        return sealed_frame(self.signer, {"kind": kind, "terms": self.terms.digest.hex()}, body)
 
-    def _valid(self, replies: Replies, kind: str, expected: Iterable[str]) -> dict[str, _Frame]:
+    def _valid(self, replies: Replies, kind: str, expected: Iterable[str]) -> dict[str, Frame]:
         """The replies that their senders signed; the others count as lost."""
         found = {}
         for who in expected:
             try:
-                frame = _open_frame(replies.get(who, b""), self.roster.clients[who], kind=kind, terms=self.terms.digest)
+                frame = open_frame(replies.get(who, b""), self.roster.clients[who], kind=kind, terms=self.terms.digest)
                 if frame.header.get("from") != who:
                     raise PeerRefused("a message of its sender")
-                _checked_body(frame)
+                checked_body(frame)
                 found[who] = frame
             except PeerRefused:
                 continue
@@ -698,7 +716,7 @@ def _read_keys(frame: bytes, roster: Roster, terms: Terms) -> tuple[str, tuple[b
     who = _sender(frame, roster)
     if who not in terms.members:
         raise PeerRefused("keys of a member of this round")
-    header = _open_frame(frame, roster.clients[who], kind="keys", terms=terms.digest).header
+    header = open_frame(frame, roster.clients[who], kind="keys", terms=terms.digest).header
     try:
         cipher, mask = bytes.fromhex(header["cipher"]), bytes.fromhex(header["mask"])
     except (KeyError, TypeError, ValueError):
