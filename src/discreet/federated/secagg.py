@@ -26,6 +26,7 @@ import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, final
 
 import numpy as np
@@ -113,7 +114,7 @@ class Terms:
 
     @property
     def digest(self) -> bytes:
-        return hashlib.sha256(masks.PROTOCOL + canonical_json(self.to_json())).digest()
+        return _terms_digest(self)
 
 
 @final
@@ -293,8 +294,18 @@ def _hex(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+@lru_cache(maxsize=64)
+def _terms_digest(terms: Terms) -> bytes:
+    return hashlib.sha256(masks.PROTOCOL + canonical_json(terms.to_json())).digest()
+
+
 def _set_digest(names: Iterable[str]) -> str:
-    return _hex(canonical_json(sorted(names)))
+    return _digest_of_sorted(tuple(sorted(names)))
+
+
+@lru_cache(maxsize=64)
+def _digest_of_sorted(names: tuple[str, ...]) -> str:
+    return _hex(canonical_json(list(names)))
 
 
 def survivors_digest(uploads: Mapping[str, str]) -> str:
@@ -500,10 +511,11 @@ class _Member:
     def _agreement(self, request: bytes) -> Callable[[], bytes]:
         """Reveals only when `threshold` survivors signed the very set that this client signed."""
         signed: set[str] = set()
+        wanted = survivors_digest(self.uploads)
         for head in parts(self._request(request, "agreement")):
             who = _sender(head, self.policy.roster)
             frame = open_frame(head, self.policy.roster.clients[who], kind="agreed", terms=self.terms.digest)
-            if who in self.uploads and frame.header.get("survivors") == survivors_digest(self.uploads):
+            if who in self.uploads and frame.header.get("survivors") == wanted:
                 signed.add(who)
         if self.journal.count(self.terms.session, "agreement", other_than=self.terms.number) >= self.policy.rounds:
             raise TermsRefused(f"at most {self.policy.rounds} opened rounds, which the plan paid for", remedy="No share was revealed.")
@@ -609,8 +621,9 @@ class _Hub:
         return dict.fromkeys(self.heads, self._ask("survivors", join(self.heads[who].head for who in sorted(self.heads))))
 
     def take_agreed(self, replies: Replies) -> None:
+        wanted = survivors_digest(self.uploads)
         for who, frame in self._valid(replies, "agreed", sorted(self.heads)).items():
-            if frame.header.get("survivors") == survivors_digest(self.uploads):
+            if frame.header.get("survivors") == wanted:
                 self.agreed[who] = frame
         self._enough(self.agreed, "survivors", self.heads, minimum=self.terms.threshold)
 
