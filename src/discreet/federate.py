@@ -112,6 +112,7 @@ def simulate(folder: Path, observer: Observer) -> dict[str, Any]:
         raise NotFound(
             "one base model at every site", value=", ".join(each.name for each in enrolled), remedy="Give all sites the same public text or model."
         )
+    parts.keep_model(folder, base=enrolled[0].base, section=enrolled[0].project.model)
     observer.stage("federate")
     sites = {each.name: Site(folder / each.name, fleet_folder=folder) for each in enrolled}
     try:
@@ -123,15 +124,22 @@ def simulate(folder: Path, observer: Observer) -> dict[str, Any]:
             site.close()
 
 
+def prepare(folder: Path, observer: Observer) -> None:
+    """Enrolls every site that lies beside fleet.toml and writes roster.json: what a deployment's controllers do by exchanging files."""
+    enrolled = [enroll(folder / name, observer) for name in fleets.load_fleet(folder).sites]
+    parts.enlist(folder, {each.name: each.key for each in enrolled})
+    parts.keep_model(folder, base=enrolled[0].base, section=enrolled[0].project.model)
+
+
 def finish(folder: Path, *, exchange: Exchange, first: Enrolled, observer: Observer) -> dict[str, Any]:
     """Runs the rounds that are left over an exchange, saves the shared adapter and measures it on public text."""
-    run = parts.coordinator(folder, base=first.base, project=first.project, observer=observer)
+    run = parts.coordinator(folder, base=first.base, section=first.project.model, observer=observer)
     for line in run.agreement.lines():
         observer.note(line)
     before = _loss(run, first)
     result = run.run(exchange)
     adapter = folder / "adapter"
-    digest = parts.save_shared(run, base=first.base, project=first.project, folder=adapter)
+    digest = parts.save_shared(run, base=first.base, section=first.project.model, folder=adapter)
     return result | {
         "loss": {"before": before, "after": _loss(run, first)},
         "adapter": str(adapter),

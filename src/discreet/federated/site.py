@@ -24,7 +24,7 @@ from typing import Any, Protocol, final
 
 from discreet import config, corpus
 from discreet import model as models
-from discreet.config import digest_of
+from discreet.config import ModelSection, digest_of
 from discreet.dp.accounting import guarantee
 from discreet.dp.mechanism import event_of
 from discreet.errors import DiscreetError, EvidenceInvalid, NotFound, RoundAborted, SourceMissing
@@ -200,7 +200,7 @@ class Site:
             count = 1 + max((position for held in snapshot.units.reveal().values() for position in held), default=-1)
             texts = corpus.texts(snapshot, range(count), self._keyring)
             private = PrivateCorpus.of(snapshot, texts, base, max_tokens=self.project.model.max_tokens)
-            agreement = agreement_for(self.fleet, base, self.project)
+            agreement = agreement_for(self.fleet, base, self.project.model)
             self._worker = Worker.of(
                 agreement, base=base, section=self.project.model, corpus=private, run_key=self._run_key, token_budget=self.project.run.token_budget
             )
@@ -264,9 +264,9 @@ class Site:
             models.save_adapter(self.worker.module, self.place / "personal")
 
 
-def agreement_for(fleet: FleetFile, base: Base, project: config.Project) -> Agreement:
-    """Returns the agreement of a fleet on a base model with a project's choice of adapters."""
-    module = models.attach(base, project.model)
+def agreement_for(fleet: FleetFile, base: Base, section: ModelSection) -> Agreement:
+    """Returns the agreement of a fleet on a base model and the adapters that are shared."""
+    module = models.attach(base, section)
     return fleets.agree(fleet, dimension=sum(parameter.numel() for parameter in models.trained_parameters(module).values()))
 
 
@@ -400,22 +400,22 @@ class Coordinator:
         self.observer.progress("rounds", done, self.agreement.fleet.rounds, figures)
 
 
-def coordinator(folder: Path, *, base: Base, project: config.Project, observer: Observer) -> Coordinator:
+def coordinator(folder: Path, *, base: Base, section: ModelSection, observer: Observer) -> Coordinator:
     """Opens the coordinator of a fleet.
 
     Args:
         folder: of fleet.toml and roster.json.
         base: the model that the fleet adapts; every site has the same.
-        project: whose `[model]` section says which adapters are shared.
+        section: which adapters are shared, the `[model]` of every site.
     """
     fleet, session = fleets.load_fleet(folder), Session.load(folder)
     keyring = coordinator_keys(folder)
     if keyring.signer("federation").public_key().public_bytes_raw() != session.roster.server:
         raise NotFound("a roster that names this coordinator's key", value=fleet.name)
-    start = fleets.flatten(models.trained_parameters(models.attach(base, project.model)))
+    start = fleets.flatten(models.trained_parameters(models.attach(base, section)))
     return Coordinator(
         folder=folder,
-        agreement=agreement_for(fleet, base, project),
+        agreement=agreement_for(fleet, base, section),
         session=session,
         base=base.digest,
         keyring=keyring,
@@ -452,11 +452,33 @@ def enlist(folder: Path, keys: Mapping[str, bytes]) -> Session:
     return made
 
 
-def save_shared(run: Coordinator, *, base: Base, project: config.Project, folder: Path) -> Digest:
+def save_shared(run: Coordinator, *, base: Base, section: ModelSection, folder: Path) -> Digest:
     """Writes the fleet's adapter and returns its digest."""
-    module = models.attach(base, project.model)
+    module = models.attach(base, section)
     fleets.unflatten(module, run.trainer.parameters)
     return models.save_adapter(module, folder)
+
+
+def keep_model(folder: Path, *, base: Base, section: ModelSection) -> None:
+    """Records for a coordinator that runs in a process of its own which base model and adapters the fleet trains."""
+    write_atomically(
+        folder / STATE / "model.json", json.dumps({"base": str(base.path.resolve()), "section": section.model_dump(mode="json")}).encode()
+    )
+
+
+def kept_model(folder: Path) -> tuple[Base, ModelSection]:
+    """Opens what `keep_model` recorded.
+
+    Raises:
+        SourceMissing: when nothing was recorded.
+    """
+    path = folder / STATE / "model.json"
+    if not path.is_file():
+        raise SourceMissing(
+            "a coordinator that knows the fleet's base model", value=str(folder), remedy="Run `discreet federate server` from the start."
+        )
+    fields = json.loads(path.read_text())
+    return models.load_base(fields["base"], cache=folder / STATE), ModelSection.model_validate(fields["section"])
 
 
 def in_process(sites: Mapping[str, Site], observer: Observer) -> Exchange:
