@@ -157,7 +157,7 @@ name = "discreet-fleet"
 version = "1.0.0"
 description = "Carries the messages of a Discreet fleet."
 license = {{ file = "LICENSE" }}
-dependencies = []
+dependencies = ["flwr>=1.41.0"]
 
 [tool.flwr.app]
 publisher = "discreet"
