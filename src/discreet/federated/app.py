@@ -145,7 +145,7 @@ def write_app(folder: Path, *, fleet: Path, timeout: float = ROUND_TIMEOUT_S) ->
     files = {
         "pyproject.toml": _APP.format(fleet=json.dumps(str(fleet.resolve())), timeout=timeout),
         "LICENSE": "Apache-2.0\n",
-        "discreet_fleet.py": "from discreet.federated import app\n\nclient_app, server_app = app.client_app(), app.server_app()\n",
+        "discreet_fleet.py": "from discreet.federated import app\n\nclient_app = app.client_app()\nserver_app = app.server_app()\n",
     }
     for name, content in files.items():
         write_atomically(app / name, content.encode())
