@@ -51,7 +51,7 @@ from discreet.record import Basis, Deidentified, Digest, Release, Sensitivity, S
 from discreet.serve import gateway
 from discreet.store import Store, metadata, write_atomically
 from discreet.train import loop
-from discreet.train.checkpoint import Checkpoints
+from discreet.train.checkpoint import PURPOSE, Checkpoints, CheckpointStore
 from discreet.train.step import tokenize
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ if TYPE_CHECKING:
 STAGES = ("ingest", "train", "audit", "release")
 BATCH = 512
 CANARY_SOURCE = "audit-canaries-{count}"
-CONTROL_BATCH = 8
-CONTROL_RANK = 16
+CONTROL_BATCH = 16
 RECITED = 40
 SERVED_BATCH = 100
 """Planted canaries that both models are asked to recite."""
@@ -132,7 +131,7 @@ def open_house(folder: Path, *, exclusive: bool = True) -> Iterator[House]:
             keyring = Keyring(store, open_master(project.master_location()))
             log = Log(store, keyring, f"discreet.{project.project.name}")
             catalog, consent = Catalog(store, keyring, log), Consent(store, keyring, log)
-            yield House(project=project, store=store, keyring=keyring, log=log, catalog=catalog, consent=consent, ledger=Ledger(store, log))
+            yield House(project=project, store=store, keyring=keyring, log=log, catalog=catalog, consent=consent, ledger=Ledger(store, keyring, log))
         finally:
             store.close()
 
@@ -306,6 +305,7 @@ class Price:
         said = ["Choosing unit and epsilon: docs/choosing-unit-and-epsilon.md."]
         if not self.admitted:
             said.append("The budget does not admit this plan: take fewer steps, a smaller batch or epsilon, or wait for another population.")
+            said.append("With [privacy] target = 'pld' the noise meets a PLD epsilon, and the budget counts by RDP, which asks for more: target = 'budget' fits it.")
         if self.plan.guarantee.epsilon > 10:
             said.append("Above epsilon 10 the promise says little about one person; a larger population or fewer steps lower it at the same noise.")
         if self.signal_to_noise < 0.05:
@@ -327,7 +327,7 @@ def price(house: House, observer: Observer) -> Price:
     """
     frozen = ingest(house, observer)
     plan = _calibrate(house, frozen.snapshot)
-    spent_so_far, budget = _filter(house, plan.delta)
+    spent_so_far, budget = _filter(house, plan.delta, frozen.snapshot)
     base = load_base(house, frozen.public, observer)
     parameters = sum(p.numel() for p in model.trained_parameters(model.attach(base, house.project.model)).values())
     tokens = _mean_tokens(house, base, frozen.snapshot) * plan.expected_batch * plan.cap * plan.steps
@@ -366,7 +366,7 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
         raise PlanInvalid("[privacy] population: a public estimate of the number of units", remedy=remedy)
     population = privacy.population
     delta = privacy.delta or 1 / (2 * population)
-    budget = _filter(house, delta)[0] if privacy.target == "budget" else None
+    budget = _filter(house, delta, snapshot)[0] if privacy.target == "budget" else None
     try:
         plan = mechanism.calibrate(
             epsilon=privacy.epsilon,
@@ -391,11 +391,11 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
     return plan
 
 
-def _filter(house: House, delta: float) -> tuple[accounting.RdpFilter, Mapping[str, Any]]:
-    """The budget as it stands, or as it would be opened."""
+def _filter(house: House, delta: float, snapshot: Snapshot) -> tuple[accounting.RdpFilter, Mapping[str, Any]]:
+    """The budget as it stands for the people of a snapshot, or as it would be opened."""
     section = house.project.budget
     try:
-        return house.ledger.filter(section.name), budget_fields(house.ledger.show(section.name))
+        return house.ledger.filter(section.name, snapshot), budget_fields(house.ledger.show(section.name))
     except NotFound:
         fresh = accounting.RdpFilter.open(epsilon=section.epsilon, delta=section.delta or delta)
         return fresh, {
@@ -418,6 +418,10 @@ def budget_fields(budget: Budget) -> dict[str, Any]:
         "spent": budget.epsilon - budget.remaining_epsilon,
         "remaining": budget.remaining_epsilon,
         "reservations": budget.num_reservations,
+        "query_delta": budget.query_delta,
+        "period": None if budget.period is None else budget.period.to_json(),
+        "unlocked": budget.unlocked,
+        "alerts": list(budget.alerts),
     }
 
 
@@ -432,7 +436,7 @@ def guarantee_fields(plan: mechanism.Plan) -> dict[str, Any]:
         "filter_epsilon": plan.filter_epsilon,
         "noise_multiplier": plan.noise_multiplier,
         "sampling_probability": plan.sampling_probability,
-        "sampler": "poisson",
+        "sampler": plan.sampling.value,
         "steps": plan.steps,
         "clip_norm": plan.clip_norm,
         "expected_batch": plan.expected_batch,
@@ -501,7 +505,7 @@ def _public_track(house: House, base: Base, frozen: Corpus, folder: Path, observ
         raise ConfigInvalid("a [[source]] with role = 'public' for [train] public_steps > 0")
     run = f"public-{folder.name}"
     if run not in {entry.fields["run"] for entry in house.log.select(Predicate.TRAINED)}:
-        checkpoints = Checkpoints(folder=folder / "public", key=house.keyring.purpose("checkpoint"), run=folder.name)
+        checkpoints = Checkpoints(folder=folder / "public", key=house.keyring.purpose(PURPOSE), run=folder.name)
         fitted = loop.fit(
             frozen.public,
             setup=_setup(house, base, held_out=frozen.held_out),
@@ -552,13 +556,13 @@ def load_base(house: House, public: PublicText | None, observer: Observer) -> Ba
         return model.load_base(name if name == model.SMOLLM2 else str(house.project.path(name)), cache=cache, progress=observer.note)
     if public is None:
         return model.load_base(_needed(house, "train")["base_path"], cache=cache)
-    return model.build_tiny(public, cache=house.project.state / "models", steps=80, batch=16, learning_rate=1e-2, progress=observer.note)
+    return model.build_tiny(public, cache=house.project.state / "models", steps=50, batch=16, learning_rate=1e-2, progress=observer.note)
 
 
 def _shown(observer: Observer, task: str) -> Callable[[loop.StepReport], None]:
     def show(step: loop.StepReport) -> None:
         figures = {"loss": f"{step.loss:.3f}"} | ({} if step.epsilon is None else {"epsilon": f"{step.epsilon:.2f}"})
-        observer.progress(task, step.step, step.steps, figures | {"tok/s": f"{step.tokens_per_second:.0f}"})
+        observer.progress(task, step.step, step.steps, figures | {"tok/s": f"{step.tokens_per_second:.0f}", "padding": f"{step.padding:.1%}"})
 
     return show
 
@@ -614,16 +618,20 @@ def _close_abandoned(house: House, current: str) -> None:
     """Closes runs that were killed and never resumed, because configuration or corpus changed: what they spent stays spent, their keys are destroyed."""
     for reservation in house.ledger.open_runs():
         if reservation.run != current:
-            house.ledger.close(reservation, CloseReason.CRASH)
-            house.keyring.close_run(reservation.run)
-            fields: dict[str, JSON] = {"run": reservation.run, "kind": "noise and sampling", "reason": "abandoned"}
-            with house.store.transaction() as tx:
-                house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(reservation.plan,), fields=fields))
-            _checkpoints(house, reservation.run).destroy()
+            _abandon(house, reservation)
+
+
+def _abandon(house: House, reservation: Reservation) -> None:
+    house.ledger.close(reservation, CloseReason.CRASH)
+    house.keyring.close_run(reservation.run)
+    fields: dict[str, JSON] = {"run": reservation.run, "kind": "noise and sampling", "reason": "abandoned"}
+    with house.store.transaction() as tx:
+        house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(reservation.plan,), fields=fields))
+    _checkpoints(house, reservation.run).destroy()
 
 
 def _checkpoints(house: House, run: str) -> Checkpoints:
-    return Checkpoints(folder=house.project.state / "runs" / run / "private", key=house.keyring.purpose("checkpoint"), run=run)
+    return Checkpoints.of(house.project.state / "runs", run, house.keyring)
 
 
 # Line 8: does it hold
@@ -650,11 +658,11 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
             "the base model and the adapter that were trained", remedy="Restore the files; another model cannot be audited in their place."
         )
     private = model.load_adapter(base, adapter)
-    scored = _scores(house, base, private, canaries)
+    untouched = _log_likelihoods(house, base.module, base, canaries)
+    scored = _log_likelihoods(house, private, base, canaries) - untouched
     observer.note("scored the private model; training the control on canaries alone")
     control = _control(house, base, canaries, observer)
-    controlled = _scores(house, base, control, canaries)
-    untouched = membership.log_likelihoods(base.module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget)
+    controlled = _log_likelihoods(house, control, base, canaries) - untouched
     found = bounds.verdict(
         scored,
         canaries.included,
@@ -689,10 +697,8 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     return result
 
 
-def _scores(house: House, base: Base, module: nn.Module, canaries: Canaries) -> NDArray[np.float64]:
-    return membership.scores(
-        module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget, adapter_off=lambda: model.adapter_off(module, base)
-    )
+def _log_likelihoods(house: House, module: nn.Module, base: Base, canaries: Canaries) -> NDArray[np.float64]:
+    return membership.log_likelihoods(module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget)
 
 
 def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module, canaries: Canaries) -> dict[str, Any]:
@@ -711,7 +717,7 @@ def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module
 
 
 def _control(house: House, base: Base, canaries: Canaries, observer: Observer) -> nn.Module:
-    """Trains the positive control without privacy on the planted canaries alone, with adapters on every linear layer. It lives in memory only.
+    """Trains the positive control without privacy on the planted canaries alone, all weights of the last blocks. It lives in memory only.
 
     It has more room to memorise than the private model, so that what the audit can see is not limited by what a small adapter can hold.
     """
@@ -720,9 +726,7 @@ def _control(house: House, base: Base, canaries: Canaries, observer: Observer) -
     steps = rules.control_epochs * -(-len(planted.texts) // CONTROL_BATCH)
     setup = replace(
         _setup(house, base, held_out=PublicText(planted.texts[:1]), evaluations=1),
-        model=ModelSection(
-            lora_rank=CONTROL_RANK, lora_alpha=2.0 * CONTROL_RANK, lora_targets=model.linear_layers(base), max_tokens=house.project.model.max_tokens
-        ),
+        model=ModelSection(train=model.top_blocks(base), max_tokens=house.project.model.max_tokens),
         train=TrainSection(learning_rate=rules.control_learning_rate),
     )
     order = house.keyring.purpose("control order").stream("order")
@@ -911,9 +915,14 @@ def erase(house: House, unit: str) -> dict[str, Any]:
     Raises:
         ErasureIncomplete: when a store still holds them; the name of the store is the value.
     """
-    stores = (house.catalog, corpus.SnapshotStore(house.snapshots, house.keyring))
+    snapshots = corpus.SnapshotStore(house.snapshots, house.keyring)
+    stores = (house.catalog, snapshots, CheckpointStore(house.project.state / "runs", house.keyring, snapshots=snapshots))
     erasure = Erasure(house.store, house.keyring, house.log, stores=stores, unit=house.project.privacy.unit)
+    lost = snapshots.holds(subject_of(house, unit))
     certificate = erasure.execute(subject_of(house, unit))
+    for reservation in house.ledger.open_runs():
+        if reservation.snapshot in lost:  # its population is no longer what it reserved, and its key could still take the noise away
+            _abandon(house, reservation)
     return {
         "subject": certificate.request,
         "stores": list(certificate.stores),

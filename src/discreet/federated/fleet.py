@@ -1,7 +1,7 @@
 """What a fleet agrees on before it trains, what one site contributes to a round, and what the coordinator makes of the sum. No network.
 
     fleet.toml ──agree──> Agreement (plan, encoding, guarantee), computed by every site for itself; its digest is pinned in each client's policy
-    site:        model of the round ──clipped_step──> clipped sum of its drawn units ──discrete.encode──> noised integers ──secagg──> masked
+    site:        model of the round ──drawn, summed──> clipped sum of its drawn units ──discrete.encode──> noised integers ──secagg──> masked
     coordinator: sum of the survivors ──decode──> / public expected batch ──> one optimiser step, a checkpoint, a signed entry of the transcript
 
 The privacy unit is (site, subject) under `unit = "subject"`: a person known to k sites is k units, and the guarantee says what that costs (`Agreement.at_sites`); or the whole site.
@@ -51,7 +51,7 @@ from discreet.federated.secagg import Server, Terms
 from discreet.keys import Key, Stream
 from discreet.model import Base, attach, trained_parameters
 from discreet.record import Digest
-from discreet.train.step import PrivateCorpus, clipped_step, public_step
+from discreet.train.step import PrivateCorpus, Rows, arranged, drawn, public_step, summed
 
 FILE_NAME = "fleet.toml"
 BIT_WIDTH = 0.2
@@ -323,13 +323,15 @@ class Worker:
         tokens = 0
         for step in range(self.agreement.fleet.personal_steps):
             chosen = csprng.uniform(self.run_key.stream("personal", step), len(documents)).argsort()[:8].tolist()
-            tokens += public_step(self.module, optimizer, [documents[i] for i in chosen], token_budget=self.token_budget)
+            tokens += public_step(self.module, optimizer, [documents[i] for i in chosen], token_budget=self.token_budget).tokens
         return tokens
 
     def _subject_sum(self, step: int, clip_norm: float) -> Reals:
         if clip_norm != self.agreement.plan.clip_norm:
             raise TermsRefused("the clip norm of the plan", value=clip_norm)
-        total, _ = clipped_step(self.module, self.corpus, self.agreement.plan, run_key=self.run_key, step=step, token_budget=self.token_budget)
+        plan = self.agreement.plan
+        units = drawn(self.corpus, plan, run_key=self.run_key, step=step)
+        total = summed(self.module, units, arranged(units, self.token_budget, Rows.PADDED), clip_norm=plan.clip_norm)
         return flatten(total.gradients) / np.float32(clip_norm)
 
     def _site_update(self, step: int, start: Reals, clip_norm: float) -> Reals:
