@@ -118,7 +118,7 @@ class Site:
         self._store = Store(self.project.database_url())
         self._keyring = Keyring(self._store, open_master(self.project.master_location()))
         self._log = Log(self._store, self._keyring, f"discreet.{self.project.project.name}")
-        self._ledger = Ledger(self._store, self._log)
+        self._ledger = Ledger(self._store, self._keyring, self._log)
         self.identity = self._keyring.signer("federation")
         if self.session.roster.clients.get(self.name) != self.identity.public_key().public_bytes_raw():
             raise NotFound("a roster that names this site with its key", value=self.name)
