@@ -22,6 +22,7 @@ SCHEMAS: dict[str, Any] = {
 COMMANDS = (
     "redact", "redact-calibrate", "privacy-epsilon", "privacy-noise", "budget-open", "budget-show", "budget-reserve", "plan", "train", "audit", "release", "evidence-export", "evidence-verify",
     "trace", "run", "demo", "catalog", "consent", "erase", "init", "report", "error",
+    "federate-enroll", "federate-simulate",
 )  # fmt: skip
 
 

@@ -33,6 +33,8 @@ budget = typer.Typer(no_args_is_help=True, help="Privacy budgets: open, show, re
 consent = typer.Typer(no_args_is_help=True, help="Grants and withdrawals of the people whose data it is.")
 catalog = typer.Typer(no_args_is_help=True, help="What data exists, whose it is, what for.")
 evidence = typer.Typer(no_args_is_help=True, help="The signed log: export and verify.")
+federate = typer.Typer(no_args_is_help=True, help="A fleet that trains together and shows nobody its data.")
+app.add_typer(federate, name="federate")
 
 
 class _RedactGroup(TyperGroup):
@@ -55,6 +57,7 @@ stdout = Console(highlight=False, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Folder = Annotated[Path, typer.Option("--project", "-C", help="Folder of the project's discreet.toml.")]
+Fleet = Annotated[Path, typer.Option("--fleet", "-C", help="Folder of fleet.toml.")]
 HERE = Path()
 
 
@@ -93,12 +96,19 @@ def demo(
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="New project folder.")],
-    example: Annotated[str, typer.Option("--example", help="hospital (generated corpus) or plain (your own data).")] = "plain",
+    example: Annotated[str, typer.Option("--example", help="hospital (generated corpus), plain (your own data) or fleet (three hospitals).")] = "plain",
     as_json: Json = False,
 ) -> None:
     """Makes a project folder with a commented discreet.toml."""
     from discreet import demo as story
 
+    if example == "fleet":
+        from discreet import federate as fleets
+
+        made = fleets.init_fleet(folder)
+        then = [f"discreet federate simulate -C {folder}"]
+        _print(as_json, {"folder": str(folder), "files": made, "next": then}, [*(f"{folder}/{name}" for name in made), *then])
+        return
     created = story.init_project(folder, example=example)
     following = [f"discreet plan -C {folder}", f"discreet run -C {folder}"]
     _print(as_json, {"folder": str(folder), "files": created, "next": following}, [*(f"{folder}/{name}" for name in created), *following])
@@ -617,6 +627,27 @@ def evidence_verify(
         raise typer.Exit(error.exit_code) from None
     document = {"valid": True, "failed": [], "checkpoint": verified.note.decode(), "statements": len(verified.entries)}
     _print(as_json, document, [f"VALID: {len(verified.entries)} statements under this checkpoint", verified.note.decode()])
+
+
+# --- federation -------------------------------------------------------------------------------------------------------------------------------------
+
+
+@federate.command("simulate")
+def federate_simulate(fleet: Fleet = HERE, as_json: Json = False) -> None:
+    """Runs every site and the coordinator of a fleet on this machine; resumes where it stopped."""
+    from discreet import federate as fleets
+
+    result = fleets.simulate(fleet, _Bars())
+    _print(as_json, result, fleets.lines(result))
+
+
+@federate.command("enroll")
+def federate_enroll(project: Folder = HERE, as_json: Json = False) -> None:
+    """Freezes a site's corpus and prints the public key that goes into the fleet's roster.json."""
+    from discreet import federate as fleets
+
+    enrolled = fleets.enroll(project, _Bars())
+    _print(as_json, {"name": enrolled.name, "key": enrolled.key.hex(), "base": enrolled.base.digest}, [f"{enrolled.name} {enrolled.key.hex()}"])
 
 
 # --- plumbing ---------------------------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,11 @@
     |   |-- ReservationRefused                      budget.reservation
     |   |-- NotReleased                             release.withheld
     |   |-- AccessDenied                            access.denied    (http 401)
+    |   |-- TermsRefused                            federation.terms
+    |   |-- PeerRefused                             federation.peer
+    |   |-- MessageReplayed                         federation.replayed
+    |   |-- SurvivorsRefused                        federation.survivors
+    |   |-- RoundAborted                            federation.aborted
     |   `-- Forgotten                               keys.forgotten   (http 410)
     |-- VerificationFailed                4   409
     |   |-- EvidenceInvalid                         evidence.invalid
@@ -150,6 +155,26 @@ class AccessDenied(Refused):
 
 class Forgotten(Refused):
     code, http_status = "keys.forgotten", 410
+
+
+class TermsRefused(Refused):
+    code = "federation.terms"
+
+
+class PeerRefused(Refused):
+    code = "federation.peer"
+
+
+class MessageReplayed(Refused):
+    code = "federation.replayed"
+
+
+class SurvivorsRefused(Refused):
+    code = "federation.survivors"
+
+
+class RoundAborted(Refused):
+    code = "federation.aborted"
 
 
 class VerificationFailed(DiscreetError):

@@ -1,0 +1,1 @@
+"""A fleet that trains together and shows nobody its data (extra: federated)."""
