@@ -74,6 +74,7 @@ class Predicate(StrEnum):
     WITHHELD = "withheld"
     OVERRIDDEN = "overridden"
     CONSENT_CHANGED = "consent_changed"
+    ACCESS_GRANTED = "access_granted"
     ERASED = "erased"
     SERVED = "served"
 
@@ -130,6 +131,7 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.WITHHELD: _public("adapter reasons", "name run gates audit verdict"),
         Predicate.OVERRIDDEN: _public("rule reason", "value run budget name by"),
         Predicate.CONSENT_CHANGED: _internal("change"),
+        Predicate.ACCESS_GRANTED: _internal("kind action by"),
         Predicate.ERASED: _internal("reason"),
         Predicate.SERVED: _internal("release requests"),
     }
