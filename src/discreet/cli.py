@@ -544,7 +544,7 @@ def consent_withdraw(subject: str, project: Folder = HERE, as_json: Json = False
     from discreet import pipeline
 
     with pipeline.open_house(project, exclusive=False) as house:  # a training run asks for it every half minute
-        who = pipeline.subject_of(house, subject)
+        who = pipeline.may_record_consent(house, subject)
         house.consent.withdraw(who, house.project.purpose)
     _print(as_json, {"subject": who, "purpose": house.project.purpose.name, "state": "withdrawn"}, ["withdrawn"])
 
@@ -555,7 +555,7 @@ def consent_grant(subject: str, project: Folder = HERE, as_json: Json = False) -
     from discreet import pipeline
 
     with pipeline.open_house(project, exclusive=False) as house:
-        who = pipeline.subject_of(house, subject)
+        who = pipeline.may_record_consent(house, subject)
         house.consent.grant(who, house.project.purpose)
     _print(as_json, {"subject": who, "purpose": house.project.purpose.name, "state": "granted"}, ["granted"])
 

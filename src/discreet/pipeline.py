@@ -1318,6 +1318,16 @@ def remains(house: House, needles: Sequence[str]) -> list[str]:
     return found
 
 
+def may_record_consent(house: House, unit: str) -> SubjectId:
+    """Returns the pseudonym of a person whose words the operator may record.
+
+    Raises:
+        AccessDenied: when their role may not.
+    """
+    house.access.require(Action.CONSENT, who=current_user())
+    return subject_of(house, unit)
+
+
 def import_consent(house: House, file: Path) -> int:
     """Reads a CSV of subject, purpose ("*": every purpose) and basis (empty: withdrawn), and records it whole or not at all.
 
@@ -1427,6 +1437,7 @@ def run(house: House, *, until: str | None, observer: Observer) -> dict[str, Any
     """
     if until is not None and until not in STAGES:
         raise NotFound(f"a stage out of {', '.join(STAGES)}", value=until)
+    house.access.require(Action.RUN, who=current_user())
     outcome: dict[str, Any] = {}
     for name in STAGES[: STAGES.index(until) + 1] if until else STAGES:
         if name == "ingest":
