@@ -49,6 +49,7 @@ from discreet.errors import (
     PlanInvalid,
     RecordInvalid,
     RunInProgress,
+    SourceChanged,
     SourceMissing,
     TrackRefused,
 )
@@ -1158,7 +1159,10 @@ def _transcript(guarantee: Mapping[str, Any] | None) -> Transcript:
 def _own_texts(house: House, subject: SubjectId) -> list[tuple[str, Mapping[str, tuple[str, ...]]]]:
     """What the sensitive training sources say about a subject now."""
     sections = [section for section in house.project.source if section.role == "train"]
-    found = [house.catalog.texts_of(house.catalog.register(house.project, section), subject) for section in sections]
+    try:
+        found = [house.catalog.texts_of(house.catalog.register(house.project, section), subject) for section in sections]
+    except SourceChanged:  # a restored database beside rewritten files: what was trained on can no longer be told
+        return []
     return [(text.reveal(), known.reveal()) for of_source in found for _, text, known in of_source]
 
 

@@ -86,6 +86,7 @@ def test_what_depends_on_private_data_is_internal() -> None:
         Predicate.FROZEN,
         Predicate.RESERVED,
         Predicate.CONSENT_CHANGED,
+        Predicate.ACCESS_GRANTED,
         Predicate.ERASED,
         Predicate.SERVED,
     }

@@ -343,10 +343,10 @@ class SourceFiles:
         kept = [(name, _without(name, content, source, lambda unit: source.subject(self._keyring, unit) == subject)) for name, content in files]
         after = _digest_of_files([(name, content) for name, content in kept if content is not None], source.section.format)
         registered = self._registered(source.name)
+        if after == source.digest:
+            return  # nothing of theirs is in it; whether it may be used as it is, `register` decides
         if registered not in (None, source.digest, after):
             raise _changed(source.name)
-        if after == source.digest:
-            return
         with self._store.transaction() as tx:
             if registered is not None:
                 tx.execute(update(_sources).where(_sources.c.name == source.name).values(digest=after))
