@@ -6,29 +6,34 @@ import math
 import multiprocessing
 import os
 import signal
+import sqlite3
 import sys
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from uuid import uuid4
 
+import dp_accounting
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import select
 
+from discreet import cohorts
+from discreet import store as store_module
 from discreet.dp.accounting import RdpFilter
-from discreet.dp.mechanism import calibrate
-from discreet.errors import BudgetExhausted, NotFound, PlanInvalid, ReservationRefused
+from discreet.dp.mechanism import calibrate, event_of
+from discreet.errors import BudgetExhausted, ClockBackwards, NotFound, OperationFailed, PlanInvalid, ReservationRefused
 from discreet.evidence.log import Log
 from discreet.evidence.statement import Predicate
 from discreet.keys import Key, Keyring
-from discreet.ledger import CloseReason, Ledger, State
+from discreet.ledger import CarryOver, CloseReason, Kind, Ledger, Period, Spend, State, affordable_steps
 from discreet.record import Digest, Sensitive, Sensitivity, Snapshot, SubjectId
 from discreet.store import Store
 
 EPSILON, TIGHT, DELTA = 8.0, 1.0, 1e-5
 MASTER = b"k" * 32
-RACERS = 16
+RACERS = 32
 
 
 @dataclass
@@ -44,7 +49,7 @@ def open_house(url):
     store = Store(url)
     keyring = Keyring(store, Key(MASTER))
     log = Log(store, keyring, "example.org/ward")
-    return House(url, store, keyring, log, Ledger(store, log))
+    return House(url, store, keyring, log, Ledger(store, keyring, log))
 
 
 @pytest.fixture
@@ -76,9 +81,9 @@ def plan():
     )
 
 
-def snapshot(name="train", sources=("notes",)):
+def snapshot(name="train", sources=("notes",), people=("S1",)):
     root = Digest("sha256:" + (name.encode().hex() * 64)[:64])
-    units = {SubjectId("S1"): (0,)}
+    units = {SubjectId(person): (position,) for position, person in enumerate(people)}
     return Snapshot(root=root, name=name, sensitivity=Sensitivity.SPECIAL, path=Path("nowhere"), units=Sensitive(units), sources=sources)
 
 
@@ -86,10 +91,10 @@ def snapshot(name="train", sources=("notes",)):
 
 
 def test_a_budget_opens_once_and_is_logged_once(house):
-    first = house.ledger.open("main", epsilon=8.0, delta=1e-5, unit="patient", sources=["notes"])
-    assert (first.epsilon, first.delta, first.unit, first.sources) == (8.0, 1e-5, "patient", ("notes",))
+    first = house.ledger.open("main", epsilon=8.0, delta=1e-5, unit="patient")
+    assert (first.epsilon, first.delta, first.unit) == (8.0, 1e-5, "patient")
     assert (first.remaining_epsilon, first.num_reservations) == (8.0, 0)
-    assert house.ledger.open("main", epsilon=8.0, delta=1e-5, unit="patient", sources=["notes"]) == first == house.ledger.show("main")
+    assert house.ledger.open("main", epsilon=8.0, delta=1e-5, unit="patient") == first == house.ledger.show("main")
     [entry] = house.log.select(Predicate.BUDGET_OPENED)
     assert {key: entry.fields[key] for key in ("budget", "epsilon", "delta", "unit")} == {
         "budget": "main",
@@ -117,15 +122,6 @@ def test_other_numbers_under_the_same_name_are_refused(house, other):
         house.ledger.open("main", **{**numbers, **other})
     assert caught.value.exit_code == 3
     assert house.ledger.show("main").epsilon == 8.0
-
-
-@pytest.mark.parametrize("unit", ["patient", "note"])
-def test_the_same_population_gets_no_fresh_budget_under_a_new_name(house, unit):
-    house.ledger.open("main", epsilon=8.0, delta=1e-5, unit="patient", sources=["notes", "letters"])
-    with pytest.raises(ReservationRefused, match="source letters of budget main"):
-        house.ledger.open("again", epsilon=8.0, delta=1e-5, unit=unit, sources=["letters"])
-    with pytest.raises(NotFound):
-        house.ledger.show("again")
 
 
 @pytest.mark.parametrize(
@@ -215,18 +211,115 @@ def test_a_new_run_of_the_same_plan_is_a_new_charge(opened, plan):
     assert opened.ledger.filter("main") == once.charge(plan.event)
 
 
-def test_a_source_is_charged_to_its_first_budget_for_good(opened, plan):
+def test_a_new_name_is_no_fresh_budget(tight, plan):
+    """Whatever the budget and the snapshot are called, and however large the budget is."""
+    tight.ledger.reserve("main", plan, snapshot(), "run-1")
+    tight.ledger.open("fresh", epsilon=100.0, delta=DELTA, unit="patient")
+    with pytest.raises(BudgetExhausted, match="budget 'main', which binds some of these people"):
+        tight.ledger.reserve("fresh", plan, snapshot("renamed", ("letters",)), "run-2")
+    with pytest.raises(NotFound):
+        tight.ledger.of_run("run-2")
+    tight.ledger.reserve("fresh", plan, snapshot("others", ("letters",), ("S2",)), "run-2")
+
+
+def test_a_later_budget_counts_what_was_spent_before_it(opened, plan):
     opened.ledger.reserve("main", plan, snapshot(), "run-1")
-    opened.ledger.open("fresh", epsilon=EPSILON, delta=DELTA, unit="patient")
-    with pytest.raises(ReservationRefused, match="notes of budget main"):
-        opened.ledger.reserve("fresh", plan, snapshot("renamed", ("letters", "notes")), "run-2")
-    assert opened.ledger.show("fresh").sources == (), "a refusal claims nothing"
-    opened.ledger.reserve("fresh", plan, snapshot("letters", ("letters",)), "run-2")
+    opened.ledger.open("later", epsilon=TIGHT, delta=DELTA, unit="patient")
+    with pytest.raises(BudgetExhausted, match="budget 'later' admits"):
+        opened.ledger.reserve("later", plan, snapshot(), "run-2")
+    assert opened.ledger.filter("later", snapshot()).spent == RdpFilter.open(epsilon=TIGHT, delta=DELTA).charge(plan.event).spent
+
+
+def test_an_exhausted_population_and_a_newcomer_are_refused(tight, plan):
+    old = tuple(f"S{number}" for number in range(20))
+    tight.ledger.reserve("main", plan, snapshot("old", people=old), "run-1")
+    with pytest.raises(BudgetExhausted):
+        tight.ledger.reserve("main", plan, snapshot("grown", people=(*old, "S99")), "run-2")
+    assert not tight.ledger.filter("main", snapshot("grown", people=(*old, "S99"))).admits(plan.event)
+    tight.ledger.reserve("main", plan, snapshot("newcomer", people=("S99",)), "run-2")
+
+
+def test_overlapping_populations_meet_in_the_overlap(house, plan):
+    """Two budgets for two wards, some patients in both: those spend twice, the others once."""
+    house.ledger.open("east", epsilon=2.0, delta=DELTA, unit="patient")
+    house.ledger.open("west", epsilon=2.0, delta=DELTA, unit="patient")
+    house.ledger.reserve("east", plan, snapshot("east", people=("S1", "S2", "S3")), "run-1")
+    house.ledger.reserve("west", plan, snapshot("west", people=("S3", "S4")), "run-2")
+    once = RdpFilter.open(epsilon=2.0, delta=DELTA).charge(plan.event)
+    for people, expected in (
+        (("S1",), once),
+        (("S4",), once),
+        (("S3",), once.charge(plan.event)),
+        (("S9",), RdpFilter.open(epsilon=2.0, delta=DELTA)),
+    ):
+        assert house.ledger.filter("west", snapshot("+".join(people), people=people)).spent == expected.spent, people
+    with house.store.transaction() as tx:
+        assert [cohorts.num_people(tx, [cohort]) for cohort in cohorts.everyone(tx)] == [0, 2, 1, 1]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.sets(st.integers(0, 5), max_size=5), st.sampled_from("ab"), st.sampled_from([0.1, 0.2, 0.3])), max_size=12))
+def test_cohorts_count_what_counting_each_person_counts(house, wanted):
+    """Against a model that keeps a list for every person and budget; an empty set of people is a query about everyone."""
+    made = uuid4().hex[:8]
+    fresh = open_house(f"sqlite:///{house.url.removeprefix('sqlite:///')}-{made}")
+    limit = {"a": 1.0, "b": 0.5}
+    for name, epsilon in limit.items():
+        fresh.ledger.open(name, epsilon=epsilon, delta=1e-6, unit="patient")
+    spent = {person: Decimal(0) for person in range(7)}  # the seventh is never named
+    binds = {person: set() for person in spent}
+    for number, (people, name, epsilon) in enumerate(wanted):
+        chosen = people or set(spent)
+        frozen = snapshot(f"{number}", people=tuple(f"S{p}" for p in people)) if people else None
+        cost = Decimal(repr(epsilon))
+        expected = all(spent[p] + cost <= Decimal(repr(limit[b])) for p in chosen for b in binds[p] | {name})
+        if expected:
+            [granted] = fresh.ledger.charge(name, [Spend(kind=Kind.STATISTICS, epsilon=epsilon)], snapshot=frozen)
+            assert granted.kind is Kind.STATISTICS
+            for p in chosen:
+                spent[p] += cost
+                binds[p].add(name)
+        else:
+            with pytest.raises(BudgetExhausted):
+                fresh.ledger.charge(name, [Spend(kind=Kind.STATISTICS, epsilon=epsilon)], snapshot=frozen)
+    fresh.store.close()
+
+
+def test_the_people_of_a_source_are_counted_in_one_unit(opened, plan):
+    opened.ledger.reserve("main", plan, snapshot(), "run-1")
+    opened.ledger.open("notes", epsilon=EPSILON, delta=DELTA, unit="note")
+    with pytest.raises(ReservationRefused, match="source notes, counted by patient"):
+        opened.ledger.reserve("notes", replace(plan, unit="note"), snapshot("other"), "run-2")
+
+
+def test_a_person_who_was_erased_and_comes_back_finds_what_was_spent(tight, plan):
+    tight.ledger.reserve("main", plan, snapshot(), "run-1")
+    tight.keyring.subject(SubjectId("S1"))
+    tight.keyring.forget(SubjectId("S1"))
+    with pytest.raises(BudgetExhausted):
+        tight.ledger.reserve("main", plan, snapshot("again"), "run-2")
+
+
+def test_the_ledger_keeps_no_name_that_another_table_has(tight, plan):
+    tight.ledger.reserve("main", plan, snapshot(people=("SABC",)), "run-1")
+    with tight.store.transaction() as tx:
+        [member] = tx.execute(select(cohorts._members.c.member)).scalars()
+    assert member == tight.keyring.hmac("ledger", b"SABC").hex()
+
+
+def test_a_database_of_before_is_refused_and_not_taken_for_an_empty_one(tmp_path):
+    connection = sqlite3.connect(tmp_path / "discreet.db")
+    connection.execute("CREATE TABLE budgets (name TEXT PRIMARY KEY, unit TEXT, account TEXT, opened_at FLOAT)")
+    connection.close()
+    with pytest.raises(OperationFailed, match="older version"):
+        open_house(f"sqlite:///{tmp_path}/discreet.db")
 
 
 def test_a_snapshot_without_sources_is_refused(opened, plan):
     with pytest.raises(ReservationRefused, match="names its sources"):
         opened.ledger.reserve("main", plan, snapshot(sources=()), "run-1")
+    with pytest.raises(ReservationRefused, match="has people"):
+        opened.ledger.reserve("main", plan, snapshot(people=()), "run-1")
 
 
 def test_another_unit_is_refused(opened, plan):
@@ -364,6 +457,155 @@ def test_admitted_pure_queries_are_within_some_order(house, wanted):
     assert any(within) or sum(Decimal(repr(e)) for e in admitted) <= 1
 
 
+# Heterogeneous spends
+
+
+def test_every_kind_is_charged_to_one_account(opened, plan):
+    event = dp_accounting.GaussianDpEvent(20.0)
+    expected = opened.ledger.filter("main").charge(plan.event).charge(event)
+    opened.ledger.reserve("main", plan, snapshot(), "run-1", kind=Kind.SEARCH)
+    kinds = [Kind.STATISTICS, Kind.RETRIEVAL, Kind.SYNTHETIC]
+    made = opened.ledger.charge("main", [Spend(kind=kinds[0], event=event)], snapshot=snapshot())
+    assert opened.ledger.filter("main") == expected
+    made += opened.ledger.charge("main", [Spend(kind=kind, epsilon=0.01) for kind in kinds[1:]], snapshot=snapshot())
+    assert [held.kind for held in made] == kinds
+    assert [entry.fields["kind"] for entry in opened.log.select(Predicate.RESERVED)] == ["search", *kinds]
+    assert made[0].remaining_epsilon > made[1].remaining_epsilon > made[2].remaining_epsilon == opened.ledger.show("main").remaining_epsilon
+
+
+def test_a_batch_is_charged_whole_or_not_at_all(house):
+    house.ledger.open("queries", epsilon=1.0, delta=1e-6, unit="patient")
+    with pytest.raises(BudgetExhausted):
+        house.ledger.charge("queries", [Spend(kind=Kind.RETRIEVAL, epsilon=0.3)] * 4)
+    assert house.ledger.show("queries").num_reservations == 0
+    assert [round(held.remaining_epsilon, 6) for held in house.ledger.charge("queries", [Spend(kind=Kind.RETRIEVAL, epsilon=0.3)] * 3)] == [
+        0.7,
+        0.4,
+        0.1,
+    ]
+    with pytest.raises(PlanInvalid):
+        house.ledger.charge("queries", [])
+
+
+def test_a_query_with_a_delta_takes_it_from_what_was_kept_for_queries(house):
+    house.ledger.open("plain", epsilon=1.0, delta=1e-6, unit="patient")
+    with pytest.raises(BudgetExhausted, match="query-delta"):
+        house.ledger.charge("plain", [Spend(kind=Kind.STATISTICS, epsilon=0.1, delta=1e-9)])
+    house.ledger.open("split", epsilon=1.0, delta=1e-6, unit="patient", query_delta=3e-7)
+    assert house.ledger.filter("split").delta == pytest.approx(7e-7)
+    assert house.ledger.show("split").delta == pytest.approx(1e-6)
+    for _ in range(3):
+        house.ledger.charge("split", [Spend(kind=Kind.STATISTICS, epsilon=0.1, delta=1e-7)])
+    with pytest.raises(BudgetExhausted, match="query-delta"):
+        house.ledger.charge("split", [Spend(kind=Kind.STATISTICS, epsilon=0.1, delta=1e-12)])
+    assert house.ledger.charge("split", [Spend(kind=Kind.STATISTICS, epsilon=0.1)])[0].remaining_epsilon == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"epsilon": 1.0, "event": dp_accounting.GaussianDpEvent(1.0)},
+        {"epsilon": 1.0, "delta": 1.0},
+        {"epsilon": 1.0, "delta": -1e-9},
+        {"epsilon": math.nan},
+    ],
+)
+def test_a_spend_is_an_event_or_numbers(wrong):
+    with pytest.raises(PlanInvalid):
+        Spend(kind=Kind.STATISTICS, **wrong)
+
+
+def test_both_accountants_are_reported(opened, plan):
+    assert opened.ledger.composition("main").num_charges == 0
+    opened.ledger.reserve("main", plan, snapshot(), "run-1")
+    opened.ledger.reserve("main", plan, snapshot(), "run-2")
+    composed = opened.ledger.composition("main")
+    assert (composed.num_charges, composed.delta) == (2, DELTA)
+    assert plan.guarantee.epsilon < composed.epsilon_pld < composed.epsilon_filter < 8.0
+
+
+# Periods, alerts, and what can still be trained
+
+DAY = 86400.0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets the time, in days from a fixed moment."""
+
+    def at(days):
+        monkeypatch.setattr(store_module.time, "time", lambda: 1_800_000_000.0 + days * DAY)
+
+    at(0)
+    return at
+
+
+@pytest.mark.parametrize(
+    ("carry_over", "spendable"),
+    [(CarryOver.NONE, [0.5, 0.5, 0.5, 0.0]), (CarryOver.ONE, [0.5, 0.9, 1.0, 0.5]), (CarryOver.ALL, [0.5, 0.9, 1.4, 1.4])],
+)
+def test_a_period_unlocks_its_share_and_carries_over_by_its_rule(house, clock, carry_over, spendable):
+    """Epsilon 2 over four periods, 0.1 spent in the first: what one query may take in the first, second, third and, all over, the fifth."""
+    for number, (day, most) in enumerate([(0, spendable[0]), (10, spendable[1]), (20, spendable[2]), (40, spendable[3])]):
+        clock(0)
+        fresh = open_house(f"{house.url}-{number}")
+        fresh.ledger.open("paced", epsilon=2.0, delta=1e-6, unit="patient", period=Period(days=10, count=4, carry_over=carry_over))
+        if number:
+            fresh.ledger.reserve_epsilon("paced", 0.1)
+        clock(day)
+        if number == 3:
+            most = {CarryOver.NONE: 0.0, CarryOver.ONE: 0.5, CarryOver.ALL: 1.9}[carry_over]
+        with pytest.raises(BudgetExhausted, match="locked"):
+            fresh.ledger.reserve_epsilon("paced", most + 0.01)
+        if most:
+            fresh.ledger.reserve_epsilon("paced", most)
+        fresh.store.close()
+
+
+def test_a_period_never_admits_what_the_whole_budget_would_not(house, clock):
+    house.ledger.open("paced", epsilon=1.0, delta=1e-6, unit="patient", period=Period(days=1, count=2, carry_over=CarryOver.ALL))
+    for day in range(2):
+        clock(day)
+        house.ledger.reserve_epsilon("paced", 0.5)
+    clock(2)
+    with pytest.raises(BudgetExhausted):
+        house.ledger.reserve_epsilon("paced", 0.01)
+    assert house.ledger.show("paced").unlocked == 1.0
+
+
+def test_a_clock_set_back_unlocks_nothing(house, clock):
+    clock(100)
+    house.ledger.open("paced", epsilon=1.0, delta=1e-6, unit="patient", period=Period(days=1, count=2))
+    clock(0)
+    with pytest.raises(ClockBackwards):
+        house.ledger.reserve_epsilon("paced", 0.1)
+
+
+@pytest.mark.parametrize(("days", "count"), [(0.0, 4), (math.nan, 4), (math.inf, 4), (1.0, 0)])
+def test_impossible_periods_are_refused(days, count):
+    with pytest.raises(PlanInvalid):
+        Period(days=days, count=count)
+
+
+def test_alerts_begin_at_half(house):
+    house.ledger.open("queries", epsilon=1.0, delta=1e-6, unit="patient")
+    house.ledger.reserve_epsilon("queries", 0.4)
+    assert house.ledger.show("queries").alerts == ()
+    house.ledger.reserve_epsilon("queries", 0.4)
+    assert house.ledger.show("queries").alerts == ("budget 'queries': 80% of epsilon 1 is spent; it is never refilled",)
+
+
+def test_affordable_steps_are_the_most_that_fit(opened, plan):
+    left = opened.ledger.filter("main")
+    steps = affordable_steps(left, sampling_probability=0.03, noise_multiplier=1.0)
+    assert left.admits(event_of(sampling_probability=0.03, noise_multiplier=1.0, steps=steps))
+    assert not left.admits(event_of(sampling_probability=0.03, noise_multiplier=1.0, steps=steps + 1))
+    opened.ledger.reserve("main", plan, snapshot(), "run-1")
+    assert affordable_steps(opened.ledger.filter("main"), sampling_probability=0.03, noise_multiplier=1.0) < steps
+    assert affordable_steps(left, sampling_probability=0.03, noise_multiplier=0.1) == 0
+
+
 # Crashes and races
 
 
@@ -390,8 +632,8 @@ def _race(url, barrier, results, number, epsilon):
 
 
 @pytest.mark.parametrize(("spent_before", "expected"), [(0, 3), (2, 1)])
-def test_sixteen_processes_never_overspend(url, spent_before, expected):
-    """Limit 1.0, cost 0.3: three slices, or the last one. A ledger that reads and then inserts admits up to sixteen (PITFALLS 18)."""
+def test_thirty_two_processes_never_overspend(url, spent_before, expected):
+    """Limit 1.0, cost 0.3: three slices, or the last one. A ledger that reads and then inserts admits up to all of them (PITFALLS 18)."""
     house = open_house(url)
     house.ledger.open("main", epsilon=1.0, delta=1e-6, unit="patient")
     for _ in range(spent_before):
@@ -424,9 +666,9 @@ def test_the_race_test_catches_a_ledger_that_does_not_lock(tmp_path, monkeypatch
         import discreet.ledger as module
 
         with mutant.store.transaction() as tx:
-            stale = module._account(tx, "main")
+            stale = module._accounts(tx, "main", cohorts.everyone(tx))
         read.wait()  # every process has read the balance before the first one writes
-        module._account = lambda tx, name: stale
+        module._accounts = lambda tx, name, people: stale
         _race_with(mutant, barrier, results, number)
 
     assert _children(racer, [(number,) for number in range(RACERS)]) == [0] * RACERS
@@ -445,17 +687,17 @@ def _race_with(house, barrier, results, number):
 def _die(url, plan, moment):
     """Reserves and spends, and is killed just before or just after a commit."""
     house = open_house(url)
-    append, calls = house.log.append, 0
+    append_all, calls = house.log.append_all, 0
 
-    def dying(tx, statement):
+    def dying(tx, statements):
         nonlocal calls
         calls += 1
-        index = append(tx, statement)
+        indices = append_all(tx, statements)
         if calls == moment:
             os.kill(os.getpid(), signal.SIGKILL)
-        return index
+        return indices
 
-    house.log.append = dying
+    house.log.append_all = dying
     held = house.ledger.reserve("main", plan, snapshot(), "run-1")
     if moment == 0:
         os.kill(os.getpid(), signal.SIGKILL)

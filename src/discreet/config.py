@@ -187,8 +187,8 @@ class AuditSection(_Section):
     canaries: Annotated[int, Field(ge=20)] = 500
     level: Probability = 0.05
     false_positive_rate: Probability = 0.05
-    control_epochs: Count = Field(10, description="passes of the non-private control over its canaries; it must be caught")
-    control_learning_rate: Positive = 2e-3
+    control_epochs: Count = Field(6, description="passes of the non-private control over its canaries; it must be caught")
+    control_learning_rate: Positive = 7e-4
 
 
 @final
@@ -216,6 +216,9 @@ class RunSection(_Section):
     threads: int = Field(0, ge=0, description="0: all cores")
     device: Literal["cpu", "cuda"] = "cpu"
     token_budget: Count = Field(2048, description="tokens in one micro-batch")
+    rows: Literal["padded", "packed"] = Field(
+        "padded", description="padded: one document a row, grouped by length (CPU); packed: several that do not see each other (GPU)"
+    )
     checkpoint_every: Count = 1
 
 

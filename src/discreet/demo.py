@@ -53,16 +53,16 @@ MAX_DOCUMENTS = 8
 
 _CORPUS_FILES = ("notes.jsonl", "gold.jsonl", "public_train.jsonl", "held_out.jsonl", "opt_outs.txt")
 _SIZES = {"patients": 2000, "documents": 5000, "public": 1500, "held_out": 48}
-_FAST_SIZES = {"patients": 500, "documents": 1000, "public": 600, "held_out": 60}
+_FAST_SIZES = {"patients": 1500, "documents": 2000, "public": 600, "held_out": 60}
 _FAST_SETTINGS = {
     "model.base": '"tiny"',
-    "model.train": '["lora"]',
-    "privacy.population": "640",
-    "privacy.steps": "10",
-    "privacy.expected_batch": "64",
+    "privacy.population": "1700",
+    "privacy.steps": "8",
+    "privacy.expected_batch": "400",
     "audit.canaries": "300",
     "audit.control_epochs": "16",
     "audit.control_learning_rate": "3e-3",
+    "train.learning_rate": "3e-2",
 }
 
 _MARGIN = 3  # of the estimate

@@ -23,6 +23,7 @@ import secrets
 import stat
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,11 @@ class Keyring:
     def hmac(self, label: str, message: bytes) -> bytes:
         """Returns a project-wide HMAC under the label's own key (suppression lists, ids): it survives every erasure."""
         return self._log.derive(label).mac(message)
+
+    def hmacs(self, label: str, messages: Sequence[bytes]) -> list[bytes]:
+        """Returns `hmac` of many messages, deriving the label's key once."""
+        key = self._log.derive(label)
+        return [key.mac(message) for message in messages]
 
     def subject(self, subject: SubjectId) -> Key:
         """Returns the subject's key, created at the first call.

@@ -1,25 +1,31 @@
-"""Privacy budgets: open, reserve, spend, close. What the filter does not admit is not trained.
+"""Privacy budgets: open, reserve, spend, close. What the filter does not admit, for every one of its people, is not trained.
 
     open     fixes epsilon, delta, the privacy unit and, in the filter, the orders and limits; never changed, never refilled
     reserve  charges the whole planned event, in one serialised transaction that reads, decides and writes (PITFALLS 18)
+    charge   the same for queries: statistics, retrieval, search, synthetic text; named people, or everyone
     spend    marks the reservation spent, before the first noisy step; a resume of the same run finds it spent and pays nothing more
     close    ends the run; nothing is ever returned
 
-A budget is the (epsilon, delta) of an RDP filter, which holds when later spends depend on the outcome of earlier ones; the tighter PLD figure of one plan
-is its `Guarantee`, by a different accountant (PITFALLS 43). Queries that are epsilon-DP with delta 0 have one more order, infinity, where epsilons add up and no delta is
-needed: it admits them until they sum to the budget, and is used up by the first Gaussian.
+A budget follows people, not names or files. It is a promise about *everything* that those whom it ever charged spend in this project, under whatever name: a reservation is admitted
+only if it is admitted for every person of the snapshot, under the budget that is asked and under every other that binds them, each counting their whole history. So a new name is
+no fresh budget, an exhausted population with one newcomer is refused, and two populations meet in those who are in both. What is charged to nobody in particular is charged to everyone,
+also those who come later. `cohorts.py` keeps who has spent what. A source is measured in one privacy unit for good: another unit would be another name for the same people.
+
+A budget is the (epsilon, delta) of an RDP filter, which holds when later spends depend on the outcome of earlier ones; the tighter PLD figure holds for what was fixed in advance and is
+reported beside it (`composition`; PITFALLS 43). Queries that are epsilon-DP have one more order, infinity, where epsilons add up: it admits them until they sum to the
+budget, and is used up by the first Gaussian. A query that is only (epsilon, delta)-DP (a mechanism that only PLD accounts for) is, but for an event of probability delta, no worse than
+epsilon-DP: it is charged as that, and its delta to the part of the budget's delta that was kept for queries at opening (Kairouz, Oh, Viswanath 2015; none unless asked for).
+
+A `Period` paces a budget: it unlocks the same share of every order's limit each period, and its rule says what becomes of the unused share. It only ever refuses more than the filter would: the
+promise for the whole life of the budget does not rest on it.
 
 A reservation is bound to its run, plan digest and snapshot root: the same three again give the same reservation, one run with another plan or snapshot is
-refused, and a crash has spent what it reserved. A source belongs to the first budget that it is charged to, for good: a second budget over the
-same sources is refused, under whatever name and unit (PITFALLS 19).
+refused, and a crash has spent what it reserved. *Unused steps are not returned*, whatever ended the run: not even by a public rule, in this version. `close` records how many steps ran and
+why it ended, so that a later version can. Charges only grow; a spend too small for the filter's floats to show is refused instead of lost.
 
-*Unused steps are not returned*, whatever ended the run: not even by a public rule, in this version. `close` records how many steps ran and why it
-ended, so that a later version can. Charges only grow; a spend too small for the filter's floats to show is refused instead of lost.
+Sources: Feldman and Zrnic 2021 (filters); Bun and Steinke 2016 (pure DP as RDP); Luo et al. 2021, PrivateKube (reserve, then commit; unlocking by time).
 
-Sources: Feldman and Zrnic 2021 (filters); Bun and Steinke 2016 (pure DP as RDP); Luo et al. 2021, PrivateKube (reserve, then commit).
-
-Does not cover: per-subject accounting (each subject is charged as if in every step; a later version charges what they took part in), people who are in two sources
-that are charged to two budgets, and mechanisms that nobody charged.
+Does not cover: charging a subject less for steps they did not take part in (each is charged as if in every one), one person under two identifiers, and mechanisms that nobody charged.
 """
 
 from __future__ import annotations
@@ -28,20 +34,24 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Context, Decimal
 from enum import StrEnum
 from typing import Any, final
 
-from sqlalchemy import Column, Connection, Float, Integer, String, Table, Text, func, insert, select, update
+from dp_accounting import ComposedDpEvent, DpEvent, SelfComposedDpEvent
+from sqlalchemy import Column, Connection, Float, Integer, String, Table, Text, insert, inspect, select, update
 
+from discreet import cohorts
 from discreet.config import digest_of
-from discreet.dp.accounting import RdpFilter, Relation, rdp, rdp_of_pure
-from discreet.dp.mechanism import Plan
-from discreet.errors import BudgetExhausted, NotFound, PlanInvalid, ReservationRefused
+from discreet.dp.accounting import RdpFilter, Relation, event_from_json, event_to_json, guarantee, rdp, rdp_of_pure
+from discreet.dp.mechanism import Plan, event_of
+from discreet.errors import BudgetExhausted, NotFound, OperationFailed, PlanInvalid, ReservationRefused
 from discreet.evidence.log import Log
 from discreet.evidence.statement import JSON, Predicate, Statement
+from discreet.keys import Keyring
 from discreet.record import Digest, Snapshot
 from discreet.store import Store, metadata, now
 
@@ -49,21 +59,25 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _EXACT = Context(prec=1000)
 """Enough digits to add any two floats as they are written without rounding."""
 
+_ALERTS = (0.5, 0.8, 0.95)
+_DAY = 86400.0
+
 _budgets = Table(
     "budgets",
     metadata,
     Column("name", String(63), primary_key=True),
     Column("unit", String(64), nullable=False),
-    Column("account", Text, nullable=False),
+    Column("terms", Text, nullable=False),
+    Column("reservations", Integer, nullable=False),
     Column("opened_at", Float(53), nullable=False),
 )
-_sources = Table(
-    "budget_sources",
+_units = Table(
+    "budget_units",
     metadata,
     Column("source", String(63), primary_key=True),
-    Column("budget", String(63), nullable=False, index=True),
+    Column("unit", String(64), nullable=False),
 )
-"""Which budget a source is charged to. The primary key is the rule: one budget each."""
+"""The privacy unit in which the people of a source are counted. The primary key is the rule: one each."""
 
 _reservations = Table(
     "reservations",
@@ -71,10 +85,12 @@ _reservations = Table(
     Column("id", String(80), primary_key=True),
     Column("run", String(128), nullable=False, unique=True),
     Column("budget", String(63), nullable=False, index=True),
+    Column("kind", String(16), nullable=False),
     Column("plan", String(71), nullable=False),
     Column("snapshot", String(71)),
+    Column("population", String(96)),
     Column("price", Text, nullable=False),
-    Column("state", String(8), nullable=False),
+    Column("state", String(8), nullable=False, index=True),
     Column("steps", Integer),
     Column("reason", String(16)),
     Column("reserved_at", Float(53), nullable=False),
@@ -99,30 +115,123 @@ class CloseReason(StrEnum):
     ERASURE = "erasure"
 
 
+class Kind(StrEnum):
+    """What a reservation pays for. The list is closed; the filter treats all alike."""
+
+    TRAINING = "training"
+    SEARCH = "search"
+    STATISTICS = "statistics"
+    RETRIEVAL = "retrieval"
+    SYNTHETIC = "synthetic"
+
+
+class CarryOver(StrEnum):
+    """What becomes of the share that a period leaves unused: forfeited, kept for one period more, or kept."""
+
+    NONE = "none"
+    ONE = "one"
+    ALL = "all"
+
+    @property
+    def cap(self) -> float:
+        """Largest number of shares that are carried into a period."""
+        return {"none": 0.0, "one": 1.0, "all": math.inf}[self.value]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Period:
+    """The pace of a budget: `count` periods of `days` from its opening, each unlocking 1/count of every limit. After the last nothing more is unlocked.
+
+    Args:
+        days: length, > 0.
+        count: number of periods, >= 1.
+        carry_over: what becomes of an unused share.
+    """
+
+    days: float
+    count: int
+    carry_over: CarryOver = CarryOver.NONE
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.days) and self.days > 0 and self.count >= 1):
+            raise PlanInvalid("a period of more than 0 days, and 1 period or more", value=f"{self.days} days, {self.count} periods")
+
+    def number(self, elapsed: float) -> int:
+        """Returns the period that `elapsed` seconds after the opening lie in, from 0; `count` when all are over."""
+        return min(self.count, int(elapsed // (self.days * _DAY)))
+
+    def to_json(self) -> dict[str, JSON]:
+        return {"days": self.days, "count": self.count, "carry_over": self.carry_over.value}
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spend:
+    """What a query costs: a dp_accounting event, or its (epsilon, delta).
+
+    Args:
+        kind: what it is for.
+        epsilon: finite, > 0 and not subnormal; left out with an event.
+        delta: in [0, 1); a delta above 0 is taken from what the budget kept for queries.
+        event: what was run, when the accountant knows it.
+    """
+
+    kind: Kind
+    epsilon: float | None = None
+    delta: float = 0.0
+    event: DpEvent | None = None
+
+    def __post_init__(self) -> None:
+        if (self.epsilon is None) is (self.event is None):
+            raise PlanInvalid("either an epsilon or an event")
+        if self.epsilon is not None and not (math.isfinite(self.epsilon) and self.epsilon >= sys.float_info.min):
+            raise PlanInvalid("a finite epsilon > 0 that is not subnormal", value=self.epsilon)
+        if not 0 <= self.delta < 1 or 0 < self.delta < sys.float_info.min or (self.event is not None and self.delta):
+            raise PlanInvalid("a delta in [0, 1) that is not subnormal, and none beside an event", value=self.delta)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What is kept of it in the history of its people."""
+        return {"event": event_to_json(self.event)} if self.event is not None else {"epsilon": self.epsilon, "delta": self.delta}
+
+    @property
+    def digest(self) -> Digest:
+        return digest_of(self.content)
+
+
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """A budget as it stands. `remaining_epsilon` is for people: whether a plan fits is what the filter says of it."""
+    """A budget as it stands for those of its people who have spent most. `remaining_epsilon` is for people: whether a plan fits is what the filter says of it.
+
+    `unlocked` is the share of the whole that the periods have unlocked so far; `alerts` are sentences for the operator.
+    """
 
     name: str
     epsilon: float
     delta: float
     unit: str
-    sources: tuple[str, ...]
     remaining_epsilon: float
     num_reservations: int
+    query_delta: float = 0.0
+    period: Period | None = None
+    unlocked: float = 1.0
+    alerts: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, JSON]:
         """Returns the budget as JSON values; `spent_epsilon` is what `remaining_epsilon` leaves of `epsilon`."""
-        numbers: dict[str, JSON] = {"name": self.name, "epsilon": self.epsilon, "delta": self.delta, "unit": self.unit, "sources": list(self.sources)}
+        numbers: dict[str, JSON] = {"name": self.name, "epsilon": self.epsilon, "delta": self.delta, "unit": self.unit}
         spent = self.epsilon - self.remaining_epsilon
-        return numbers | {"spent_epsilon": spent, "remaining_epsilon": self.remaining_epsilon, "num_reservations": self.num_reservations}
+        numbers |= {"spent_epsilon": spent, "remaining_epsilon": self.remaining_epsilon, "num_reservations": self.num_reservations}
+        period = None if self.period is None else self.period.to_json()
+        return numbers | {"query_delta": self.query_delta, "period": period, "unlocked": self.unlocked, "alerts": list(self.alerts)}
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reservation:
-    """The right of one run to one plan on one snapshot (line 6), built by `Ledger`. A query has no snapshot. `remaining_epsilon` is the budget's, now."""
+    """The right of one run to one plan on one snapshot (line 6), built by `Ledger`. A query has no snapshot. `remaining_epsilon` is that of its people, now."""
 
     id: str
     budget: str
@@ -131,73 +240,223 @@ class Reservation:
     snapshot: Digest | None
     state: State
     remaining_epsilon: float
+    kind: Kind = Kind.TRAINING
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composition:
+    """What the people of a budget who have spent most have spent: by the filter, and by PLD for the same charges as if all had been fixed in advance."""
+
+    epsilon_filter: float
+    epsilon_pld: float | None
+    delta: float
+    num_charges: int
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Terms:
+    """What was fixed when a budget was opened. The filter has nothing spent; its delta is that of the budget less what is kept for queries."""
+
+    name: str
+    unit: str
+    filter: RdpFilter
+    query_delta: float
+    period: Period | None
+    opened_at: float
+
+    @property
+    def delta(self) -> float:
+        return self.filter.delta + self.query_delta
+
+    @property
+    def numbers(self) -> tuple[float, float, Relation, float, Period | None]:
+        return self.filter.epsilon, self.filter.delta, self.filter.relation, self.query_delta, self.period
+
+    def to_json(self) -> str:
+        period = None if self.period is None else self.period.to_json()
+        return json.dumps({"filter": self.filter.to_json(), "query_delta": self.query_delta, "period": period})
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cost:
+    """A charge as one budget counts it: RDP at the filter's orders, epsilon at order infinity (infinite with a Gaussian), delta."""
+
+    vector: tuple[float, ...]
+    pure: Decimal
+    delta: Decimal
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pace:
+    """Where an account stands in its budget's periods: what it had spent when this one began, and what it may spend in it, per order, infinity last."""
+
+    period: int
+    start: tuple[float, ...]
+    allowance: tuple[float, ...]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Account:
-    """What a budget has spent: RDP at the filter's orders, and the sum of pure epsilons at order infinity (infinite after the first charge with a delta)."""
+    """What one cohort has spent, as one budget counts it."""
 
-    filter: RdpFilter
-    pure: Decimal
+    terms: _Terms
+    spent: tuple[float, ...]
+    pure: Decimal = Decimal(0)
+    delta: Decimal = Decimal(0)
+    pace: _Pace | None = None
 
-    def charged(self, charge: tuple[float, ...], pure: Decimal) -> _Account:
-        spent = tuple(before + more for before, more in zip(self.filter.spent, charge, strict=True))
-        return _Account(filter=replace(self.filter, spent=spent), pure=_EXACT.add(self.pure, pure))
+    @staticmethod
+    def fresh(terms: _Terms) -> _Account:
+        """The account of somebody who never spent anything, when the budget was opened."""
+        empty = _Account(terms=terms, spent=terms.filter.spent)
+        if terms.period is None:
+            return empty
+        return replace(empty, pace=_Pace(period=0, start=(0.0,) * len(empty._limits), allowance=empty._share))
+
+    @property
+    def filter(self) -> RdpFilter:
+        return replace(self.terms.filter, spent=self.spent)
+
+    @property
+    def _limits(self) -> tuple[float, ...]:
+        return (*self.terms.filter.limits, self.terms.filter.epsilon)
+
+    @property
+    def _share(self) -> tuple[float, ...]:
+        """What one period unlocks."""
+        count = self.terms.period.count if self.terms.period else 1
+        return tuple(max(0.0, limit) / count for limit in self._limits)
+
+    @property
+    def _all_spent(self) -> tuple[float, ...]:
+        return (*self.spent, float(self.pure))
+
+    def charged(self, cost: _Cost) -> _Account:
+        spent = tuple(before + more for before, more in zip(self.spent, cost.vector, strict=True))
+        return replace(self, spent=spent, pure=_EXACT.add(self.pure, cost.pure), delta=_EXACT.add(self.delta, cost.delta))
+
+    def rolled(self, at: float) -> _Account:
+        """The account in the period that `at` lies in; each boundary carries over what the rule says."""
+        period, pace = self.terms.period, self.pace
+        if period is None or pace is None:
+            return self
+        number = period.number(at - self.terms.opened_at)
+        start, allowance = pace.start, pace.allowance
+        for each in range(pace.period + 1, number + 1):
+            left = [max(0.0, a - (s - b)) for a, s, b in zip(allowance, self._all_spent, start, strict=True)]
+            unlocked = self._share if each < period.count else (0.0,) * len(left)
+            cap = period.carry_over.cap
+            carried = [min(value, cap * share) if cap and share else 0.0 for value, share in zip(left, self._share, strict=True)]
+            start, allowance = self._all_spent, tuple(share + more for share, more in zip(unlocked, carried, strict=True))
+        return replace(self, pace=_Pace(period=max(number, pace.period), start=start, allowance=allowance))
 
     @property
     def is_within(self) -> bool:
-        """Some order has room for everything that was spent."""
-        has_room = any(spent <= limit for spent, limit in zip(self.filter.spent, self.filter.limits, strict=True))
-        return has_room or self.pure <= _decimal(self.filter.epsilon)
+        """Some order has room for everything that was spent, in the budget's life and in this period; and delta is left."""
+        if self.delta > _decimal(self.terms.query_delta):
+            return False
+        room = [spent <= limit for spent, limit in zip(self.spent, self.terms.filter.limits, strict=True)]
+        room.append(self.pure <= _decimal(self.terms.filter.epsilon))
+        if self.pace is None:
+            return any(room)
+        used = zip(room, self._all_spent, self.pace.start, self.pace.allowance, strict=True)
+        return any(inside and spent - start <= allowance * (1 + 1e-12) for inside, spent, start, allowance in used)
 
     @property
     def remaining_epsilon(self) -> float:
-        left = 0.0 if self.pure.is_infinite() else float(max(Decimal(0), _EXACT.subtract(_decimal(self.filter.epsilon), self.pure)))
+        left = 0.0 if self.pure.is_infinite() else float(max(Decimal(0), _EXACT.subtract(_decimal(self.terms.filter.epsilon), self.pure)))
         return max(left, self.filter.remaining_epsilon())
 
+    def shows(self, after: _Account) -> bool:
+        """Whether a charge is large enough to be seen in every figure that it should move."""
+        return all(a > b for a, b in zip(after.spent, self.spent, strict=True) if math.isfinite(b))
+
     def to_json(self) -> str:
-        return json.dumps({"filter": self.filter.to_json(), "pure": str(self.pure)}, allow_nan=True)
+        pace = None if self.pace is None else {"period": self.pace.period, "start": self.pace.start, "allowance": self.pace.allowance}
+        return json.dumps({"spent": self.spent, "pure": str(self.pure), "delta": str(self.delta), "pace": pace})
 
     @staticmethod
-    def from_json(stored: str) -> _Account:
+    def from_json(stored: str, terms: _Terms) -> _Account:
         fields = json.loads(stored)
-        return _Account(filter=RdpFilter.from_json(fields["filter"]), pure=Decimal(fields["pure"]))
+        kept = fields["pace"]
+        pace = None if kept is None else _Pace(period=kept["period"], start=tuple(kept["start"]), allowance=tuple(kept["allowance"]))
+        return _Account(terms=terms, spent=tuple(fields["spent"]), pure=Decimal(fields["pure"]), delta=Decimal(fields["delta"]), pace=pace)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Wanted:
+    """A reservation before it is granted."""
+
+    budget: str
+    run: str
+    kind: Kind
+    plan: Digest
+    snapshot: Digest | None
+    population: str | None
+    price: Mapping[str, JSON]
+    spend: Spend
 
 
 class Ledger:
     """The privacy budgets of one project, in its database."""
 
-    def __init__(self, store: Store, log: Log) -> None:
-        self._store = store
-        self._log = log
+    def __init__(self, store: Store, keyring: Keyring, log: Log) -> None:
+        """Binds the ledger to its project.
 
-    def open(self, name: str, *, epsilon: float, delta: float, unit: str, sources: Iterable[str] = (), relation: Relation = "add_remove") -> Budget:
-        """Opens a budget, or finds it open with the same numbers.
+        Raises:
+            OperationFailed: when the database was begun by a version that did not keep what each person spent.
+        """
+        self._store = store
+        self._keyring = keyring
+        self._log = log
+        if "terms" not in {column["name"] for column in inspect(store.engine).get_columns(_budgets.name)}:
+            raise OperationFailed(
+                "a ledger that keeps what each person spent", remedy="It was begun by an older version; begin a new project folder."
+            )
+
+    def open(
+        self,
+        name: str,
+        *,
+        epsilon: float,
+        delta: float,
+        unit: str,
+        relation: Relation = "add_remove",
+        query_delta: float = 0.0,
+        period: Period | None = None,
+    ) -> Budget:
+        """Opens a budget, or finds it open with the same numbers. Whom it binds follows from what is charged to it.
 
         Args:
             name: letters, digits, '.', '_' and '-', at most 63.
             epsilon: finite, > 0.
             delta: in (0, 1).
             unit: the privacy unit that the budget protects ("patient").
-            sources: names of the sources whose people it protects; each belongs to one budget. Others join with the first reservation that uses them.
             relation: neighbouring relation of everything that is charged.
+            query_delta: the part of delta that is kept for queries with a delta of their own, 0 <= query_delta < delta.
+            period: its pace; left out, all of it is there from the start.
 
         Raises:
             PlanInvalid: when a number breaks its rule.
-            ReservationRefused: when the name is open with other numbers, or a source is charged to another budget.
+            ReservationRefused: when the name is open with other numbers.
         """
         if not _NAME.fullmatch(name):
             raise PlanInvalid("a budget's name of letters, digits, '.', '_' and '-', at most 63", value=repr(name))
-        fresh = _open_account(epsilon, delta, relation)
         with self._store.transaction() as tx:
-            stored = tx.execute(select(_budgets).where(_budgets.c.name == name)).one_or_none()
-            if stored is None:
-                tx.execute(insert(_budgets).values(name=name, unit=unit, account=fresh.to_json(), opened_at=now(tx)))
-                self._log.append(tx, _opened(name, unit, fresh.filter))
-            elif stored.unit != unit or _terms(_Account.from_json(stored.account)) != _terms(fresh):
-                raise _other_numbers(name, stored.unit, _Account.from_json(stored.account))
-            _claim(tx, name, sources)
+            fresh = _open_terms(name, unit, epsilon, delta, relation, query_delta, period, opened_at=now(tx))
+            found = _all_terms(tx).get(name)
+            if found is None:
+                row = {"name": name, "unit": unit, "terms": fresh.to_json(), "reservations": 0, "opened_at": fresh.opened_at}
+                tx.execute(insert(_budgets).values(row))
+                self._log.append(tx, _opened(fresh))
+            elif (found.unit, found.numbers) != (unit, fresh.numbers):
+                raise _other_numbers(found)
             return _budget(tx, name)
 
     def show(self, name: str) -> Budget:
@@ -212,41 +471,111 @@ class Ledger:
     def budgets(self) -> list[Budget]:
         """Returns every budget as it stands, by name."""
         with self._store.transaction() as tx:
-            return [_budget(tx, name) for name in tx.execute(select(_budgets.c.name).order_by(_budgets.c.name)).scalars().all()]
+            return [_budget(tx, name) for name in sorted(_all_terms(tx))]
 
-    def filter(self, name: str) -> RdpFilter:
-        """Returns the filter of a budget as it stands, for `dp.mechanism.calibrate`. Charging the returned value charges nobody.
+    def filter(self, name: str, snapshot: Snapshot | None = None) -> RdpFilter:
+        """Returns the filter of a budget for `dp.mechanism.calibrate`: at each order what the one who has spent most there has spent, so what it admits is admitted for all.
+
+        Args:
+            snapshot: whose people; left out, everyone whom the budget has charged. Charging the returned value charges nobody.
 
         Raises:
             NotFound: when it was not opened.
         """
         with self._store.transaction() as tx:
-            return _account(tx, name).filter
+            terms = _terms(tx, name)
+            if snapshot is None:
+                standing = list(_standing(tx, name).values())
+            else:
+                held = _accounts(tx, name, _cohorts_without_enrolling(tx, self._keyring, snapshot))
+                standing = [account for (_, budget), account in held.items() if budget == name]
+            return replace(terms.filter, spent=tuple(max(column) for column in zip(*(account.spent for account in standing), strict=True)))
 
-    def reserve(self, name: str, plan: Plan, snapshot: Snapshot, run: str) -> Reservation:
-        """Charges a plan's whole event to a budget for one run. Idempotent for the same run, plan and snapshot.
+    def reserve(self, name: str, plan: Plan, snapshot: Snapshot, run: str, *, kind: Kind = Kind.TRAINING) -> Reservation:
+        """Charges a plan's whole event to every person of a snapshot, for one run. Idempotent for the same run, plan and snapshot.
 
         Args:
             name: of an open budget.
             run: the run's id, unique in the project.
+            kind: what the run is for.
 
         Raises:
-            BudgetExhausted: when the filter has no room for the event. Nothing is charged.
-            ReservationRefused: when the run holds another reservation or is closed, or the plan's unit or relation, or a source of the snapshot, are not the budget's.
+            BudgetExhausted: when, for one of the people, one of the budgets that bind them has no room for the event. Nothing is charged.
+            ReservationRefused: when the run holds another reservation or is closed, the plan's unit or relation is not the budget's, or the snapshot names no source or nobody.
             PlanInvalid: when the event costs nothing, or cannot be accounted.
             NotFound: when the budget was not opened.
         """
-        if not snapshot.sources:
-            raise ReservationRefused("a snapshot that names its sources", value=snapshot.root, remedy="Freeze it with `corpus.freeze`.")
+        if not snapshot.sources or not snapshot.num_units:
+            raise ReservationRefused(
+                "a snapshot that names its sources and has people in it", value=snapshot.root, remedy="Freeze it with `corpus.freeze`."
+            )
         with self._store.transaction() as tx:
             held = _of_run(tx, run)
             if held is not None:
                 return _resumed(tx, held, (name, plan.digest, snapshot.root))
-            account = _account(tx, name)
-            _check_terms(tx, name, plan, account.filter.relation)
-            _claim(tx, name, snapshot.sources)
-            wanted = _Wanted(budget=name, run=run, plan=plan.digest, snapshot=snapshot.root, price=_price(plan))
-            return self._charge(tx, wanted, account, _vector(plan, account.filter), pure=Decimal("Infinity"))
+            terms = _terms(tx, name)
+            _check_terms(terms, plan)
+            _claim_unit(tx, terms.unit, snapshot.sources)
+            population = _population(snapshot)
+            cohorts.enroll(tx, population, lambda: cohorts.members(self._keyring, snapshot.units.reveal()))
+            spend = Spend(kind=kind, event=plan.event)
+            wanted = _Wanted(
+                budget=name, run=run, kind=kind, plan=plan.digest, snapshot=snapshot.root, population=population, price=_price(plan), spend=spend
+            )
+            return self._charge(tx, [wanted])[0]
+
+    def charge(self, name: str, spends: Sequence[Spend], *, snapshot: Snapshot | None = None) -> list[Reservation]:
+        """Charges queries in one transaction, all of them or none. Every call is a new charge.
+
+        Args:
+            name: of an open budget.
+            spends: what they cost, 1 or more.
+            snapshot: whose people; left out, everyone, also those who come later.
+
+        Raises:
+            BudgetExhausted, PlanInvalid, ReservationRefused, NotFound: as `reserve`. Nothing is charged.
+        """
+        if not spends:
+            raise PlanInvalid("one spend or more", value=0)
+        with self._store.transaction() as tx:
+            terms = _terms(tx, name)
+            population = None
+            if snapshot is not None:
+                _claim_unit(tx, terms.unit, snapshot.sources)
+                population = _population(snapshot)
+                cohorts.enroll(tx, population, lambda: cohorts.members(self._keyring, snapshot.units.reveal()))
+            number = _next_number(tx, name)
+            return self._charge(tx, [_query(name, spend, number + k, population, snapshot) for k, spend in enumerate(spends)])
+
+    def reserve_epsilon(self, name: str, epsilon: float) -> Reservation:
+        """Charges everyone a query that is epsilon-DP, by its RDP bound or, among pure queries only, by its epsilon. Every call is a new charge.
+
+        Args:
+            epsilon: finite, > 0 and not subnormal.
+
+        Raises:
+            BudgetExhausted, PlanInvalid, NotFound: as `reserve`.
+        """
+        return self.charge(name, [Spend(kind=Kind.STATISTICS, epsilon=epsilon)])[0]
+
+    def composition(self, name: str) -> Composition:
+        """Returns what those people of a budget who have spent most have spent, by both accountants.
+
+        The PLD figure is a promise only if no charge was chosen by looking at the result of another.
+
+        Raises:
+            NotFound: when the budget was not opened.
+        """
+        with self._store.transaction() as tx:
+            terms = _terms(tx, name)
+            cohort, account = min(_standing(tx, name).items(), key=lambda item: item[1].remaining_epsilon)
+            history = cohorts.history(tx, cohort)
+        return Composition(
+            epsilon_filter=terms.filter.epsilon - account.remaining_epsilon,
+            epsilon_pld=_composed_pld(history, terms),
+            delta=terms.delta,
+            num_charges=sum(times for _, times in history),
+        )
 
     def has_run(self, run: str) -> bool:
         """Returns whether a run has a reservation."""
@@ -255,9 +584,9 @@ class Ledger:
 
     def open_runs(self) -> list[Reservation]:
         """Returns the reservations of training runs that are not closed."""
-        open_ = (_reservations.c.state != State.CLOSED.value) & _reservations.c.snapshot.is_not(None)
+        open_ = (_reservations.c.state != State.CLOSED.value) & _reservations.c.snapshot.is_not(None) & (_reservations.c.kind == Kind.TRAINING.value)
         with self._store.transaction() as tx:
-            return [_reservation(tx, identifier) for identifier in tx.execute(select(_reservations.c.id).where(open_)).scalars()]
+            return [_reservation(tx, row) for row in tx.execute(select(_reservations).where(open_)).all()]
 
     def of_run(self, run: str) -> Reservation:
         """Returns the reservation of a run, whatever its state.
@@ -269,26 +598,7 @@ class Ledger:
             row = _of_run(tx, run)
             if row is None:
                 raise NotFound("a run that reserved something", value=run)
-            return _reservation(tx, row.id)
-
-    def reserve_epsilon(self, name: str, epsilon: float) -> Reservation:
-        """Charges a query that is epsilon-DP with delta 0, by its RDP bound or, among pure queries only, by its epsilon. Every call is a new charge.
-
-        Args:
-            epsilon: finite, > 0 and not subnormal.
-
-        Raises:
-            BudgetExhausted, PlanInvalid, NotFound: as `reserve`.
-        """
-        if not (math.isfinite(epsilon) and epsilon >= sys.float_info.min):
-            raise PlanInvalid("a finite epsilon > 0 that is not subnormal", value=epsilon)
-        with self._store.transaction() as tx:
-            account = _account(tx, name)
-            run = f"query-{_next_number(tx, name)}.{name}"
-            plan = digest_of({"pure_epsilon": epsilon, "run": run})
-            wanted = _Wanted(budget=name, run=run, plan=plan, snapshot=None, price={"epsilon": epsilon, "delta": 0.0})
-            charge = tuple(float(value) for value in rdp_of_pure(epsilon, account.filter.orders))
-            return self._charge(tx, wanted, account, charge, pure=_decimal(epsilon))
+            return _reservation(tx, row)
 
     def spend(self, reservation: Reservation) -> Reservation:
         """Marks a reservation spent, before its first noisy step. Idempotent: a resume of the run spends nothing more.
@@ -302,9 +612,9 @@ class Ledger:
                 raise _closed(row.run)
             if row.state == State.RESERVED:
                 tx.execute(update(_reservations).where(_reservations.c.id == row.id).values(state=State.SPENT.value))
-                fields = {"reservation": row.id, "run": row.run, "budget": row.budget, "plan": row.plan, **json.loads(row.price)}
+                fields = {"reservation": row.id, "run": row.run, "budget": row.budget, "plan": row.plan, "kind": row.kind, **json.loads(row.price)}
                 self._log.append(tx, Statement(predicate=Predicate.SPENT, subjects=(Digest(row.plan),), fields=fields))
-            return _reservation(tx, row.id)
+            return _reservation(tx, _by_id(tx, row.id))
 
     def close(self, reservation: Reservation, reason: CloseReason, *, executed_steps: int | None = None) -> Reservation:
         """Closes a reservation. Nothing is returned to the budget, whatever the reason (see the module docstring). Idempotent.
@@ -324,140 +634,252 @@ class Ledger:
             if row.state == State.CLOSED:
                 if (row.reason, row.steps) != (reason.value, executed_steps):
                     raise _closed(row.run)
-                return _reservation(tx, row.id)
+                return _reservation(tx, row)
             closed = {"state": State.CLOSED.value, "reason": reason.value, "steps": executed_steps}
             tx.execute(update(_reservations).where(_reservations.c.id == row.id).values(closed))
             fields: dict[str, JSON] = {"reservation": row.id, "run": row.run, "budget": row.budget, "plan": row.plan, "reason": reason.value}
             fields |= {} if executed_steps is None else {"steps": executed_steps}
             self._log.append(tx, Statement(predicate=Predicate.CLOSED, subjects=(Digest(row.plan),), fields=fields))
-            return _reservation(tx, row.id)
+            return _reservation(tx, _by_id(tx, row.id))
 
-    def _charge(self, tx: Connection, wanted: _Wanted, account: _Account, charge: tuple[float, ...], *, pure: Decimal) -> Reservation:
-        after = account.charged(charge, pure)
-        if not all(value > 0 for value in charge) or any(
-            a <= b for a, b in zip(after.filter.spent, account.filter.spent, strict=True) if math.isfinite(b)
-        ):
-            raise PlanInvalid("a spend large enough to be accounted for", value=wanted.plan, remedy="A mechanism that costs nothing needs no budget.")
-        if not after.is_within:
-            raise BudgetExhausted(
-                f"a spend that budget '{wanted.budget}' admits",
-                value=f"epsilon {_cost(account, charge, pure):.4g} asked, {account.remaining_epsilon:.4g} of {account.filter.epsilon:.4g} left",
-                remedy="Plan fewer steps or more noise (`discreet plan`). A budget is never refilled.",
-            )
-        tx.execute(update(_budgets).where(_budgets.c.name == wanted.budget).values(account=after.to_json()))
-        row: dict[str, Any] = {
-            "id": f"{wanted.budget}-{_next_number(tx, wanted.budget)}",
-            "run": wanted.run,
-            "budget": wanted.budget,
-            "plan": wanted.plan,
-        }
-        row |= {"snapshot": wanted.snapshot, "price": json.dumps(wanted.price), "state": State.RESERVED.value, "reserved_at": now(tx)}
-        tx.execute(insert(_reservations).values(row))
-        fields: dict[str, JSON] = {
-            "reservation": row["id"],
-            "run": wanted.run,
-            "budget": wanted.budget,
-            "plan": wanted.plan,
-            "snapshot": wanted.snapshot,
-        }
-        subjects = (wanted.plan, wanted.snapshot) if wanted.snapshot else (wanted.plan,)
-        self._log.append(tx, Statement(predicate=Predicate.RESERVED, subjects=subjects, fields=fields))
-        return _reservation(tx, row["id"])
+    def _charge(self, tx: Connection, wanted: Sequence[_Wanted]) -> list[Reservation]:
+        """Judges one population's spends one after the other, for every cohort under every budget that binds it, then writes them all."""
+        first = wanted[0]
+        people = cohorts.everyone(tx) if first.population is None else cohorts.of_population(tx, first.population)
+        standing = _accounts(tx, first.budget, people)
+        stored, at = set(cohorts.accounts(tx, people)), now(tx)
+        held = {key: account.rolled(at) for key, account in standing.items()}
+        left: list[float] = []
+        for want in wanted:
+            held = {key: _judged(account, want, asked=first.budget) for key, account in held.items()}
+            left.append(min(account.remaining_epsilon for (_, budget), account in held.items() if budget == first.budget))
+        cohorts.write_accounts(tx, stored, {key: account.to_json() for key, account in held.items()})
+        cohorts.add(tx, people, {want.spend.digest: want.spend.content for want in wanted}, Counter(want.spend.digest for want in wanted))
+        number = _next_number(tx, first.budget)
+        rows = [_row(want, number + k, at) for k, want in enumerate(wanted)]
+        tx.execute(insert(_reservations), rows)
+        tx.execute(update(_budgets).where(_budgets.c.name == first.budget).values(reservations=number - 1 + len(rows)))
+        self._log.append_all(tx, [_reserved(row) for row in rows])
+        return [_granted(row, remaining) for row, remaining in zip(rows, left, strict=True)]
 
 
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Wanted:
-    """A reservation before it is granted."""
+def affordable_steps(budget: RdpFilter, *, sampling_probability: float, noise_multiplier: float, most: int = 1 << 20) -> int:
+    """Returns the largest number of Poisson-sampled Gaussian steps that a budget, as it stands, still admits: 0 to `most`.
 
-    budget: str
-    run: str
-    plan: Digest
-    snapshot: Digest | None
-    price: Mapping[str, JSON]
+    Args:
+        sampling_probability: in (0, 1].
+        noise_multiplier: > 0.
+    """
+    low, high = 0, 1
+
+    def fits(steps: int) -> bool:
+        return budget.admits(event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps))
+
+    while high <= most and fits(high):
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return min(low, most)
 
 
 # Budgets
 
 
-def _open_account(epsilon: float, delta: float, relation: Relation) -> _Account:
+def _open_terms(
+    name: str, unit: str, epsilon: float, delta: float, relation: Relation, query_delta: float, period: Period | None, *, opened_at: float
+) -> _Terms:
+    if not (0 <= query_delta < delta):
+        raise PlanInvalid("a delta in (0, 1), and 0 <= query_delta < delta", value=f"delta {delta}, query_delta {query_delta}")
     try:
-        return _Account(filter=RdpFilter.open(epsilon=epsilon, delta=delta, relation=relation), pure=Decimal(0))
+        opened = RdpFilter.open(epsilon=epsilon, delta=delta - query_delta, relation=relation)
     except ValueError:
         raise PlanInvalid("a finite epsilon > 0 and a delta in (0, 1)", value=f"epsilon {epsilon}, delta {delta}") from None
+    return _Terms(name=name, unit=unit, filter=opened, query_delta=query_delta, period=period, opened_at=opened_at)
 
 
-def _terms(account: _Account) -> tuple[float, float, Relation]:
-    return account.filter.epsilon, account.filter.delta, account.filter.relation
-
-
-def _opened(name: str, unit: str, rdp_filter: RdpFilter) -> Statement:
+def _opened(terms: _Terms) -> Statement:
     numbers: dict[str, JSON] = {
-        "budget": name,
-        "epsilon": rdp_filter.epsilon,
-        "delta": rdp_filter.delta,
-        "unit": unit,
-        "relation": rdp_filter.relation,
+        "budget": terms.name,
+        "epsilon": terms.filter.epsilon,
+        "delta": terms.delta,
+        "unit": terms.unit,
+        "relation": terms.filter.relation,
     }
-    fields: dict[str, JSON] = {**numbers, "accountant": "rdp", "orders": list(rdp_filter.orders)}
+    fields: dict[str, JSON] = {**numbers, "accountant": "rdp", "orders": list(terms.filter.orders)}
+    fields |= {"query_delta": terms.query_delta} if terms.query_delta else {}
+    fields |= {"period": terms.period.to_json()} if terms.period else {}
     return Statement(predicate=Predicate.BUDGET_OPENED, subjects=(digest_of(numbers),), fields=fields)
 
 
-def _other_numbers(name: str, unit: str, account: _Account) -> ReservationRefused:
-    opened = f"epsilon {account.filter.epsilon:g}, delta {account.filter.delta:g}, unit {unit}, {account.filter.relation}"
+def _other_numbers(found: _Terms) -> ReservationRefused:
+    opened = f"epsilon {found.filter.epsilon:g}, delta {found.delta:g}, unit {found.unit}, {found.filter.relation}"
     return ReservationRefused(
-        f"budget '{name}' with the numbers that it was opened with", value=f"other numbers than {opened}", remedy="They are fixed for good."
+        f"budget '{found.name}' with the numbers that it was opened with", value=f"other numbers than {opened}", remedy="They are fixed for good."
     )
 
 
-def _claim(tx: Connection, name: str, sources: Iterable[str]) -> None:
-    """Charges sources to this budget from now on."""
-    owner = {row.source: row.budget for row in tx.execute(select(_sources))}
-    for source in dict.fromkeys(sources):
-        if owner.get(source, name) != name:
+def _claim_unit(tx: Connection, unit: str, sources: Iterable[str]) -> None:
+    """Counts the people of sources in this unit from now on."""
+    wanted = tuple(dict.fromkeys(sources))
+    known = {row[0]: row[1] for row in tx.execute(select(_units.c.source, _units.c.unit).where(_units.c.source.in_(wanted)))}
+    for source in wanted:
+        if known.get(source, unit) != unit:
             raise ReservationRefused(
-                "a source to be charged to one budget",
-                value=f"source {source} of budget {owner[source]}, for budget {name}",
-                remedy=f"Use the budget '{owner[source]}'; the same people cannot be given a fresh one.",
+                "a source whose people are counted in one unit",
+                value=f"source {source}, counted by {known[source]}, for a budget by {unit}",
+                remedy="Use a budget of that unit; the same people cannot be counted in another one.",
             )
-        if source not in owner:
-            tx.execute(insert(_sources).values(source=source, budget=name))
+    new = [{"source": source, "unit": unit} for source in wanted if source not in known]
+    if new:
+        tx.execute(insert(_units), new)
 
 
-def _account(tx: Connection, name: str) -> _Account:
-    stored = tx.execute(select(_budgets.c.account).where(_budgets.c.name == name)).scalar_one_or_none()
-    if stored is None:
+def _all_terms(tx: Connection) -> dict[str, _Terms]:
+    return {row.name: _read_terms(row) for row in tx.execute(select(_budgets.c.name, _budgets.c.unit, _budgets.c.terms, _budgets.c.opened_at))}
+
+
+def _read_terms(row: Any) -> _Terms:
+    fields = json.loads(row.terms)
+    period = None if fields["period"] is None else Period(**{**fields["period"], "carry_over": CarryOver(fields["period"]["carry_over"])})
+    return _Terms(
+        name=row.name,
+        unit=row.unit,
+        filter=RdpFilter.from_json(fields["filter"]),
+        query_delta=fields["query_delta"],
+        period=period,
+        opened_at=row.opened_at,
+    )
+
+
+def _terms(tx: Connection, name: str) -> _Terms:
+    row = tx.execute(select(_budgets.c.name, _budgets.c.unit, _budgets.c.terms, _budgets.c.opened_at).where(_budgets.c.name == name)).one_or_none()
+    if row is None:
         raise NotFound("an open budget", value=repr(name), remedy="Open it with `discreet budget open NAME --epsilon E --delta D`.")
-    return _Account.from_json(stored)
+    return _read_terms(row)
+
+
+def _standing(tx: Connection, name: str) -> dict[int, _Account]:
+    """The accounts of everyone whom a budget has charged; when nobody yet, of those whom nobody has named."""
+    terms = _terms(tx, name)
+    found = {cohort: _Account.from_json(stored, terms) for (cohort, _), stored in cohorts.accounts(tx, budget=name).items()}
+    return found or {cohorts.UNSEEN: _replayed(tx, cohorts.UNSEEN, terms)}
 
 
 def _budget(tx: Connection, name: str) -> Budget:
-    account = _account(tx, name)
+    terms, standing = _terms(tx, name), _standing(tx, name)
+    remaining = min(account.remaining_epsilon for account in standing.values())
     return Budget(
         name=name,
-        epsilon=account.filter.epsilon,
-        delta=account.filter.delta,
-        unit=tx.execute(select(_budgets.c.unit).where(_budgets.c.name == name)).scalar_one(),
-        sources=tuple(tx.execute(select(_sources.c.source).where(_sources.c.budget == name).order_by(_sources.c.source)).scalars()),
-        remaining_epsilon=account.remaining_epsilon,
+        epsilon=terms.filter.epsilon,
+        delta=terms.delta,
+        unit=terms.unit,
+        remaining_epsilon=remaining,
         num_reservations=_next_number(tx, name) - 1,
+        query_delta=terms.query_delta,
+        period=terms.period,
+        unlocked=_unlocked(terms, now(tx)),
+        alerts=_alerts(terms, remaining),
     )
+
+
+def _unlocked(terms: _Terms, at: float) -> float:
+    return 1.0 if terms.period is None else min(1.0, (terms.period.number(at - terms.opened_at) + 1) / terms.period.count)
+
+
+def _alerts(terms: _Terms, remaining: float) -> tuple[str, ...]:
+    share = 1 - remaining / terms.filter.epsilon
+    passed = [mark for mark in _ALERTS if share >= mark]
+    return (f"budget '{terms.name}': {share:.0%} of epsilon {terms.filter.epsilon:g} is spent; it is never refilled",) if passed else ()
+
+
+# Accounts
+
+
+def _accounts(tx: Connection, name: str, people: Sequence[int]) -> dict[tuple[int, str], _Account]:
+    """The accounts that judge a charge to cohorts: those of every budget that binds them, and of the budget that is asked, which counts all that they ever spent."""
+    terms = _all_terms(tx)
+    found = {(c, b): _Account.from_json(stored, terms[b]) for (c, b), stored in cohorts.accounts(tx, people).items()}
+    return found | {(cohort, name): _replayed(tx, cohort, terms[name]) for cohort in people if (cohort, name) not in found}
+
+
+def _replayed(tx: Connection, cohort: int, terms: _Terms) -> _Account:
+    """The account that a cohort would have, had it been under this budget from the start."""
+    account = _Account.fresh(terms)
+    for content, times in cohorts.history(tx, cohort):
+        cost = _cost(content, terms)
+        many = _Cost(
+            vector=tuple(value * times for value in cost.vector), pure=_EXACT.multiply(cost.pure, times), delta=_EXACT.multiply(cost.delta, times)
+        )
+        account = account.charged(many)
+    return account
+
+
+def _judged(account: _Account, want: _Wanted, *, asked: str) -> _Account:
+    """The account after the spend, or the refusal."""
+    cost = _cost(want.spend.content, account.terms)
+    after = account.charged(cost)
+    if not all(value > 0 for value in cost.vector) or not account.shows(after):
+        raise PlanInvalid("a spend large enough to be accounted for", value=want.plan, remedy="A mechanism that costs nothing needs no budget.")
+    if after.is_within:
+        return after
+    name, total = account.terms.name, account.terms.filter.epsilon
+    asks = account.filter.epsilon_of(cost.vector) if cost.pure.is_infinite() else float(cost.pure)
+    remedy = "Plan fewer steps or more noise (`discreet plan`). A budget is never refilled."
+    if account.terms.period is not None:
+        remedy += " What its periods have not unlocked yet is locked."
+    if cost.delta > 0 and after.delta > _decimal(account.terms.query_delta):
+        remedy = "Its delta for queries is fixed at opening (--query-delta)."
+    also = "" if name == asked else ", which binds some of these people,"
+    raise BudgetExhausted(
+        f"a spend that budget '{name}'{also} admits",
+        value=f"epsilon {asks:.4g} asked, {account.remaining_epsilon:.4g} of {total:.4g} left",
+        remedy=remedy,
+    )
+
+
+def _cost(content: Mapping[str, Any], terms: _Terms) -> _Cost:
+    orders = terms.filter.orders
+    if "event" not in content:
+        vector = rdp_of_pure(content["epsilon"], orders)
+        return _Cost(vector=tuple(map(float, vector)), pure=_decimal(content["epsilon"]), delta=_decimal(content["delta"]))
+    try:
+        vector = rdp(event_from_json(content["event"]), orders, relation=terms.filter.relation)
+    except ValueError as error:
+        raise PlanInvalid("an event that the budget can account for", value=str(error)) from None
+    return _Cost(vector=tuple(map(float, vector)), pure=Decimal("Infinity"), delta=Decimal(0))
+
+
+def _composed_pld(history: Sequence[tuple[Mapping[str, Any], int]], terms: _Terms) -> float | None:
+    """Events by one PLD at the filter's delta; pure and approximate queries added to it. None when the accountant has no PLD for an event."""
+    events = [SelfComposedDpEvent(event_from_json(content["event"]), times) for content, times in history if "event" in content]
+    queries = sum(content["epsilon"] * times for content, times in history if "event" not in content)
+    if not events:
+        return float(queries)
+    try:
+        price = guarantee(ComposedDpEvent(events), delta=terms.filter.delta, relation=terms.filter.relation)
+    except ValueError:
+        return None
+    return price.epsilon + queries if price.accountant.startswith("pld") else None
+
+
+def _population(snapshot: Snapshot) -> str:
+    """The name of a set of people. Erasure only ever takes people out of a snapshot, so root and number together mean one set."""
+    return f"{snapshot.root}/{snapshot.num_units}"
+
+
+def _cohorts_without_enrolling(tx: Connection, keyring: Keyring, snapshot: Snapshot) -> tuple[int, ...]:
+    """The cohorts that the people of a snapshot are in now, those whom nobody has named among them."""
+    return cohorts.of_population(tx, _population(snapshot)) or cohorts.touched(tx, cohorts.members(keyring, snapshot.units.reveal()))
 
 
 # Reservations
 
 
-def _check_terms(tx: Connection, name: str, plan: Plan, relation: Relation) -> None:
-    unit = tx.execute(select(_budgets.c.unit).where(_budgets.c.name == name)).scalar_one()
-    if (plan.unit, plan.relation) != (unit, relation):
-        raise ReservationRefused(f"a plan for the {relation} of one {unit}, as budget '{name}'", value=f"{plan.relation} of one {plan.unit}")
-
-
-def _vector(plan: Plan, rdp_filter: RdpFilter) -> tuple[float, ...]:
-    try:
-        return tuple(float(value) for value in rdp(plan.event, rdp_filter.orders, relation=rdp_filter.relation))
-    except ValueError as error:
-        raise PlanInvalid("an event that the budget can account for", value=str(error)) from None
+def _check_terms(terms: _Terms, plan: Plan) -> None:
+    if (plan.unit, plan.relation) != (terms.unit, terms.filter.relation):
+        expected = f"a plan for the {terms.filter.relation} of one {terms.unit}, as budget '{terms.name}'"
+        raise ReservationRefused(expected, value=f"{plan.relation} of one {plan.unit}")
 
 
 def _price(plan: Plan) -> dict[str, JSON]:
@@ -466,9 +888,24 @@ def _price(plan: Plan) -> dict[str, JSON]:
     return {**{name: getattr(plan, name) for name in names}, "epsilon": plan.guarantee.epsilon, "accountant": plan.guarantee.accountant}
 
 
-def _cost(account: _Account, charge: tuple[float, ...], pure: Decimal) -> float:
-    """What the charge alone would need, for the message."""
-    return account.filter.epsilon_of(charge) if pure.is_infinite() else float(pure)
+def _query(name: str, spend: Spend, number: int, population: str | None, snapshot: Snapshot | None) -> _Wanted:
+    run = f"query-{number}.{name}"
+    price: dict[str, JSON] = {"accountant": "rdp"} if spend.epsilon is None else {"epsilon": spend.epsilon, "delta": spend.delta}
+    root = None if snapshot is None else snapshot.root
+    plan = digest_of({"spend": spend.content, "run": run})
+    return _Wanted(budget=name, run=run, kind=spend.kind, plan=plan, snapshot=root, population=population, price=price, spend=spend)
+
+
+def _row(want: _Wanted, number: int, at: float) -> dict[str, Any]:
+    names = {"run": want.run, "budget": want.budget, "kind": want.kind.value, "plan": want.plan, "snapshot": want.snapshot}
+    state = {"population": want.population, "price": json.dumps(want.price), "state": State.RESERVED.value, "reserved_at": at}
+    return {"id": f"{want.budget}-{number}", **names, **state}
+
+
+def _reserved(row: Mapping[str, Any]) -> Statement:
+    fields: dict[str, JSON] = {name: row[name] for name in ("run", "budget", "plan", "snapshot", "kind")}
+    subjects = (row["plan"], row["snapshot"]) if row["snapshot"] else (row["plan"],)
+    return Statement(predicate=Predicate.RESERVED, subjects=subjects, fields={"reservation": row["id"], **fields})
 
 
 def _decimal(value: float) -> Decimal:
@@ -477,11 +914,15 @@ def _decimal(value: float) -> Decimal:
 
 
 def _next_number(tx: Connection, budget: str) -> int:
-    return int(tx.execute(select(func.count()).where(_reservations.c.budget == budget)).scalar_one()) + 1
+    return int(tx.execute(select(_budgets.c.reservations).where(_budgets.c.name == budget)).scalar_one()) + 1
 
 
 def _of_run(tx: Connection, run: str) -> Any:
     return tx.execute(select(_reservations).where(_reservations.c.run == run)).one_or_none()
+
+
+def _by_id(tx: Connection, identifier: str) -> Any:
+    return tx.execute(select(_reservations).where(_reservations.c.id == identifier)).one_or_none()
 
 
 def _resumed(tx: Connection, row: Any, wanted: tuple[str, Digest, Digest]) -> Reservation:
@@ -491,7 +932,7 @@ def _resumed(tx: Connection, row: Any, wanted: tuple[str, Digest, Digest]) -> Re
         )
     if row.state == State.CLOSED:
         raise _closed(row.run)
-    return _reservation(tx, row.id)
+    return _reservation(tx, row)
 
 
 def _closed(run: str) -> ReservationRefused:
@@ -499,22 +940,27 @@ def _closed(run: str) -> ReservationRefused:
 
 
 def _matching(tx: Connection, reservation: Reservation) -> Any:
-    row = tx.execute(select(_reservations).where(_reservations.c.id == reservation.id)).one_or_none()
+    row = _by_id(tx, reservation.id)
     given = (reservation.run, reservation.budget, reservation.plan, reservation.snapshot)
     if row is None or (row.run, row.budget, row.plan, row.snapshot) != given:
         raise ReservationRefused("a reservation of this ledger", value=reservation.id)
     return row
 
 
-def _reservation(tx: Connection, identifier: str) -> Reservation:
-    row = tx.execute(select(_reservations).where(_reservations.c.id == identifier)).one()
-    snapshot = None if row.snapshot is None else Digest(row.snapshot)
+def _reservation(tx: Connection, row: Any) -> Reservation:
+    people = cohorts.everyone(tx) if row.population is None else cohorts.of_population(tx, row.population)
+    standing = _accounts(tx, row.budget, people)
+    return _granted(row._mapping, min(account.remaining_epsilon for (_, budget), account in standing.items() if budget == row.budget))
+
+
+def _granted(row: Mapping[str, Any], remaining: float) -> Reservation:
     return Reservation(
-        id=row.id,
-        budget=row.budget,
-        run=row.run,
-        plan=Digest(row.plan),
-        snapshot=snapshot,
-        state=State(row.state),
-        remaining_epsilon=_account(tx, row.budget).remaining_epsilon,
+        id=row["id"],
+        budget=row["budget"],
+        run=row["run"],
+        plan=Digest(row["plan"]),
+        snapshot=None if row["snapshot"] is None else Digest(row["snapshot"]),
+        state=State(row["state"]),
+        remaining_epsilon=remaining,
+        kind=Kind(row["kind"]),
     )

@@ -23,6 +23,7 @@ import fnmatch
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -48,7 +49,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from discreet.config import ModelSection
@@ -446,11 +446,17 @@ def _convert_smollm2(folder: Path, progress: Progress) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def linear_layers(base: Base) -> tuple[str, ...]:
-    """Returns the names of the linear layers inside the blocks of a model, as `lora_targets` takes them; the head is left out."""
-    head = base.module.get_output_embeddings()  # type: ignore[operator]  # a transformers model; torch declares attributes as tensors
-    kinds = (nn.Linear, Conv1D)
-    return tuple(sorted({name.rpartition(".")[2] for name, layer in base.module.named_modules() if isinstance(layer, kinds) and layer is not head}))
+def top_blocks(base: Base) -> tuple[str, ...]:
+    """Returns patterns for the last fifth of a model's blocks, at least two where there are two, as `[model] train` takes them.
+
+    They hold enough to memorise with, and nothing below them needs a backward pass.
+    """
+    stacks = [(name, stack) for name, stack in base.module.named_modules() if isinstance(stack, nn.ModuleList)]
+    if not stacks:
+        return ("all",)
+    name, stack = max(stacks, key=lambda each: len(each[1]))
+    first = len(stack) - max(math.ceil(len(stack) / 5), min(2, len(stack)))
+    return tuple(f"{name}.{number}.*" for number in range(first, len(stack)))
 
 
 def _attach_lora(base: Base, *, rank: int, alpha: float, targets: Sequence[str]) -> PeftModel:

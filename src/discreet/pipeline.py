@@ -68,7 +68,7 @@ from discreet.record import Basis, Deidentified, Digest, Purpose, Record, Releas
 from discreet.serve import gateway
 from discreet.store import Store, metadata, write_atomically
 from discreet.train import loop
-from discreet.train.checkpoint import Checkpoints
+from discreet.train.checkpoint import PURPOSE, Checkpoints, CheckpointStore
 from discreet.train.step import tokenize
 
 if TYPE_CHECKING:
@@ -84,8 +84,7 @@ BATCH = 512
 CONSENT_S = 30.0
 """How often a run asks whether its records may still be used."""
 CANARY_SOURCE = "audit-canaries-{count}"
-CONTROL_BATCH = 8
-CONTROL_RANK = 16
+CONTROL_BATCH = 16
 RECITED = 40
 SERVED_BATCH = 100
 """Planted canaries that both models are asked to recite."""
@@ -154,7 +153,14 @@ def open_house(folder: Path, *, exclusive: bool = True) -> Iterator[House]:
             catalog, consent = Catalog(store, keyring, log), Consent(store, keyring, log)
             access = Access(project.access, store=store, keyring=keyring, log=log)
             house = House(
-                project=project, store=store, keyring=keyring, log=log, catalog=catalog, consent=consent, ledger=Ledger(store, log), access=access
+                project=project,
+                store=store,
+                keyring=keyring,
+                log=log,
+                catalog=catalog,
+                consent=consent,
+                ledger=Ledger(store, keyring, log),
+                access=access,
             )
             if exclusive:
                 erasure_of(house).reapply()
@@ -372,6 +378,9 @@ class Price:
         said = ["Choosing unit and epsilon: docs/choosing-unit-and-epsilon.md."]
         if not self.admitted:
             said.append("The budget does not admit this plan: take fewer steps, a smaller batch or epsilon, or wait for another population.")
+            said.append(
+                "With [privacy] target = 'pld' the noise meets a PLD epsilon, and the budget counts by RDP, which asks for more: target = 'budget' fits it."
+            )
         if self.plan.guarantee.epsilon > 10:
             said.append("Above epsilon 10 the promise says little about one person; a larger population or fewer steps lower it at the same noise.")
         if self.signal_to_noise < 0.05:
@@ -393,7 +402,7 @@ def price(house: House, observer: Observer) -> Price:
     """
     frozen = ingest(house, observer)
     plan = _calibrate(house, frozen.snapshot)
-    spent_so_far, budget = _filter(house, plan.delta)
+    spent_so_far, budget = _filter(house, plan.delta, frozen.snapshot)
     base = load_base(house, frozen.public, observer)
     parameters = sum(p.numel() for p in model.trained_parameters(model.attach(base, house.project.model)).values())
     tokens = _mean_tokens(house, base, frozen.snapshot) * plan.expected_batch * plan.cap * plan.steps
@@ -432,7 +441,7 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
         raise PlanInvalid("[privacy] population: a public estimate of the number of units", remedy=remedy)
     population = privacy.population
     delta = privacy.delta or 1 / (2 * population)
-    budget = _filter(house, delta)[0] if privacy.target == "budget" else None
+    budget = _filter(house, delta, snapshot)[0] if privacy.target == "budget" else None
     try:
         plan = mechanism.calibrate(
             epsilon=privacy.epsilon,
@@ -457,11 +466,11 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
     return plan
 
 
-def _filter(house: House, delta: float) -> tuple[accounting.RdpFilter, Mapping[str, Any]]:
-    """The budget as it stands, or as it would be opened."""
+def _filter(house: House, delta: float, snapshot: Snapshot) -> tuple[accounting.RdpFilter, Mapping[str, Any]]:
+    """The budget as it stands for the people of a snapshot, or as it would be opened."""
     section = house.project.budget
     try:
-        return house.ledger.filter(section.name), budget_fields(house.ledger.show(section.name))
+        return house.ledger.filter(section.name, snapshot), budget_fields(house.ledger.show(section.name))
     except NotFound:
         fresh = accounting.RdpFilter.open(epsilon=section.epsilon, delta=section.delta or delta)
         return fresh, {
@@ -484,6 +493,10 @@ def budget_fields(budget: Budget) -> dict[str, Any]:
         "spent": budget.epsilon - budget.remaining_epsilon,
         "remaining": budget.remaining_epsilon,
         "reservations": budget.num_reservations,
+        "query_delta": budget.query_delta,
+        "period": None if budget.period is None else budget.period.to_json(),
+        "unlocked": budget.unlocked,
+        "alerts": list(budget.alerts),
     }
 
 
@@ -498,7 +511,7 @@ def guarantee_fields(plan: mechanism.Plan) -> dict[str, Any]:
         "filter_epsilon": plan.filter_epsilon,
         "noise_multiplier": plan.noise_multiplier,
         "sampling_probability": plan.sampling_probability,
-        "sampler": "poisson",
+        "sampler": plan.sampling.value,
         "steps": plan.steps,
         "clip_norm": plan.clip_norm,
         "expected_batch": plan.expected_batch,
@@ -567,7 +580,7 @@ def _public_track(house: House, base: Base, frozen: Corpus, folder: Path, observ
         raise ConfigInvalid("a [[source]] with role = 'public' for [train] public_steps > 0")
     run = f"public-{folder.name}"
     if run not in {entry.fields["run"] for entry in house.log.select(Predicate.TRAINED)}:
-        checkpoints = Checkpoints(folder=folder / "public", key=house.keyring.purpose("checkpoint"), run=folder.name)
+        checkpoints = Checkpoints(folder=folder / "public", key=house.keyring.purpose(PURPOSE), run=folder.name)
         fitted = loop.fit(
             frozen.public,
             setup=_setup(house, base, held_out=frozen.held_out),
@@ -618,13 +631,13 @@ def load_base(house: House, public: PublicText | None, observer: Observer) -> Ba
         return model.load_base(name if name == model.SMOLLM2 else str(house.project.path(name)), cache=cache, progress=observer.note)
     if public is None:
         return model.load_base(_needed(house, "train")["base_path"], cache=cache)
-    return model.build_tiny(public, cache=house.project.state / "models", steps=80, batch=16, learning_rate=1e-2, progress=observer.note)
+    return model.build_tiny(public, cache=house.project.state / "models", steps=50, batch=16, learning_rate=1e-2, progress=observer.note)
 
 
 def _shown(observer: Observer, task: str) -> Callable[[loop.StepReport], None]:
     def show(step: loop.StepReport) -> None:
         figures = {"loss": f"{step.loss:.3f}"} | ({} if step.epsilon is None else {"epsilon": f"{step.epsilon:.2f}"})
-        observer.progress(task, step.step, step.steps, figures | {"tok/s": f"{step.tokens_per_second:.0f}"})
+        observer.progress(task, step.step, step.steps, figures | {"tok/s": f"{step.tokens_per_second:.0f}", "padding": f"{step.padding:.1%}"})
 
     return show
 
@@ -711,16 +724,20 @@ def _close_abandoned(house: House, current: str) -> None:
     """Closes runs that were killed and never resumed, because configuration or corpus changed: what they spent stays spent, their keys are destroyed."""
     for reservation in house.ledger.open_runs():
         if reservation.run != current:
-            house.ledger.close(reservation, CloseReason.CRASH)
-            house.keyring.close_run(reservation.run)
-            fields: dict[str, JSON] = {"run": reservation.run, "kind": "noise and sampling", "reason": "abandoned"}
-            with house.store.transaction() as tx:
-                house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(reservation.plan,), fields=fields))
-            _checkpoints(house, reservation.run).destroy()
+            _abandon(house, reservation)
+
+
+def _abandon(house: House, reservation: Reservation) -> None:
+    house.ledger.close(reservation, CloseReason.CRASH)
+    house.keyring.close_run(reservation.run)
+    fields: dict[str, JSON] = {"run": reservation.run, "kind": "noise and sampling", "reason": "abandoned"}
+    with house.store.transaction() as tx:
+        house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(reservation.plan,), fields=fields))
+    _checkpoints(house, reservation.run).destroy()
 
 
 def _checkpoints(house: House, run: str) -> Checkpoints:
-    return Checkpoints(folder=house.project.state / "runs" / run / "private", key=house.keyring.purpose("checkpoint"), run=run)
+    return Checkpoints.of(house.project.state / "runs", run, house.keyring)
 
 
 # Line 8: does it hold
@@ -747,11 +764,11 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
             "the base model and the adapter that were trained", remedy="Restore the files; another model cannot be audited in their place."
         )
     private = model.load_adapter(base, adapter)
-    scored = _scores(house, base, private, canaries)
+    untouched = _log_likelihoods(house, base.module, base, canaries)
+    scored = _log_likelihoods(house, private, base, canaries) - untouched
     observer.note("scored the private model; training the control on canaries alone")
     control = _control(house, base, canaries, observer)
-    controlled = _scores(house, base, control, canaries)
-    untouched = membership.log_likelihoods(base.module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget)
+    controlled = _log_likelihoods(house, control, base, canaries) - untouched
     found = bounds.verdict(
         scored,
         canaries.included,
@@ -786,10 +803,8 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     return result
 
 
-def _scores(house: House, base: Base, module: nn.Module, canaries: Canaries) -> NDArray[np.float64]:
-    return membership.scores(
-        module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget, adapter_off=lambda: model.adapter_off(module, base)
-    )
+def _log_likelihoods(house: House, module: nn.Module, base: Base, canaries: Canaries) -> NDArray[np.float64]:
+    return membership.log_likelihoods(module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget)
 
 
 def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module, canaries: Canaries) -> dict[str, Any]:
@@ -808,7 +823,7 @@ def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module
 
 
 def _control(house: House, base: Base, canaries: Canaries, observer: Observer) -> nn.Module:
-    """Trains the positive control without privacy on the planted canaries alone, with adapters on every linear layer. It lives in memory only.
+    """Trains the positive control without privacy on the planted canaries alone, all weights of the last blocks. It lives in memory only.
 
     It has more room to memorise than the private model, so that what the audit can see is not limited by what a small adapter can hold.
     """
@@ -817,9 +832,7 @@ def _control(house: House, base: Base, canaries: Canaries, observer: Observer) -
     steps = rules.control_epochs * -(-len(planted.texts) // CONTROL_BATCH)
     setup = replace(
         _setup(house, base, held_out=PublicText(planted.texts[:1]), evaluations=1),
-        model=ModelSection(
-            lora_rank=CONTROL_RANK, lora_alpha=2.0 * CONTROL_RANK, lora_targets=model.linear_layers(base), max_tokens=house.project.model.max_tokens
-        ),
+        model=ModelSection(train=model.top_blocks(base), max_tokens=house.project.model.max_tokens),
         train=TrainSection(learning_rate=rules.control_learning_rate),
     )
     order = house.keyring.purpose("control order").stream("order")
@@ -1025,6 +1038,7 @@ def _refuse_unknown_parents(house: House, released: Release) -> None:
 
 
 NO_SUBJECTS: Mapping[str, str] = {
+    "cohorts": "HMACs of pseudonyms under a key of their own, which have to outlive the erasure: a budget is not refunded",
     "config": "parameters that the operator wrote",
     "demo": "generated people, written as the project's sources: `sources` is their store",
     "evidence.log": "salted commitments, the salt under the subject's key; requests under an HMAC",
@@ -1038,7 +1052,6 @@ NO_SUBJECTS: Mapping[str, str] = {
     "report": "computed from the log",
     "serve.gateway": "a private copy of released weights while it serves",
     "store": "the database itself: compacted by the machine, with its write-ahead log",
-    "train.checkpoint": "open runs on the subject's snapshots are closed and their state destroyed: `open runs`",
 }
 """Modules that write files or tables and are no store of the tuple below, each with the reason. An architecture test holds that there is no third kind."""
 
@@ -1057,7 +1070,7 @@ def erasure_of(house: House) -> Erasure:
             house.catalog,
             corpus.SnapshotStore(house.snapshots, house.keyring),
         ),
-        derived=(),
+        derived=(CheckpointStore(project.state / "runs", house.keyring, snapshots=corpus.SnapshotStore(house.snapshots, house.keyring)),),
         models=_ProjectModels(house),
         unit=project.privacy.unit,
         max_epsilon=project.release.max_epsilon,
@@ -1068,7 +1081,7 @@ def erasure_of(house: House) -> Erasure:
 
 @final
 class _OpenRuns:
-    """Runs that were killed on a snapshot of the subject: their state is destroyed and their keys with it; what they spent stays spent."""
+    """Runs that were killed on a snapshot of the subject: closed, and their keys destroyed; what they spent stays spent. Their states are `CheckpointStore`'s."""
 
     name = "open runs"
 
@@ -1081,8 +1094,10 @@ class _OpenRuns:
         return sorted({run.snapshot for run in self._house.ledger.open_runs() if run.snapshot in theirs and run.snapshot is not None})
 
     def purge(self, subject: SubjectId) -> None:
-        if self.holds(subject):
-            _close_abandoned(self._house, "")
+        theirs = self.holds(subject)
+        for run in self._house.ledger.open_runs():
+            if run.snapshot in theirs:  # its population is no longer what it reserved, and its key could still take the noise away
+                _abandon(self._house, run)
 
     def absence(self, subject: SubjectId) -> bool:
         return not self.holds(subject)

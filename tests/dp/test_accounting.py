@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from itertools import pairwise
@@ -246,7 +247,7 @@ def test_an_open_filter_has_everything_left() -> None:
     budget = open_filter()
     assert budget.spent_epsilon() == 0.0
     assert budget.remaining_epsilon() == 8.0
-    assert math.fsum(budget.shares) == pytest.approx(1.0)
+    assert math.fsum(budget.shares) == pytest.approx(0.99)
     assert all(limit > 0 for limit in budget.limits)
 
 
@@ -314,6 +315,100 @@ def test_pure_bound_holds_for_randomized_response() -> None:
 def test_no_noise_is_never_admitted() -> None:
     assert not open_filter().admits(gaussian(0.0))
     assert not open_filter().admits(dp_accounting.NonPrivateDpEvent())
+
+
+def truncated(steps: int = 1000) -> DpEvent:
+    return dp_accounting.SelfComposedDpEvent(TruncatedSubsampledGaussianDpEvent(10000, 0.01, 150, 1.0), steps)
+
+
+def test_every_kind_of_mechanism_has_its_accountants_and_its_entry() -> None:
+    assert set(accounting.ACCOUNTANTS) == set(accounting._FIELDS) - {"self_composed", "composed"}
+    assert accounting.entry_of(training(0.01, 1.0, 10)) == "rdp"
+    assert accounting.entry_of(truncated()) == "epsilon_delta"
+    assert accounting.entry_of(both(truncated(), training(0.01, 1.0, 10))) == "epsilon_delta"
+    selection = RepeatAndSelectDpEvent(training(0.01, 1.0, 10), 10.0, 1.0)
+    assert accounting.entry_of(selection) == "rdp"
+    assert guarantee(selection, delta=1e-5).accountant == "rdp"
+    with pytest.raises(ValueError, match="known to none"):
+        accounting.entry_of(both(truncated(), selection))
+    with pytest.raises(ValueError, match="knows"):
+        guarantee(both(truncated(), selection), delta=1e-5)
+
+
+def test_an_event_of_pld_alone_is_one_query_of_the_whole_run() -> None:
+    """Charged by basic composition among its like, by the RDP of its epsilon beside others; its delta comes out of the reserve."""
+    budget = open_filter(epsilon=6.0)
+    delta = budget.next_delta
+    assert delta == pytest.approx(0.005 * 1e-5)
+    epsilon = guarantee(truncated(), delta=delta).epsilon
+    once = budget.charge(truncated())
+    assert once.spent_epsilon() == pytest.approx(epsilon)
+    assert once.spent == pytest.approx(tuple(rdp_of_pure(epsilon, budget.orders)))
+    assert once.spent_delta == pytest.approx(delta)
+    twice = once.charge(truncated())
+    assert twice.spent_basic > 2 * epsilon  # the second was charged at half the delta
+    assert not twice.admits(truncated())
+    assert math.fsum(twice.shares) * twice.delta + twice.spent_delta < twice.delta
+    assert not twice.admits(training(0.01, 1.0, 10)) or math.isinf(twice.charge(training(0.01, 1.0, 10)).spent_basic)
+    assert RdpFilter.from_json(json.loads(json.dumps(twice.to_json()))) == twice
+
+
+def test_a_query_after_training_is_charged_by_rdp_and_a_budget_without_reserve_refuses_it() -> None:
+    trained = open_filter().charge(training(0.01, 1.0, 500))
+    assert math.isinf(trained.basic)
+    assert not trained.admits(truncated(8000))  # alone, by its epsilon, it would be admitted
+    assert open_filter().admits(truncated(8000))
+    old = {key: value for key, value in open_filter().to_json().items() if not key.startswith("spent_")}
+    full = RdpFilter.from_json({**old, "kind": "rdp_filter/1", "shares": [0.45, 0.45, 0.1]})
+    assert full.admits(training(0.01, 1.0, 10))
+    with pytest.raises(ValueError, match="reserve"):
+        full.charge(truncated())
+
+
+def test_a_vector_charged_by_hand_closes_the_basic_sum() -> None:
+    """Planted defect: a caller that adds RDP to `spent` and forgets the rest gains nothing."""
+    budget = open_filter()
+    spent = dataclasses.replace(budget, spent=tuple(limit + 1 for limit in budget.limits))
+    assert spent.spent_epsilon() > budget.epsilon
+    assert not spent.admits(truncated(1))
+
+
+@pytest.mark.parametrize(
+    ("event", "orders"),
+    [
+        (training(0.01, 1.0, 100), (2, 4)),
+        (training(0.02, 2.0, 1000), (2, 4, 8)),
+        (gaussian(10.0, 5), (2, 4, 8, 16)),
+        (laplace(5.0, 3), (2, 4, 8, 16)),
+        (gaussian(30.0, 20), (2, 4, 8, 16)),
+        (training(0.25, 16.0, 20), (2, 4, 8, 16)),
+    ],
+)
+def test_the_renyi_divergence_of_the_pld_is_that_of_rdp(event: Any, orders: tuple[float, ...]) -> None:
+    """Like against like, within steps * grid^2 * order / 8; orders whose mass lies beyond the tail that composition cuts off (1e-15) are left out."""
+    grid = 1e-3
+    allowed = event.count * grid**2 * np.array(orders) / 8 + 1e-6
+    difference = accounting.renyi(event, orders, grid=grid) - rdp(event, orders)
+    assert np.all(np.abs(difference) <= allowed)
+    halved = dp_accounting.SelfComposedDpEvent(event.event, event.count // 2)
+    assert np.all(np.abs(accounting.renyi(halved, orders, grid=grid) - rdp(event, orders)) > allowed)  # the check can fail
+
+
+def test_figures_of_a_guarantee() -> None:
+    # riskcal 1.5.1 on the PLD; group of 4 by a mixture of Gaussians, dp_accounting 0.6.0 at grid 1e-4.
+    promised = guarantee(training(0.01, 1.0, 1000), delta=1e-5)
+    assert promised.trade_off.advantage == pytest.approx(0.16101842, abs=1e-6)
+    assert promised.curve([1e-5]) == [promised.epsilon]
+    assert guarantee(gaussian(5.0, 10), delta=1e-5).trade_off.advantage == pytest.approx(0.24817037, abs=1e-6)
+    record = guarantee(training(0.001, 1.0, 1000), delta=1e-6)
+    assert record.group(4).epsilon == pytest.approx(0.83414891, rel=2e-3)
+    assert record.group(1).epsilon == record.epsilon
+    assert guarantee(gaussian(3.0), delta=1e-6).group(3).epsilon == pytest.approx(guarantee(gaussian(1.0), delta=1e-6).epsilon)
+    assert guarantee(laplace(3.0), delta=0.0).group(3).epsilon == pytest.approx(1.0, rel=1e-6)
+    with pytest.raises(ValueError, match="size"):
+        record.group(0)
+    with pytest.raises(ValueError, match="group"):
+        guarantee(truncated(10), delta=1e-5).group(2)
 
 
 def test_filter_survives_json() -> None:

@@ -14,8 +14,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from discreet.dp import clipping
-from discreet.dp.clipping import ClippedSum, clipped_sum
+from discreet.dp import clipping, rules
+from discreet.dp.clipping import ClippedSum, Combine, Weighing, clipped_sum, clipped_unit, groups_by_block, groups_by_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft 0.21 reads it from transformers
 
@@ -224,7 +224,7 @@ class OddNorm(GemmaLikeNorm):
 @pytest.mark.parametrize("norm", [GemmaLikeNorm, OddNorm])
 def test_oracle_for_norms_of_model_libraries(norm: type[nn.Module]) -> None:
     layer = norm()
-    assert (clipping._rule_of(layer) is None) == (norm is OddNorm)
+    assert (rules.rule_of(layer) is None) == (norm is OddNorm)
     check(nn.Sequential(nn.Linear(6, 6), layer, nn.Linear(6, 2)).double(), square_loss, torch.randn(4, 5, 6).double(), [0, 1, 2, 1])
 
 
@@ -239,7 +239,7 @@ def test_library_layers_have_rules() -> None:
 
 def test_tied_weights_need_their_cross_term(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted defect (PITFALLS 7)."""
-    monkeypatch.setattr(clipping, "_cross_term", lambda outer, rows: torch.zeros(len(outer.left_ULp), dtype=torch.float64))
+    monkeypatch.setattr(rules, "cross_term", lambda outer, rows: torch.zeros(len(outer.left_ULp), dtype=torch.float64))
     model, batch = llama().double(), tokens(4, 6)
     expected = oracle(model, language_loss, batch, [0, 1, 2, 3], 0.5)
     assert error(clipped_sum(model, language_loss, batch, [0, 1, 2, 3], clip_norm=0.5), expected) > 1e-3
@@ -567,3 +567,109 @@ def test_inputs_changed_in_place_are_refused() -> None:
 
     with pytest.raises(ValueError, match="in place"):
         clipped_sum(InPlace(), square_loss, torch.randn(2, 3), [0, 1], clip_norm=1.0)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------------------------
+# Large units, means, groups, normalised gradients, rules that do not hold
+
+
+@pytest.mark.parametrize("combine", Combine)
+def test_a_unit_of_forty_documents_with_a_budget_of_four(combine: Combine) -> None:
+    model, batch = gpt2().double(), tokens(40, 7)  # a llama's norms round in float32, at another place for another scale
+    chunks = [rows_of(batch, list(range(start, start + 4))) for start in range(0, 40, 4)]
+    divisor = 40 if combine is Combine.MEAN else 1
+    expected = oracle(model, lambda m, b: language_loss(m, b) / divisor, batch, [0] * 40, 0.5)
+    assert error(clipped_unit(model, language_loss, chunks, clip_norm=0.5, combine=combine), expected) < 1e-9
+    assert error(clipped_sum(model, language_loss, batch, [0] * 40, clip_norm=0.5, combine=combine), expected) < 1e-9
+
+
+def test_a_large_unit_that_is_not_finite_or_empty_contributes_zero() -> None:
+    model = nn.Linear(3, 2)
+    chunks = [torch.randn(2, 3), torch.tensor([[1.0, math.nan, 1.0]])]
+    assert norm_of(clipped_unit(model, square_loss, chunks, clip_norm=0.5).gradients) == 0
+    assert norm_of(clipped_unit(model, square_loss, [], clip_norm=0.5).gradients) == 0
+
+
+def test_the_mean_is_over_the_documents_of_each_unit() -> None:
+    model, batch, units = llama().double(), tokens(5, 7), [1, 0, 1, 1, 0]
+    count = torch.tensor([3.0, 2.0, 3.0, 3.0, 2.0]).double()
+    found = clipped_sum(model, language_loss, batch, units, clip_norm=0.5, combine=Combine.MEAN)
+
+    def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
+        return language_loss(model, batch) / batch["count"]
+
+    assert error(found, oracle(model, mean_loss, {**batch, "count": count}, units, 0.5)) < 1e-9
+
+
+@pytest.mark.parametrize("grouping", [groups_by_layer, groups_by_block])
+def test_groups_are_clipped_by_their_own_norms(grouping: Callable[[nn.Module], dict[str, str]]) -> None:
+    model, batch = llama().double(), tokens(3, 7)
+    groups = grouping(model)
+    labels = set(groups.values())
+    assert len(labels) > 2
+    found = clipped_sum(model, language_loss, batch, [0, 1, 2], clip_norm=0.5, groups=groups)
+    expected: dict[str, Tensor] = {}
+    for label in labels:
+        training_only(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(groups.get(name) == label)
+        expected |= oracle(model, language_loss, batch, [0, 1, 2], 0.5 / math.sqrt(len(labels)))
+    assert error(found, expected) < 1e-6
+    with pytest.raises(ValueError, match="is in none"):
+        clipped_sum(model, language_loss, batch, [0, 1, 2], clip_norm=0.5, groups={})
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_normalised_gradients_obey_the_bound(scale: float) -> None:
+    model, batch = llama(), tokens(1, 7)
+    found = clipped_sum(model, lambda m, b: language_loss(m, b) * scale, batch, [0], clip_norm=0.5, weighing=Weighing.NORMALISE)
+    assert norm_of(found.gradients) <= 0.5
+    assert norm_of(found.gradients) > (0.2 if scale == 1e-3 else 0.49)
+
+
+def test_a_subclass_that_computes_something_else_loses_its_rule(caplog: pytest.LogCaptureFixture) -> None:
+    """A rule by name alone would take it for a linear layer."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2 + x.square().sum(-1, keepdim=True)
+
+    class SquaredWeight(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, self.weight.square(), self.bias)
+
+    class Renamed(nn.Linear):
+        pass
+
+    assert rules.rule_of(Doubled(4, 3)) is None
+    assert rules.rule_of(SquaredWeight(4, 3)) is None
+    assert rules.rule_of(Renamed(4, 3)) is not None
+    model = nn.Sequential(nn.Linear(4, 4), SquaredWeight(4, 4), Doubled(4, 3)).double()
+    check(model, square_loss, torch.randn(4, 5, 4).double(), [0, 1, 2, 1])
+    check(model, square_loss, torch.randn(4, 5, 4).double(), [0, 1, 2, 1])
+    assert len([record for record in caplog.records if "no clipping rule" in record.message]) == 2
+
+
+def test_a_module_unused_in_one_step_leaves_nothing_behind() -> None:
+    """A norm of an earlier batch would be stale (PITFALLS 6)."""
+
+    class Optional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.sometimes = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.sometimes(self.always(x)) if self.used else self.always(x)
+
+    model = Optional().double()
+    for model.used, rows in ((True, 4), (False, 3), (True, 2)):
+        found = check(model, square_loss, torch.randn(rows, 5, 4).double(), list(range(rows)))
+        assert (float(found.gradients["sometimes.weight"].abs().max()) > 0) == model.used
+
+
+def test_votes_count_the_units_within_the_bound() -> None:
+    model = nn.Linear(3, 2)
+    batch = torch.randn(4, 3)
+    assert clipped_sum(model, square_loss, batch, [0, 1, 2, 3], clip_norm=1e6).votes == 2.0
+    assert clipped_sum(model, square_loss, batch, [0, 1, 2, 3], clip_norm=1e-6).votes == -2.0
+    assert (ClippedSum.zero(model, clip_norm=0.5) + ClippedSum.zero(model, clip_norm=0.5)).votes == 0.0

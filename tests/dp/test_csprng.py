@@ -114,3 +114,30 @@ def test_bernoulli_refuses(probability: float) -> None:
 def test_negative_count_is_refused() -> None:
     with pytest.raises(ValueError, match="count"):
         csprng.uniform(stream(), -1)
+
+
+def test_the_cipher_on_a_device_is_the_one_of_the_stream() -> None:
+    key = bytes(range(32))
+    words = csprng.keystream(key, nonce=0, num_blocks=5, device=torch.device("cpu"))
+    assert words.numpy().astype("<i4").tobytes() == Stream(key).bytes(320)
+    other = csprng.keystream(key, nonce=1, num_blocks=5, device=torch.device("cpu"))
+    assert not torch.equal(words, other)
+
+
+def test_gaussians_of_a_device_are_gaussians(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code that a GPU runs, run on the CPU; the GPU itself is exercised by `test_noise_on_a_gpu`."""
+    monkeypatch.setattr(csprng, "_CHUNK", 1 << 10)
+    drawn = csprng._normal_on(torch.device("cpu"), bytes(32), 20_001, torch.float32)
+    assert drawn.shape == (20_001,)
+    assert stats.kstest(drawn.double().numpy(), "norm").pvalue > 1e-6
+    assert len(torch.unique(drawn)) > 19_900, "no chunk repeats another"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_noise_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    drawn = csprng.normal(Stream(bytes(32)), (1000, 300), device=device)
+    assert drawn.device.type == "cuda"
+    torch.testing.assert_close(
+        drawn.cpu().flatten(), csprng._normal_on(torch.device("cpu"), Stream(bytes(32)).fork("device").bytes(32), 300_000, torch.float32)
+    )

@@ -7,11 +7,14 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from discreet.dp import mechanism
 from discreet.dp.accounting import RdpFilter, guarantee
-from discreet.dp.mechanism import Mechanism, Plan, calibrate, noise_for, plan_from_json
+from discreet.dp.mechanism import Mechanism, Plan, Sampling, calibrate, noise_for, plan_from_json
+from discreet.keys import Key
 
 HOSPITAL: dict[str, Any] = {
     "epsilon": 3.0,
@@ -102,6 +105,132 @@ def test_plan_survives_json_and_a_changed_one_is_refused(plan: Plan) -> None:
     del stored["cap"]
     with pytest.raises(ValueError, match="all its fields"):
         plan_from_json(stored)
+
+
+def test_a_plan_priced_by_another_numerics_library_keeps_its_figures(plan: Plan) -> None:
+    """Last digits may differ; a figure that understates, or is far off, may not."""
+    stored = plan.to_json()
+    other = {**stored, "epsilon": stored["epsilon"] * (1 + 1e-7), "epsilon_rdp": stored["epsilon_rdp"] * (1 - 1e-9)}
+    rebuilt = plan_from_json(other)
+    assert rebuilt.to_json() == other
+    assert rebuilt.digest != plan.digest
+    for wrong in (0.999, 1.02):
+        with pytest.raises(ValueError, match="epsilon"):
+            plan_from_json({**stored, "epsilon": stored["epsilon"] * wrong})
+    with pytest.raises(ValueError, match="epsilon"):
+        plan_from_json({**stored, "epsilon": "3.0"})
+
+
+SAMPLERS: dict[Sampling, dict[str, Any]] = {
+    Sampling.POISSON: {},
+    Sampling.TRUNCATED_POISSON: {"sampling": Sampling.TRUNCATED_POISSON, "batch_limit": 80},
+    Sampling.POISSON_DOCUMENTS: {"sampling": Sampling.POISSON_DOCUMENTS},
+}
+
+
+@pytest.fixture(scope="module", params=list(Sampling))
+def sampled(request: pytest.FixtureRequest) -> Plan:
+    return calibrate(**HOSPITAL, **SAMPLERS[request.param])
+
+
+def test_every_sampler_has_its_event(sampled: Plan) -> None:
+    assert set(mechanism._PAIRS) == set(Sampling)
+    assert 0.99 * 3 < sampled.guarantee.epsilon <= 3
+    assert sampled.event == sampled.mechanism.event
+    stored = json.loads(json.dumps(sampled.to_json()))
+    assert plan_from_json(stored) == sampled
+    for other in set(Sampling) - {sampled.sampling}:
+        with pytest.raises(ValueError, match="Expected"):
+            plan_from_json({**stored, "sampling": other.value})
+
+
+@pytest.mark.parametrize("sampling", [Sampling.TRUNCATED_POISSON, Sampling.POISSON_DOCUMENTS])
+def test_a_plan_of_pld_alone_is_calibrated_to_a_budget(sampling: Sampling, budget: RdpFilter) -> None:
+    plan = calibrate(**HOSPITAL, **SAMPLERS[sampling], budget=budget)
+    assert plan.admitted_by(budget)
+    assert plan.filter_epsilon is not None
+    assert plan.guarantee.epsilon_rdp is None
+    assert plan.guarantee.epsilon < plan.filter_epsilon <= 3
+
+
+NAMES = tuple(f"unit-{number}" for number in range(300))
+SIZES = tuple(1 + number % 4 for number in range(300))
+
+
+def run_key(number: int = 1) -> Key:
+    return Key(number.to_bytes(32, "little"))
+
+
+def draws(plan: Plan, steps: int = 400, names: tuple[str, ...] = NAMES) -> list[list[mechanism.Group]]:
+    return [mechanism.draw(plan, SIZES[: len(names)], names, key=run_key(), step=step) for step in range(1, steps + 1)]
+
+
+def small(sampling: Sampling, **more: Any) -> Plan:
+    common = {"epsilon": 8.0, "delta": 1e-4, "population": 300, "expected_batch": 30, "steps": 5, "clip_norm": 1.0, "cap": 2}
+    return calibrate(**{**common, "sampling": sampling, **more})
+
+
+@pytest.mark.parametrize("sampling", list(Sampling))
+def test_inclusion_is_what_the_event_says(sampling: Sampling) -> None:
+    """Counts of inclusion against the binomial of the event's own probability; false-alarm rate 1e-6 for a fresh key."""
+    plan = small(sampling, **({"batch_limit": 300} if sampling is Sampling.TRUNCATED_POISSON else {}))
+    drawn = draws(plan)
+    probability = plan.sampling_probability
+    places = sum(min(size, plan.cap) for size in SIZES) if sampling is Sampling.POISSON_DOCUMENTS else len(NAMES)
+    total = sum(len(step) for step in drawn)
+    assert stats.binomtest(total, places * len(drawn), probability).pvalue > 1e-6
+    sizes = np.array([len(step) for step in drawn])
+    low, high = stats.chi2.ppf([5e-7, 1 - 5e-7], len(sizes) - 1) / (len(sizes) - 1)
+    expected = places * probability * (1 - probability)
+    assert low * expected < sizes.var(ddof=1) < high * expected
+    assert drawn == draws(plan)
+
+
+def test_a_unit_is_clipped_as_one_or_each_document_alone() -> None:
+    for sampling in (Sampling.POISSON, Sampling.POISSON_DOCUMENTS):
+        kept: dict[int, set[int]] = {}
+        for groups in draws(small(sampling), steps=100):
+            for unit, places in groups:
+                assert len(places) == (1 if sampling is Sampling.POISSON_DOCUMENTS else min(SIZES[unit], 2))
+                kept.setdefault(unit, set()).update(places)
+        over_all = max(len(places) for places in kept.values())
+        assert over_all == (2 if sampling is Sampling.POISSON_DOCUMENTS else 4)  # the cap of ELS holds over the whole run
+
+
+def test_truncation_keeps_a_fair_choice_of_at_most_the_limit() -> None:
+    plan = small(Sampling.TRUNCATED_POISSON, batch_limit=20)
+    drawn = draws(plan)
+    assert max(len(step) for step in drawn) == 20
+    counts = np.bincount([unit for step in drawn for unit, _ in step], minlength=300)
+    assert stats.chisquare(counts).pvalue > 1e-6
+    crowd = tuple(f"unit-{number}" for number in range(301))
+    with pytest.raises(ValueError, match="population"):
+        mechanism.draw(plan, (1,) * 301, crowd, key=run_key(), step=1)
+
+
+def test_truncation_with_few_units_leaves_places_empty() -> None:
+    """Half of the places are empty, so half of at most twenty is the mean: filling up would double a unit's chance."""
+    plan = small(Sampling.TRUNCATED_POISSON, batch_limit=20)
+    drawn = draws(plan, names=NAMES[:150])
+    assert np.mean([len(step) for step in drawn]) == pytest.approx(10, abs=0.6)
+
+
+def test_a_batch_limit_belongs_to_truncation() -> None:
+    for change in ({"batch_limit": 5}, {"sampling": Sampling.TRUNCATED_POISSON}, {"sampling": Sampling.TRUNCATED_POISSON, "batch_limit": 0}):
+        with pytest.raises(ValueError, match="batch_limit"):
+            calibrate(**{**HOSPITAL, **change})
+    with pytest.raises(ValueError, match="name"):
+        mechanism.draw(small(Sampling.POISSON), (1, 2), ("a",), key=run_key(), step=1)
+
+
+def test_sampling_documents_never_costs_more_than_the_worst_group() -> None:
+    """ELS of at most one document is plain Poisson sampling; of two, it lies between one participation and a doubled sensitivity."""
+    common: dict[str, Any] = {"sampling_probability": 0.01, "noise_multiplier": 1.0, "clip_norm": 1.0, "steps": 100}
+    one, two = (guarantee(Mechanism(**common, sampling=Sampling.POISSON_DOCUMENTS, cap=cap).event, delta=1e-5).epsilon for cap in (1, 2))
+    plain = guarantee(Mechanism(**common).event, delta=1e-5).epsilon
+    doubled = guarantee(Mechanism(**{**common, "sampling_probability": 0.02, "noise_multiplier": 0.5}).event, delta=1e-5).epsilon
+    assert one == pytest.approx(plain, rel=1e-3)
+    assert plain < two < doubled
 
 
 def test_delta_of_one_over_population_needs_a_recorded_reason(budget: RdpFilter) -> None:

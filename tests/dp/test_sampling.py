@@ -85,6 +85,13 @@ def test_micro_batches_hold_every_unit_once_within_the_budget(lengths: list[list
         assert padded <= budget or len(group) == 1
 
 
+@given(lengths=st.lists(st.integers(2, 512), max_size=60))
+def test_micro_batches_of_single_documents_leave_little_padding(lengths: list[int]) -> None:
+    for group in sampling.micro_batches([[length] for length in lengths], 2048):
+        tokens = sum(lengths[unit] for unit in group)
+        assert len(group) * max(lengths[unit] for unit in group) - tokens <= max(8, tokens / 32)
+
+
 def test_micro_batches_are_sorted_by_length() -> None:
     assert sampling.micro_batches([[50], [10], [49], [11]], 100) == [[1, 3], [2, 0]]
     assert sampling.micro_batches([], 100) == []

@@ -83,10 +83,10 @@ def test_what_depends_on_private_data_is_internal() -> None:
         Predicate.ADMITTED,
         Predicate.REFUSED,
         Predicate.DEIDENTIFIED,
+        Predicate.ACCESS_GRANTED,
         Predicate.FROZEN,
         Predicate.RESERVED,
         Predicate.CONSENT_CHANGED,
-        Predicate.ACCESS_GRANTED,
         Predicate.ERASED,
         Predicate.SERVED,
     }

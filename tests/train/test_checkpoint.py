@@ -12,7 +12,9 @@ from discreet.config import ModelSection
 from discreet.errors import DigestMismatch, SealBroken, StorageFull
 from discreet.keys import Key
 from discreet.model import Base
-from discreet.train.checkpoint import Checkpoints
+from discreet.record import SubjectId
+from discreet.train import checkpoint
+from discreet.train.checkpoint import Checkpoints, CheckpointStore
 from discreet.train.step import public_step, tokenize
 
 from .conftest import NOTES
@@ -99,3 +101,35 @@ def test_destroy_is_idempotent(base: Base, tmp_path: Path) -> None:
     _checkpoints(tmp_path).destroy()
     _checkpoints(tmp_path).destroy()
     assert not any(tmp_path.iterdir())
+
+
+def test_moments_return_to_where_their_parameter_lies() -> None:
+    """On a GPU a moment left on the CPU stops the next step; the device without memory stands in for it."""
+    parameter = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    assert checkpoint._like(parameter, torch.ones(3), "exp_avg").device.type == "meta"
+    assert checkpoint._like(parameter, torch.tensor(2.0), "step").device.type == "cpu"
+
+
+class _Keys:
+    def purpose(self, name: str) -> Key:
+        return Key(bytes(32))
+
+
+class _Snapshots:
+    def holds(self, subject: str) -> list[str]:
+        return {"S1": ["sha256:one", "sha256:two"]}.get(subject, [])
+
+
+def test_erasure_destroys_every_unfinished_state_and_says_what_held_the_subject(base: Base, tmp_path: Path) -> None:
+    module, optimizer = _training(base)
+    for run, root in (("run-a", "sha256:one"), ("run-b", "sha256:other")):
+        Checkpoints.of(tmp_path, run, _Keys()).save(module, optimizer, step=1, curve=(), subject={"snapshot": root})  # type: ignore[arg-type]  # a stand-in
+    (tmp_path / "run-b" / "private" / ".state-torn").write_bytes(b"cut short")
+    store = CheckpointStore(tmp_path, _Keys(), snapshots=_Snapshots())  # type: ignore[arg-type]  # stand-ins
+    assert store.holds(SubjectId("S1")) == ["sha256:one"]
+    assert store.holds(SubjectId("S2")) == []
+    assert not store.absence(SubjectId("S1"))
+    for _ in range(2):
+        store.purge(SubjectId("S2"))
+    assert store.absence(SubjectId("S1"))
+    assert not list(tmp_path.rglob("*state*"))

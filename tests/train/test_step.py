@@ -76,6 +76,56 @@ def _move(module: torch.nn.Module) -> None:
             parameter.add_(torch.linspace(-0.1, 0.1, parameter.numel()).view(parameter.shape))
 
 
+def _tiny(kind: str) -> torch.nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    if kind == "llama":
+        shape = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+        made: torch.nn.Module = LlamaForCausalLM(LlamaConfig(vocab_size=60, hidden_size=32, tie_word_embeddings=True, **shape))
+    else:
+        made = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    return made.double().eval()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_give_the_clipped_sum_of_rows_of_one_document(kind: str, attention: str) -> None:
+    """PITFALLS 9: losses and clipped sums of units of one to three documents, packed and alone."""
+    torch.manual_seed(0)
+    module = _tiny(kind)
+    module.set_attn_implementation(attention)
+    units = [tuple(torch.randint(0, 60, (n,)) for n in of_unit) for of_unit in ((9, 3), (17,), (5, 5, 12), (2,), (30,))]
+    packed = steps.arranged(units, 120, steps.Rows.PACKED)
+    assert any(len(row) > 1 for rows in packed for row in rows)
+    assert steps.work(units, packed).padding < steps.work(units, steps.arranged(units, 120, steps.Rows.PADDED)).padding
+    alone = [[[(u, d)] for d in range(len(of_unit))] for u, of_unit in enumerate(units)]
+    expected = steps.summed(module, units, alone, clip_norm=0.5)
+    got = steps.summed(module, units, packed, clip_norm=0.5)
+    tolerance = 1e-7 if attention == "eager" else 1e-11  # eager Llama takes its softmax in float32, whatever the model
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(got.gradients[name], gradient, rtol=1e-9, atol=tolerance)
+
+
+def test_packing_never_splits_a_unit_and_keeps_the_budget() -> None:
+    lengths = [[40, 2], [7], [7, 7, 7], [30], [1], [90, 90]]
+    for budget in (1, 50, 100, 1000):
+        packed = steps._packed(lengths, budget)
+        placed = [document for rows in packed for row in rows for document in row]
+        assert sorted(placed) == [(u, d) for u, of_unit in enumerate(lengths) for d in range(len(of_unit))]
+        for rows in packed:
+            width = max(sum(lengths[u][d] for u, d in row) for row in rows)
+            assert len(rows) * width <= budget or len({u for row in rows for u, _ in row}) == 1
+        assert sum(len({u for row in rows for u, _ in row}) for rows in packed) == len(lengths)
+
+
+def test_packing_is_refused_where_attention_has_a_window() -> None:
+    module = _tiny("llama")
+    module.config.sliding_window = 4
+    batch = steps.laid_out([[torch.arange(5), torch.arange(3)]])
+    with pytest.raises(ValueError, match="sliding_window=4"):
+        document_losses(module, batch)
+
+
 def test_private_step_is_its_plan(paid: Paid) -> None:
     """Draw, clip a unit at a time, add, noise once, divide by the public batch: recomputed here by hand with SGD of rate one."""
     corpus, plan, module = _corpus(paid), paid.plan, models.attach(paid.setup.base, SECTION)
@@ -106,7 +156,7 @@ def test_an_empty_sample_is_noised_and_applied(paid: Paid, monkeypatch: pytest.M
     monkeypatch.setattr(sampling, "poisson", lambda *_: torch.zeros(0, dtype=torch.int64))
     module = models.attach(paid.setup.base, SECTION)
     before = {name: parameter.detach().clone() for name, parameter in models.trained_parameters(module).items()}
-    assert private_step(module, _sgd(module), _corpus(paid), paid.plan, run_key=paid.run_key, step=1, token_budget=64) == 0
+    assert private_step(module, _sgd(module), _corpus(paid), paid.plan, run_key=paid.run_key, step=1, token_budget=64).tokens == 0
     assert all(not torch.equal(before[name], parameter) for name, parameter in models.trained_parameters(module).items())
 
 
@@ -150,7 +200,8 @@ def test_choice_of_documents_depends_on_unit_and_step_alone(paid: Paid) -> None:
     picks: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     for which, one in enumerate((corpus, smaller)):
         for number in range(1, 30):
-            drawn = steps._capped(one.units.reveal()[3], 1, key.stream("documents", number).fork(one.names[3]))
+            kept = sampling.capped_range(len(one.units.reveal()[3]), 1, key.stream("documents", number).fork(one.names[3]))
+            drawn = tuple(one.units.reveal()[3][place] for place in kept)
             picks[which].append(drawn[0])
     assert all(torch.equal(left, right) for left, right in zip(picks[0], picks[1], strict=True))
     assert len({tuple(pick.tolist()) for pick in picks[0]}) == 2
@@ -171,5 +222,5 @@ def test_public_step_learns_public_text(base: Base) -> None:
     optimizer = torch.optim.Adam(list(models.trained_parameters(module).values()), lr=0.02)
     before = mean_loss(module, documents, token_budget=256)
     for _ in range(8):
-        assert public_step(module, optimizer, documents, token_budget=256) == sum(len(document) for document in documents)
+        assert public_step(module, optimizer, documents, token_budget=256).tokens == sum(len(document) for document in documents)
     assert mean_loss(module, documents, token_budget=256) < before - 0.05

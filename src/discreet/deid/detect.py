@@ -2,8 +2,8 @@
 
     original -> view (normalised, with an offset for every character) -> candidates (rows, names, known values) -> spans -> blank them, look again -> spans
 
-The view undoes what hides an identifier from an expression: compatibility forms and accents are folded, other digits become ASCII digits, look-alike Greek and Cyrillic letters
-become Latin, and zero-width characters, soft hyphens and variation selectors vanish (PITFALLS 24).
+`normalise` folds single characters; `decode` then reads through escapes, encodings, markup and broken lines, and what it finds maps back to the characters that hide it.
+Text written backwards is read where a line has the look of it. A name model joins in through `tagging`.
 
 One resolution rule: the longest candidate wins, then the stronger, then the earlier; what a loser covers beyond the winner stays as a span of its own, so that no
 candidate's text is ever left uncovered because another one was longer.
@@ -12,7 +12,7 @@ Guarantees: spans are in range, sorted, disjoint and non-empty. A found span cou
 is found, so that redacting a redacted text changes nothing. The result depends on the text and on `known` alone. Time is linear in the text times a bounded number
 of rounds; texts above `MAX_CHARS` are refused.
 
-Does not cover: encoded values (base64, percent, HTML entities), names that no list, cue or `known` value gives away, quasi-identifiers (occupation, rare disease), states, countries,
+Does not cover: names that no list, cue, model or `known` value gives away, encodings beyond `decode`'s, quasi-identifiers (occupation, rare disease), states, countries,
 years, weekdays and ages below 90 (45 CFR 164.514(b)(2) lets them stand).
 """
 
@@ -20,17 +20,20 @@ from __future__ import annotations
 
 import itertools
 import re
-import unicodedata
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib import resources
 from types import MappingProxyType
 from typing import final
 
 from discreet.deid import patterns
+from discreet.deid.decode import BREAK, MAX_DEPTH, hidden
+from discreet.deid.normalise import OPAQUE, View, fold, normalise
 from discreet.deid.patterns import GUARDS, PATTERNS, SHAPE, STRONG, WEAK, Label, Pattern
+from discreet.deid.tagging import Reader
 from discreet.errors import RequestInvalid
 
 MAX_CHARS = 2_000_000
@@ -38,13 +41,6 @@ MAX_CHARS = 2_000_000
 
 MAX_ROUNDS = 6
 """How often a text is read: each round covers more of it. Two are enough for all text we have seen."""
-
-OPAQUE = "\ufffc"
-"""Stands in the view for a span that was found, or for a mark such as [PERSON] or [REDACTED] in the text."""
-
-MARK = re.compile(rf"\[(?:REDACTED|{'|'.join(Label)})\]")
-"""What the operators `label` and `redact` leave behind."""
-
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -57,7 +53,13 @@ class Span:
     score: float
 
 
-def detect(text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({}), labels: Iterable[str] | None = None) -> list[Span]:
+def detect(
+    text: str,
+    *,
+    known: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    labels: Iterable[str] | None = None,
+    reader: Reader | None = None,
+) -> list[Span]:
     """Returns the identifiers in the text, sorted by place, none overlapping another.
 
     Args:
@@ -65,6 +67,7 @@ def detect(text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({
         known: identifiers that this text is known to be about, label -> values; found in other spellings too (letter case, spaces, separators, name order,
             date format).
         labels: only these labels; None for all.
+        reader: a name model as one more detector; None for lists and rules alone.
 
     Returns:
         Spans with indices of `text`.
@@ -80,7 +83,7 @@ def detect(text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({
     found: list[Span] = []
     regions: Regions = [(0, len(view.text))]
     for _ in range(MAX_ROUNDS):
-        spans = _read(view, values, regions)
+        spans = _read(view, values, regions, reader)
         if not spans:
             break
         found += [Span(*view.original(s.start, s.end), s.label, s.score) for s in spans]
@@ -102,106 +105,105 @@ def parse_label(label: str) -> Label:
     return Label[name]
 
 
-# The view ---------------------------------------------------------------------------------------------------------------------------------------------------
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class View:
-    """Normalised text; character i stands for `original[starts[i]:ends[i]]`, or for `original[i]` where the offsets are None."""
-
-    text: str
-    starts: array[int] | None
-    ends: array[int] | None
-
-    def original(self, start: int, end: int) -> tuple[int, int]:
-        """Returns the half-open range of the original text that view[start:end] stands for (start < end)."""
-        if self.starts is None or self.ends is None:
-            return start, end
-        return self.starts[start], self.ends[end - 1]
-
-    def blank(self, ranges: Sequence[tuple[int, int]]) -> View:
-        """Returns the view with each range (sorted, disjoint) replaced by one opaque character that stands for it."""
-        count = len(self.text)
-        starts = self.starts if self.starts is not None else array("q", range(count))
-        ends = self.ends if self.ends is not None else array("q", range(1, count + 1))
-        pieces: list[str] = []
-        new_starts, new_ends, at = array("q"), array("q"), 0
-        for start, end in ranges:
-            pieces += (self.text[at:start], OPAQUE)
-            new_starts += starts[at : start + 1]
-            new_ends += ends[at:start]
-            new_ends.append(ends[end - 1])
-            at = end
-        return View("".join([*pieces, self.text[at:]]), new_starts + starts[at:], new_ends + ends[at:])
-
-
-def normalise(text: str) -> View:
-    """Returns the view of a text: folded characters with the place each one came from, and every mark blanked."""
-    view = View(text, None, None) if text.isascii() else _fold(text)
-    marks = [match.span() for match in MARK.finditer(view.text)] if "[" in view.text else []
-    return view.blank(marks) if marks else view
-
-
-def fold(value: str) -> str:
-    """Returns the normalised form of a value, as it stands in a view."""
-    return value if value.isascii() else _fold(value).text
-
-
-def _fold(text: str) -> View:
-    pieces: list[str] = []
-    starts, ends = array("q"), array("q")
-    for index, character in enumerate(text):
-        folded = character if character < "\x80" else _fold_character(character)
-        if folded:
-            pieces.append(folded)
-            starts.extend([index] * len(folded))
-            ends.extend([index + 1] * len(folded))
-        elif ends and unicodedata.combining(character):
-            ends[-1] = index + 1  # an accent belongs to the letter before it
-    return View("".join(pieces), starts, ends)
-
-
-_LATIN = dict(zip("øØłŁđĐðıəƏħ", "oOlLdDdieEh", strict=True)) | {"ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "þ": "th", "Þ": "Th"}
-_LOOKALIKE = dict(zip("АВЕЅІЈКМНОРСТУХаеоріјѕсухԁһɡΑΒΕΖΗΙΚΜΝΟΡΤΥΧαονɑɩ", "ABESIJKMHOPCTYXaeopijscyxdhgABEZHIKMNOPTYXaovai", strict=True))
-_PUNCTUATION = dict(zip("‘’‚‛′ʼ`´“”„‟″«»−⁃∕⁄․·﹒。", "''''''''\"\"\"\"\"\"\"--//....", strict=True))
-
-
-@lru_cache(maxsize=8192)
-def _fold_character(character: str) -> str:
-    """Folds one character to zero or more ASCII ones where it has such a form; other scripts stay as they are."""
-    if character in _LATIN or character in _LOOKALIKE or character in _PUNCTUATION:
-        return _LATIN.get(character) or _LOOKALIKE.get(character) or _PUNCTUATION[character]
-    if character == OPAQUE:
-        return OPAQUE
-    category = unicodedata.category(character)
-    if category == "Nd":
-        return str(unicodedata.decimal(character))
-    if category == "Pd":
-        return "-"
-    if category == "Zs":
-        return " "
-    if category in ("Zl", "Zp") or character == "\x85":
-        return "\n"
-    if category in ("Cf", "Cc") or character in "\u034f\u115f\u1160\u3164\uffa0" or "\ufe00" <= character <= "\ufe0f":
-        return ""
-    if "\u0300" <= character <= "\u036f" or "\U000e0100" <= character <= "\U000e01ef":
-        return ""
-    decomposed = unicodedata.normalize("NFKD", character)
-    plain = "".join(c for c in decomposed if not "\u0300" <= c <= "\u036f")
-    return "".join(_LATIN.get(c) or _LOOKALIKE.get(c, c) for c in plain) if plain != character else character
-
-
 # Candidates -------------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _read(view: View, values: Sequence[tuple[Label, str]], regions: Regions) -> list[Span]:
+def _read(view: View, values: Sequence[tuple[Label, str]], regions: Regions, reader: Reader | None) -> list[Span]:
     """One round over the regions of a view: every candidate, then the resolution rule. Spans are indices of the view."""
     text = view.text
     candidates = [*_rows(text, regions), *_known(text, values)]
+    if reader is not None:
+        candidates += [Span(*tag) for tag in reader.read(text, regions, _words())]
     candidates += _names(text, candidates, regions)
+    candidates += _uncovered(text, values, regions, candidates)
+    candidates += _backwards(text, regions)
     return _resolve(candidates, text)
 
+
+# What is hidden ---------------------------------------------------------------------------------------------------------------------------------------------
+
+_BROKEN_MAY = frozenset(Label) - {Label.ORG, Label.LOCATION, Label.AGE, Label.ZIP, Label.ID}
+"""Labels that are looked for across a line break; for the others what stands on two lines is two things."""
+
+
+def _uncovered(text: str, values: Sequence[tuple[Label, str]], regions: Regions, plain: Sequence[Span]) -> Iterator[Span]:
+    """Yields what stands behind escapes, encodings, markup and line breaks, as places of the text."""
+    view = View(text, [0], [0], [-1])
+    for depth in range(MAX_DEPTH):
+        edits, kinds = hidden(view.text, _is_word)
+        if depth == 0:
+            near = [any(start < b and a < end for a, b in regions) for start, end, _ in edits] if len(regions) < 50 else [True] * len(edits)
+            kinds = [kind for kind, kept in zip(kinds, near, strict=True) if kept]
+            edits = [edit for edit, kept in zip(edits, near, strict=True) if kept]
+        if not edits:
+            return
+        view, places = _edited(view, edits)
+        parts = _around(places, view.text)
+        found = [*_rows(view.text, parts), *_known(view.text, values)]
+        found += _names(view.text, found, parts)
+        yield from _touching(found, places, kinds, view, plain)
+
+
+def _edited(view: View, edits: Sequence[tuple[int, int, str]]) -> tuple[View, list[tuple[int, int]]]:
+    """Returns the view with the edits made, and where they stand in it."""
+    places, moved = [], 0
+    for start, end, put in edits:
+        places.append((start + moved, start + moved + len(put)))
+        moved += len(put) - (end - start)
+    return view.replace(edits), places
+
+
+def _touching(found: Iterable[Span], places: Sequence[tuple[int, int]], kinds: Sequence[str], view: View, plain: Sequence[Span]) -> Iterator[Span]:
+    """Yields the finds that touch an edit; across line breaks alone only telling ones, and none that begins with a find of its own."""
+    ends = [end for _, end in places]
+    for span in found:
+        index = bisect_left(ends, span.start + 1)
+        touched = set()
+        while index < len(places) and places[index][0] < span.end:
+            touched.add(kinds[index])
+            index += 1
+        if not touched:
+            continue
+        start, end = view.original(span.start, span.end)
+        if touched == {BREAK} and (span.score < SHAPE or span.label not in _BROKEN_MAY or _has_own(span.label, start, end, plain)):
+            continue
+        yield Span(start, end, span.label, span.score)
+
+
+def _has_own(label: str, start: int, end: int, plain: Sequence[Span]) -> bool:
+    """Says whether a find of that label, long enough to be whole, stands in the range already: what follows on the next line is then something else."""
+    if label in (Label.PERSON, Label.ADDRESS):
+        return False
+    return any(s.label == label and start < s.end and s.start < end and s.end - s.start >= 8 for s in plain)
+
+
+def _is_word(word: str) -> bool:
+    return word in _words() or word in names()
+
+
+_TURNED = re.compile(r"(?<![A-Za-z])[a-z]{2,20}[A-Z](?![A-Za-z])|(?<![\w-])\d{4}-\d{2,3}-\d{3}(?![\w-])|(?<!\w)\d{8,30}[A-Z]{1,6}\d{2}[A-Z]{2}(?!\w)|(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])")
+_TURNED_MAY = frozenset((Label.PERSON, Label.ADDRESS, Label.SSN, Label.PHONE, Label.IBAN, Label.IP, Label.CARD, Label.EMAIL))
+
+
+def _backwards(text: str, regions: Regions) -> Iterator[Span]:
+    """Yields what is found in the reversed line, where a line has what looks like a reversed name or number."""
+    done = 0
+    for first, last in regions:
+        for match in _TURNED.finditer(text, first, last):
+            if match.start() < done:
+                continue
+            start, end = max(done, match.start() - 60), min(len(text), match.end() + 60)
+            start, end = text.rfind("\n", start, match.start()) + 1 or start, end if (stop := text.find("\n", match.end(), end)) < 0 else stop
+            done = end
+            turned = text[start:end][::-1]
+            whole = [(0, len(turned))]
+            found = [*_rows(turned, whole)]
+            for span in [*found, *_listed(turned, whole)]:
+                if span.label in _TURNED_MAY and span.score >= SHAPE:
+                    yield Span(end - span.end, end - span.start, span.label, span.score)
+
+
+# Rows -------------------------------------------------------------------------------------------------------------------------------------------------------
 
 _OPAQUES = re.compile(OPAQUE + "++")
 _GUARD = re.compile("|".join(f"(?:{guard})" for guard in GUARDS))
@@ -460,6 +462,7 @@ _TITLE_LOWER = re.compile(r"(?:dr|mr|mrs|ms)\b", re.IGNORECASE)
 _LOWER_WORD = re.compile(r"(?<![a-z'-])[a-z]{4,30}(?![a-z'-])")
 _LOWER_NEXT = re.compile(r" (?P<value>[a-z]{3,30})(?![a-z])")
 _COLON = re.compile(rf"[:=][ \t]{{0,4}}(?P<value>{_NAME})")
+_COLON_LOWER = re.compile(r"[:=][ \t]{0,4}(?P<value>[a-z]{3,30} [a-z]{3,30})(?![a-z'-])")
 _COLON_CUE = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(patterns.COLON_CUES, key=len, reverse=True))})(?: name)?[ \t]{{0,2}}$", re.IGNORECASE)
 _SPEAKER = re.compile(rf"(?<![a-z])(?:{'|'.join(patterns.SPEAKERS)})[ \t]{{0,2}}$", re.IGNORECASE)
 _ADDRESSED = re.compile(
@@ -534,6 +537,9 @@ def _cued(text: str, regions: Regions) -> Iterator[Span]:
             and all(is_last(t) or not _common(t) for t in surname)
             and not (_common(given[0]) and _common(surname[-1]))
         ):
+            yield Span(*match.span("value"), Label.PERSON, SHAPE)
+    for match in _within(_COLON_LOWER, text, regions):
+        if _COLON_CUE.search(text, max(0, match.start() - 45), match.start()) and all(t in names() for t in match["value"].split()):
             yield Span(*match.span("value"), Label.PERSON, SHAPE)
     for match in _within(_TITLED_LOWER, text, regions):
         said = match["value"]

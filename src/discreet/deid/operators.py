@@ -28,7 +28,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
-from discreet.deid.detect import fold, names
+from discreet.deid.detect import names
+from discreet.deid.normalise import fold
 from discreet.deid.patterns import CREDENTIALS, MONTHS, PARTICLES, TITLES, Label, digits, is_card
 from discreet.keys import Key
 

@@ -39,7 +39,7 @@ import stdnum.pl.pesel
 import stdnum.se.personnummer
 import stdnum.us.ssn
 
-VERSION = "1"
+VERSION = "2"
 """Part of every policy's digest: raised whenever a row or a rule of `detect` changes what is found."""
 
 
@@ -1084,6 +1084,18 @@ PATTERNS: tuple[Pattern, ...] = (
             "«771 David Creek Apt. 729»",
         ),
         rejects=("5 mg of Dr", "take 2 Tylenol", "120 over 80"),
+    ),
+    Pattern(
+        label=Label.ADDRESS,
+        expression=r"(?<![\w.-])\d{1,6} (?!(?:mg|ml|minutes?|hours?|days?|miles?|km|way|lane)\b)[a-z]{3,20}(?: [a-z]{3,20})? (?:street|avenue|boulevard|road|drive|lane)(?!\w)",
+        score=SHAPE,
+        cased=True,
+        context=("address", "lives at", "living at", "resides at", "moved to", "located at", "home address", "at"),
+        anchors=("street", "avenue", "boulevard", "road", "drive", "lane"),
+        locale="US",
+        source="USPS Publication 28",
+        matches=("address: «482 maple street» is",),
+        rejects=("a 5 minute drive", "at 20 miles road", "two 4 lane road"),
     ),
     Pattern(
         label=Label.ADDRESS,

@@ -7,7 +7,7 @@ For a layer y = x W^T the gradient of one document is G^T A, the product of the 
     norms      per unit, from A and G alone (the Gram trick) or from the unit's own gradient, whichever takes fewer operations
     sum        one weighted product a layer, A^T diag(c) G, with c = min(1, clip_norm / norm)
 
-The rules are `_RULES`, a table from layer type to the *uses* its parameters make of (A, G). Uses of one parameter, in one module or in several (tied embedding
+The rules are in `rules.py`, a table from layer type to the *uses* its parameters make of (A, G). Uses of one parameter, in one module or in several (tied embedding
 and head, layers applied twice), are added before the norm is taken, cross terms included. Whatever else reaches a trained parameter (a custom layer, a
 functional use of a weight) is found in the autograd graph and differentiated one unit at a time: slow, but exact.
 
@@ -21,29 +21,53 @@ Guarantees, for every unit, whatever its documents contain:
 Sources: Goodfellow 2015 (arXiv 1510.01799); Li et al. 2022, "Large Language Models Can Be Strong Differentially Private Learners" (Gram norms); Bu et al. 2023,
 "Differentially Private Optimization on Large Foundation Models" (book-keeping). The tied cross term and the shape of the module are ours.
 
-Does not cover: several devices, fused GPU kernels, per-layer or adaptive clipping, custom autograd functions that mix rows without the probe noticing.
+Also: per-layer and group-wise clipping (`groups`), normalised gradients (`Weighing`), units larger than a micro-batch (`clipped_unit`). A compiled model is run
+eagerly, a reentrant checkpoint as a non-reentrant one.
+
+Does not cover: several devices, fused GPU kernels, compiled speed, custom autograd functions that mix rows without the probe noticing.
 
 Legend: B rows of the batch, T tokens of a row, D documents, U units, L tokens of a unit (padded), d and p features in and out, V rows of an embedding.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
-from functools import partial
 from typing import Any, NamedTuple, final
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn import functional
+from torch.utils import checkpoint as torch_checkpoint
+from torch.utils._pytree import tree_map
 
-_MARGIN = 16
-"""Rounding allowance, in units of the working precision's epsilon: relative to the norm, and relative to the sum of token norms for Gram matrices."""
+from discreet.dp import rules
+from discreet.dp.rules import MARGIN, Kept, Rule, Use
+
+_LOG = logging.getLogger(__name__)
+
+_STABILITY = 0.01
+"""What `Weighing.NORMALISE` adds to a norm (Bu et al. 2023, arXiv 2206.07136, eq. 3.4)."""
+
+
+class Weighing(Enum):
+    """What a unit's gradient is multiplied with."""
+
+    CLIP = "min(1, clip_norm / norm)"
+    NORMALISE = "clip_norm / (norm + 0.01): automatic clipping, in which clip_norm only scales the step"
+
+
+class Combine(Enum):
+    """What the gradient of a unit with several documents is, before it is clipped."""
+
+    SUM = "the sum over its documents"
+    MEAN = "the mean over its documents"
 
 
 @final
@@ -56,10 +80,12 @@ class ClippedSum:
     Attributes:
         gradients: name of every trained parameter -> sum, float32 (float64 for a float64 parameter), the parameter's shape.
         clip_norm: the L2 sensitivity to adding or removing one unit.
+        votes: number of units with norm <= clip_norm, less half the number of units: sensitivity 1/2, private until `adaptive.update` noises it.
     """
 
     gradients: Mapping[str, Tensor]
     clip_norm: float
+    votes: float = 0.0
 
     def __add__(self, other: ClippedSum) -> ClippedSum:
         """Adds the sum of other units.
@@ -73,7 +99,8 @@ class ClippedSum:
             raise ValueError(f"Expected equal clip norms, got {self.clip_norm} and {other.clip_norm}.")
         if self.gradients.keys() != other.gradients.keys():
             raise ValueError("Expected sums over the same parameters.")
-        return ClippedSum(gradients={name: mine + other.gradients[name] for name, mine in self.gradients.items()}, clip_norm=self.clip_norm)
+        gradients = {name: mine + other.gradients[name] for name, mine in self.gradients.items()}
+        return ClippedSum(gradients=gradients, clip_norm=self.clip_norm, votes=self.votes + other.votes)
 
     @staticmethod
     def zero(model: nn.Module, *, clip_norm: float) -> ClippedSum:
@@ -84,7 +111,7 @@ class ClippedSum:
         """
         _check_clip_norm(clip_norm)
         parameters = _trained(model)
-        return ClippedSum(gradients={name: torch.zeros_like(p, dtype=_working(p.dtype)) for name, p in parameters.items()}, clip_norm=clip_norm)
+        return ClippedSum(gradients={name: torch.zeros_like(p, dtype=rules.working(p.dtype)) for name, p in parameters.items()}, clip_norm=clip_norm)
 
 
 def clipped_sum(
@@ -95,8 +122,11 @@ def clipped_sum(
     *,
     clip_norm: float,
     documents: Tensor | None = None,
+    combine: Combine = Combine.SUM,
+    weighing: Weighing = Weighing.CLIP,
+    groups: Mapping[str, str] | None = None,
 ) -> ClippedSum:
-    """Computes the sum over units of clip(gradient of the unit's summed losses).
+    """Computes the sum over units of clip(gradient of the unit's combined losses).
 
     Args:
         model: any module; parameters that require grad are trained, the rest is frozen. Its parameters and their `.grad` are left as they were.
@@ -106,6 +136,10 @@ def clipped_sum(
         units: int [D], the privacy unit of each document; documents with equal values are clipped as one. All documents of a unit must be in one call.
         clip_norm: > 0, finite.
         documents: int64 [B, T], the document (0..D-1) of each token of packed rows, -1 for padding. Attention must not cross documents.
+        combine: whether a unit's documents are added or averaged.
+        weighing: whether gradients longer than `clip_norm` are shortened, or all are brought to nearly that length.
+        groups: name of every trained parameter -> label; each of the G groups is weighed by its own norm against clip_norm / sqrt(G), so that a unit still
+            contributes at most `clip_norm` in all. Default: one group (flat clipping). `groups_by_layer` gives one a layer.
 
     Returns:
         the sum over all trained parameters; zeros for a parameter that no loss reaches.
@@ -113,288 +147,169 @@ def clipped_sum(
     Raises:
         ValueError: when `clip_norm` is not positive and finite; losses are not [D]; no parameter is trained; a layer mixes documents of different units.
     """
-    _check_clip_norm(clip_norm)
     parameters = _trained(model)
+    how = _How.of(parameters, clip_norm=clip_norm, weighing=weighing, groups=groups)
     _refuse_mixing_layers(model)
     layout = _Layout.of(units, documents, device=next(iter(parameters.values())).device)
     if layout.num_documents == 0:
         return ClippedSum.zero(model, clip_norm=clip_norm)
     with _Recorder(model, parameters, layout) as recorder:
-        losses = loss_fn(model, batch)
+        with _plain_execution(model):
+            losses = loss_fn(model, batch)
         recorder.stop()
         _check_losses(losses, layout.num_documents)
+        losses = layout.combined(losses, combine)
         recorder.probe(losses)
-        rest = _one_unit_at_a_time(losses, _reached(losses, parameters), layout)
+        rest = _one_unit_at_a_time(losses, recorder.without_rule(losses), layout)
         uses = recorder.differentiate(losses, rest)
     del losses
     if any(not bool(use.grad_UX.isfinite().all()) for kept in rest.values() for use in kept) and layout.num_units > 1:
-        return _isolated(model, loss_fn, batch, layout, clip_norm=clip_norm)
-    return ClippedSum(gradients=_clip_and_add(uses, parameters, layout.num_units, clip_norm), clip_norm=clip_norm)
+        return _isolated(model, loss_fn, batch, layout, how=how, combine=combine)
+    return _clip_and_add(uses, parameters, layout.num_units, how)
+
+
+def clipped_unit(
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    chunks: Iterable[Any],
+    *,
+    clip_norm: float,
+    combine: Combine = Combine.SUM,
+    weighing: Weighing = Weighing.CLIP,
+    groups: Mapping[str, str] | None = None,
+) -> ClippedSum:
+    """Computes what one unit contributes whose documents do not fit into one micro-batch: its gradient is added up over chunks, then clipped once.
+
+    Args:
+        chunks: batches of whole documents, all of one unit; taken one at a time.
+        loss_fn, clip_norm, combine, weighing, groups: as for `clipped_sum`; the mean is over the documents of all chunks.
+
+    Returns:
+        the same as `clipped_sum` over all documents at once, to rounding; zeros for a unit without documents or with one that is not finite.
+
+    Raises:
+        ValueError: as for `clipped_sum`.
+    """
+    parameters = _trained(model)
+    how = _How.of(parameters, clip_norm=clip_norm, weighing=weighing, groups=groups)
+    _refuse_mixing_layers(model)
+    total = {name: torch.zeros_like(p, dtype=rules.working(p.dtype)) for name, p in parameters.items()}
+    num_documents = 0
+    for chunk in chunks:
+        with _plain_execution(model):
+            losses = loss_fn(model, chunk)
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            raise ValueError("Expected loss_fn to give one loss per document, shape [D].")
+        num_documents += len(losses)
+        grads = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True) if losses.requires_grad else [None] * len(parameters)
+        for name, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                total[name] += grad
+    if num_documents == 0:
+        return ClippedSum.zero(model, clip_norm=clip_norm)
+    divisor = num_documents if combine is Combine.MEAN else 1
+    uses: dict[str, list[Use]] = {name: [Kept(sum_.div_(divisor).view(1, -1))] for name, sum_ in total.items()}
+    return _clip_and_add(uses, parameters, 1, how)
+
+
+def groups_by_layer(model: nn.Module) -> dict[str, str]:
+    """Names one group for each layer that holds trained parameters: per-layer clipping."""
+    return {name: name.rpartition(".")[0] for name in _trained(model)}
+
+
+def groups_by_block(model: nn.Module) -> dict[str, str]:
+    """Names one group for each numbered block of a model (`layers.7`), and one for what is outside of blocks: group-wise clipping."""
+    found = {name: re.match(r"(?:.*?\.)?[A-Za-z_]+\.\d+(?=\.)", name) for name in _trained(model)}
+    return {name: match.group() if match else "" for name, match in found.items()}
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _How:
+    """How units are weighed.
+
+    Attributes:
+        labels: of the groups, sorted.
+    """
+
+    clip_norm: float
+    weighing: Weighing
+    groups: Mapping[str, str]
+    labels: tuple[str, ...]
+
+    @staticmethod
+    def of(parameters: Mapping[str, nn.Parameter], *, clip_norm: float, weighing: Weighing, groups: Mapping[str, str] | None) -> _How:
+        """Validates the request.
+
+        Raises:
+            ValueError: when `clip_norm` is not positive and finite, or `groups` leaves a trained parameter out.
+        """
+        _check_clip_norm(clip_norm)
+        groups = dict.fromkeys(parameters, "") if groups is None else groups
+        missing = sorted(parameters.keys() - groups.keys())
+        if missing:
+            raise ValueError(f"Expected groups to name every trained parameter, but {missing[0]!r} is in none.")
+        return _How(clip_norm=clip_norm, weighing=weighing, groups=groups, labels=tuple(sorted({groups[name] for name in parameters})))
+
+    def label_of(self, name: str) -> str:
+        """The group of a parameter."""
+        return self.groups[name]
+
+    def weight(self, norm_U: Tensor) -> Tensor:
+        """Weights of the units in a group, float64 [U]."""
+        share = self.clip_norm / math.sqrt(len(self.labels))
+        if len(self.labels) > 1:
+            share *= 1 - 1e-7  # squares of rounded shares must not add up to more
+        if self.weighing is Weighing.NORMALISE:
+            return share / (norm_U + _STABILITY)
+        return share / norm_U.clamp(min=share)
+
+
+@contextmanager
+def _plain_execution(model: nn.Module) -> Iterator[None]:
+    """Runs compiled models eagerly, so that their layers can be recorded, and reentrant checkpoints as non-reentrant ones, which compute the same."""
+    is_compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+    reentrant = torch_checkpoint.CheckpointFunction
+    torch_checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[misc, assignment]  # looked up by name at every checkpoint, put back below
+    try:
+        with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+            yield
+    finally:
+        torch_checkpoint.CheckpointFunction = reentrant  # type: ignore[misc]  # see above
+
+
+class _NonReentrant:
+    """Stands in for torch's reentrant checkpoint, whose backward cannot be asked for the gradients of layers."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        """Replays `function` in the backward."""
+        return torch_checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------------------
 # From uses to the clipped sum
 
 
-class _Outer(NamedTuple):
-    """A use whose gradient is left^T right, summed over the unit's tokens: every linear layer."""
-
-    left_ULp: Tensor
-    right_ULd: Tensor
-
-
-class _Rows(NamedTuple):
-    """A use whose gradient adds right[t] to row ids[t]: every embedding."""
-
-    ids_UL: Tensor
-    right_ULd: Tensor
-
-
-class _Kept(NamedTuple):
-    """A use whose gradient is small enough to be kept for each unit."""
-
-    grad_UX: Tensor
-
-
-_Use = _Outer | _Rows | _Kept
-
-
-def _clip_and_add(uses: dict[str, list[_Use]], parameters: Mapping[str, nn.Parameter], num_units: int, clip_norm: float) -> dict[str, Tensor]:
-    """Weighs every unit by min(1, clip_norm / norm), in float64 for the norms and in the working precision for the sum."""
+def _clip_and_add(uses: dict[str, list[Use]], parameters: Mapping[str, nn.Parameter], num_units: int, how: _How) -> ClippedSum:
+    """Weighs every unit by its norm, in float64 for the norms and in the working precision for the sum."""
     device = next(iter(parameters.values())).device
-    margin = _MARGIN * max(_rounding(parameter) for parameter in parameters.values())
-    square_U = torch.zeros(num_units, dtype=torch.float64, device=device)
+    margin = MARGIN * max(_rounding(parameter) for parameter in parameters.values())
+    square_by_group = {label: torch.zeros(num_units, dtype=torch.float64, device=device) for label in how.labels}
     for name in uses:
-        uses[name] = _combine(uses[name], parameters[name].shape, num_units)
-        square_U += _square_norm(uses[name], margin)
-    norm_U = square_U.sqrt() * (1 + margin)
+        uses[name] = rules.combine(uses[name], parameters[name].shape, num_units)
+        square_by_group[how.label_of(name)] += rules.square_norm(uses[name], margin)
+    norm_by_group = {label: square_U.sqrt() * (1 + margin) for label, square_U in square_by_group.items()}
+    norm_U = torch.stack(list(square_by_group.values())).sum(0).sqrt() * (1 + margin)
     finite_U = norm_U.isfinite()
-    weight_U = torch.where(finite_U, (clip_norm / norm_U.clamp(min=clip_norm)), 0.0)
+    weight_by_group = {label: torch.where(finite_U, how.weight(group_norm_U), 0.0) for label, group_norm_U in norm_by_group.items()}
     broken_U = None if bool(finite_U.all()) else ~finite_U
     sums: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
-        total = torch.zeros_like(parameter, dtype=_working(parameter.dtype))
-        for use in uses.pop(name, []):
-            _add_weighted(total, use, weight_U.to(total.dtype), broken_U)
-        sums[name] = total
-    return sums
-
-
-def _combine(uses: list[_Use], shape: torch.Size, num_units: int) -> list[_Use]:
-    """Merges a parameter's uses of one kind, and forms the unit's own gradient where that takes fewer operations than Gram matrices."""
-    outer = [use for use in uses if isinstance(use, _Outer)]
-    rows = [use for use in uses if isinstance(use, _Rows)]
-    kept = [use for use in uses if isinstance(use, _Kept)]
-    merged: list[_Use] = []
-    if outer:
-        merged.append(_Outer(*(_concatenate(list(parts)) for parts in zip(*outer, strict=True))))
-    if rows:
-        merged.append(_Rows(*(_concatenate(list(parts)) for parts in zip(*rows, strict=True))))
-    if not kept and not any(isinstance(use, _Outer) and _gram_costs_more(use) for use in merged):
-        return merged
-    grad_UX = sum((use.grad_UX for use in kept[1:]), start=kept[0].grad_UX.clone()) if kept else None
-    for use in merged:
-        formed = _form(use, shape, num_units)
-        grad_UX = formed if grad_UX is None else grad_UX.add_(formed)
-    return [_Kept(grad_UX)] if grad_UX is not None else []
-
-
-def _concatenate(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-
-def _gram_costs_more(use: _Outer) -> bool:
-    """Compares 2 L^2 (p + d) with 2 L p d; at the break-even the unit's own gradients take as much memory as the stored inputs and output gradients."""
-    (_, num_tokens, p), d = use.left_ULp.shape, use.right_ULd.shape[2]
-    return num_tokens * (p + d) >= p * d
-
-
-def _form(use: _Outer | _Rows | _Kept, shape: torch.Size, num_units: int) -> Tensor:
-    """Gradient of each unit, [U, numel]."""
-    if isinstance(use, _Outer):
-        return torch.bmm(use.left_ULp.mT, use.right_ULd).reshape(num_units, -1)
-    if isinstance(use, _Rows):
-        grad_UVd = use.right_ULd.new_zeros(num_units, *shape)
-        flat_N = (use.ids_UL + torch.arange(num_units, device=use.ids_UL.device)[:, None] * shape[0]).flatten()
-        grad_UVd.view(-1, shape[1]).index_add_(0, flat_N, use.right_ULd.reshape(len(flat_N), -1))
-        return grad_UVd.view(num_units, -1)
-    return use.grad_UX
-
-
-def _square_norm(uses: list[_Use], margin: float) -> Tensor:
-    """Upper bound of the squared norm of one parameter's gradient for each unit, float64 [U].
-
-    The norm of a kept gradient is that of the very numbers that are released. A Gram norm is computed on another path than the sum it bounds: both round
-    relative to the sum of token norms, which tokens that cancel leave far above the norm itself, hence the second term.
-    """
-    square_U, tokens_U = (torch.stack(parts).sum(0) for parts in zip(*(_SQUARE_NORM[type(use)](use) for use in uses), strict=True))
-    outer = next((use for use in uses if isinstance(use, _Outer)), None)
-    rows = next((use for use in uses if isinstance(use, _Rows)), None)
-    if outer is not None and rows is not None:
-        square_U += 2 * _cross_term(outer, rows)
-    return (square_U + margin * tokens_U.square()).clamp(min=0.0)
-
-
-def _outer_norm(use: _Outer) -> tuple[Tensor, Tensor]:
-    """sum_st <l_s, l_t> <r_s, r_t> (Goodfellow; Li et al.), and sum_t |l_t| |r_t|."""
-    left_ULL = torch.bmm(use.left_ULp, use.left_ULp.mT)
-    right_ULL = torch.bmm(use.right_ULd, use.right_ULd.mT)
-    product_ULL = left_ULL.mul_(right_ULL)
-    tokens_U = product_ULL.diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt().sum(1, dtype=torch.float64)
-    return product_ULL.sum((1, 2), dtype=torch.float64), tokens_U
-
-
-def _rows_norm(use: _Rows) -> tuple[Tensor, Tensor]:
-    """Segment sums over (unit, row): no V-sized scratch, one sort."""
-    num_units, num_tokens = use.ids_UL.shape
-    owner_N = torch.arange(num_units, device=use.ids_UL.device).repeat_interleave(num_tokens)
-    ids_N = use.ids_UL.flatten()
-    keys, segment_N = torch.unique(owner_N * (ids_N.max() + 1) + ids_N, return_inverse=True)
-    sums_Sd = use.right_ULd.new_zeros(len(keys), use.right_ULd.shape[2]).index_add_(0, segment_N, use.right_ULd.flatten(0, 1))
-    owner_S = torch.empty_like(keys).scatter_(0, segment_N, owner_N)
-    square_U = torch.zeros(num_units, dtype=torch.float64, device=keys.device).index_add_(0, owner_S, sums_Sd.square().sum(1, dtype=torch.float64))
-    return square_U, use.right_ULd.square().sum(2, dtype=torch.float64).sqrt().sum(1)
-
-
-def _kept_norm(use: _Kept) -> tuple[Tensor, Tensor]:
-    square_U = use.grad_UX.square().sum(1, dtype=torch.float64)
-    return square_U, torch.zeros_like(square_U)
-
-
-_SQUARE_NORM: dict[type, Callable[[Any], tuple[Tensor, Tensor]]] = {_Outer: _outer_norm, _Rows: _rows_norm, _Kept: _kept_norm}
-
-
-def _cross_term(outer: _Outer, rows: _Rows) -> Tensor:
-    """<head, embedding> = sum_st left[s, id_t] <right_s, rows_t> for a weight that is both; leaving it out understates the norm (PITFALLS 7)."""
-    index_USR = rows.ids_UL[:, None, :].expand(-1, outer.left_ULp.shape[1], -1)
-    return (outer.left_ULp.gather(2, index_USR) * torch.bmm(outer.right_ULd, rows.right_ULd.mT)).sum((1, 2), dtype=torch.float64)
-
-
-def _add_weighted(total: Tensor, use: _Use, weight_U: Tensor, broken_U: Tensor | None) -> None:
-    """Adds sum_u weight_u gradient_u to `total`; a broken unit's rows are zeroed first, for 0 * NaN is NaN."""
-    if broken_U is not None:
-        use = type(use)(*(part.masked_fill(broken_U.view(-1, *[1] * (part.dim() - 1)), 0) for part in use))
-    if isinstance(use, _Kept):
-        total.add_((weight_U.to(use.grad_UX.dtype) @ use.grad_UX).view_as(total))
-    elif isinstance(use, _Rows):
-        scaled_ULd = use.right_ULd * weight_U.to(use.right_ULd.dtype)[:, None, None]
-        total.index_add_(0, use.ids_UL.flatten(), scaled_ULd.flatten(0, 1).to(total.dtype))
-    else:
-        left_Np, right_Nd, weight_N1 = (
-            use.left_ULp.flatten(0, 1),
-            use.right_ULd.flatten(0, 1),
-            weight_U.repeat_interleave(use.left_ULp.shape[1])[:, None],
-        )
-        if left_Np.shape[1] < right_Nd.shape[1]:
-            left_Np = left_Np * weight_N1
-        else:
-            right_Nd = right_Nd * weight_N1
-        total.addmm_(left_Np.T, right_Nd)
-
-
-# --------------------------------------------------------------------------------------------------------------------------------------------------
-# Rules: layer type -> the uses its parameters make of (inputs, output gradients)
-
-_Uses = Iterator[tuple[str, _Use]]
-
-
-def _linear(module: Any, inputs_ULd: Tensor, grad_ULp: Tensor) -> _Uses:
-    if _trains(module, "weight"):
-        yield "weight", _Outer(grad_ULp, inputs_ULd)
-    if _trains(module, "bias"):
-        yield "bias", _Kept(grad_ULp.sum(1))
-
-
-def _transposed_linear(module: Any, inputs_ULd: Tensor, grad_ULp: Tensor) -> _Uses:
-    """GPT-2's Conv1D: a linear layer whose weight is [d, p]."""
-    if _trains(module, "weight"):
-        yield "weight", _Outer(inputs_ULd, grad_ULp)
-    if _trains(module, "bias"):
-        yield "bias", _Kept(grad_ULp.sum(1))
-
-
-def _embedding(module: Any, ids_UL1: Tensor, grad_ULd: Tensor) -> _Uses:
-    if module.padding_idx is not None:
-        grad_ULd = grad_ULd.masked_fill(ids_UL1 == module.padding_idx, 0)
-    yield "weight", _Rows(ids_UL1.squeeze(2).long(), grad_ULd)
-
-
-def _layer_norm(module: Any, inputs_ULd: Tensor, grad_ULd: Tensor) -> _Uses:
-    if _trains(module, "weight"):
-        yield "weight", _Kept((functional.layer_norm(inputs_ULd, inputs_ULd.shape[2:], eps=module.eps) * grad_ULd).sum(1).flatten(1))
-    if _trains(module, "bias"):
-        yield "bias", _Kept(grad_ULd.sum(1).flatten(1))
-
-
-def _rms_norm(module: Any, inputs_ULd: Tensor, grad_ULd: Tensor) -> _Uses:
-    normalised_ULd = functional.rms_norm(inputs_ULd, inputs_ULd.shape[2:], eps=module.eps)
-    yield "weight", _Kept((normalised_ULd * grad_ULd).sum(1).flatten(1))
-
-
-def _scale_norm(module: nn.Module, inputs_ULd: Tensor, grad_ULd: Tensor, *, unit_weight: float) -> _Uses:
-    """A library's RMS norm: with `unit_weight` as weight it gives the normalised input, rounded the way this layer rounds it."""
-    with torch.no_grad():
-        normalised_ULd = torch.func.functional_call(module, {"weight": inputs_ULd.new_full(inputs_ULd.shape[2:], unit_weight)}, (inputs_ULd,))
-    yield "weight", _Kept((normalised_ULd * grad_ULd).sum(1))
-
-
-def _trains(module: nn.Module, key: str) -> bool:
-    parameter = module._parameters.get(key)
-    return parameter is not None and parameter.requires_grad
-
-
-class _Rule(NamedTuple):
-    uses: Callable[[Any, Tensor, Tensor], _Uses]
-    features_in: Callable[[Any], tuple[int, ...]]
-    """Trailing dimensions of the input that belong to one token; empty for token ids."""
-    features_out: Callable[[Any], tuple[int, ...]]
-
-
-_RULES: dict[type[nn.Module], _Rule] = {
-    nn.Linear: _Rule(_linear, lambda m: (m.in_features,), lambda m: (m.out_features,)),
-    nn.Embedding: _Rule(_embedding, lambda _: (), lambda m: (m.embedding_dim,)),
-    nn.LayerNorm: _Rule(_layer_norm, lambda m: m.normalized_shape, lambda m: m.normalized_shape),
-    nn.RMSNorm: _Rule(_rms_norm, lambda m: m.normalized_shape, lambda m: m.normalized_shape),
-}
-_CONV1D = _Rule(_transposed_linear, lambda m: m.weight.shape[:1], lambda m: m.weight.shape[1:])
-_SCALE_NORM = _Rule(partial(_scale_norm, unit_weight=1.0), lambda m: m.weight.shape, lambda m: m.weight.shape)
-_OFFSET_NORM = _Rule(partial(_scale_norm, unit_weight=0.0), lambda m: m.weight.shape, lambda m: m.weight.shape)
-
-
-def _rule_of(module: nn.Module) -> _Rule | None:
-    """Finds the rule of a layer by its exact type, or, for the layers of model libraries, by name and a check of what the layer computes."""
-    if type(module) in _RULES:
-        return _RULES[type(module)]
-    kind = type(module)
-    if (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D"):
-        return _CONV1D
-    if "Norm" in kind.__qualname__ and list(module._parameters) == ["weight"] and not module._modules:
-        return _rule_of_norm(module)
-    return None
-
-
-@torch.no_grad()
-def _rule_of_norm(module: nn.Module) -> _Rule | None:
-    """Compares the layer with x / rms(x) * w and x / rms(x) * (1 + w) on a ramp, with a ramp as weight; it never sees a document."""
-    weight = module.get_parameter("weight")
-    if weight.dim() != 1:
-        return None
-    ramp = torch.linspace(-1.0, 2.0, 2 * len(weight), device=weight.device).view(2, -1)
-    scale = torch.linspace(0.5, 1.5, len(weight), device=weight.device)
-    try:
-        answer = torch.func.functional_call(module, {"weight": scale.to(weight.dtype)}, (ramp.to(weight.dtype),))
-    except (RuntimeError, TypeError, ValueError):
-        return None
-    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    normalised = functional.rms_norm(ramp, ramp.shape[1:], eps=epsilon)
-    tolerance = 0.05 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    if not isinstance(answer, Tensor) or answer.shape != ramp.shape:
-        return None
-    if torch.allclose(answer.to(ramp.dtype), normalised * scale, rtol=tolerance, atol=tolerance):
-        return _SCALE_NORM
-    if torch.allclose(answer.to(ramp.dtype), normalised * (1 + scale), rtol=tolerance, atol=tolerance):
-        return _OFFSET_NORM
-    return None
+        weight_U = weight_by_group[how.label_of(name)].to(rules.working(parameter.dtype))
+        sums[name] = rules.weighted_sum(uses.pop(name, []), parameter.shape, weight_U, broken_U)
+    votes = float(((norm_U <= how.clip_norm).double() - 0.5).sum())
+    return ClippedSum(gradients=sums, clip_norm=how.clip_norm, votes=votes)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------------------
@@ -406,20 +321,33 @@ class _Tap(NamedTuple):
 
     module: nn.Module
     name: str
-    rule: _Rule
+    rule: Rule
     inputs: Tensor
     version: int
     place: _Place
     edge: GradientEdge
+    call: _Call | None
+
+
+class _Call(NamedTuple):
+    """A call of a layer without a rule, to be repeated row by row."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 class _Seen(NamedTuple):
     """What earlier calls learned about a model: rules by layer, layers that passed the probe, layers whose calls did not fit the batch."""
 
-    rules: WeakKeyDictionary[nn.Module, _Rule]
+    rules: WeakKeyDictionary[nn.Module, Rule]
     probes_left: dict[str, int]
     shared: set[str]
+    checked: set[str]
+    logged: set[str]
 
+
+_ROW_BY_ROW = Rule(lambda *_: iter(()), lambda _: (), lambda _: ())
+"""Marks a layer without a rule whose calls can be repeated for each row (`rules.row_gradients`)."""
 
 _PROBES = 2
 """A probe of a layer that no chosen loss reaches (a LoRA matrix below one that is still zero) says nothing; it is repeated this often."""
@@ -432,23 +360,22 @@ class _Recorder:
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], layout: _Layout) -> None:
         self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._model, self._parameters = model, parameters
         self._layout = layout
         self._taps: list[_Tap] = []
         self._recording = True
-        self._pending: dict[nn.Module, tuple[_Rule, Tensor, _Place]] = {}
+        self._pending: dict[nn.Module, tuple[Rule, Tensor | None, _Place, _Call | None]] = {}
         self._swapped: dict[nn.Module, dict[str, nn.Parameter]] = {}
-        self._seen = _SEEN.setdefault(model, _Seen(WeakKeyDictionary(), {}, set()))
+        self._seen = _SEEN.setdefault(model, _Seen(WeakKeyDictionary(), {}, set(), set(), set()))
         self._hooks = ExitStack()
         for name, module in model.named_modules():
             if name not in self._seen.shared and any(p is not None and p.requires_grad for p in module._parameters.values()):
                 self._hook(name, module)
 
     def _hook(self, name: str, module: nn.Module) -> None:
-        rule = self._seen.rules.get(module) or _rule_of(module)
-        if rule is None:
-            return
-        self._seen.rules[module] = rule
-        before = module.register_forward_pre_hook(lambda m, args, kwargs: self._before(name, m, (*args, *kwargs.values())), with_kwargs=True)
+        if module not in self._seen.rules:
+            self._seen.rules[module] = self._find(name, module)
+        before = module.register_forward_pre_hook(lambda m, args, kwargs: self._before(name, m, args, kwargs), with_kwargs=True)
         after = module.register_forward_hook(lambda m, _, output: self._after(name, m, output), prepend=True)
         self._hooks.callback(before.remove)
         self._hooks.callback(after.remove)
@@ -464,14 +391,24 @@ class _Recorder:
         """Ends the forward: what runs from here on is the backward, which may replay checkpointed layers."""
         self._recording = False
 
-    def _before(self, name: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _find(self, name: str, module: nn.Module) -> Rule:
+        rule = rules.rule_of(module)
+        if rule is None:
+            self._log(name, module, "is computed row by row")
+        return rule or _ROW_BY_ROW
+
+    def _log(self, name: str, module: nn.Module, what: str) -> None:
+        if name not in self._seen.logged:
+            self._seen.logged.add(name)
+            _LOG.warning("Layer %r (%s) has no clipping rule: its gradient %s, exactly but slower.", name, type(module).__name__, what)
+
+    def _before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Lets the layer compute with detached weights when its input is laid out as the batch is; leaves it to autograd otherwise."""
         rule = self._seen.rules[module]
         if not torch.is_grad_enabled() or name in self._seen.shared:
             return
-        one = len(inputs) == 1 and isinstance(inputs[0], Tensor)
-        place = self._layout.place(inputs[0].shape, rule.features_in(module)) if one else None
-        if place is None:
+        found = self._row_by_row(module, args, kwargs) if rule is _ROW_BY_ROW else self._read(name, module, rule, args, kwargs)
+        if found is None:
             self._seen.shared.add(name)
             return
         if module in self._swapped:  # a replay that checkpointing cut short
@@ -480,23 +417,54 @@ class _Recorder:
         self._swapped[module] = trained
         for key, parameter in trained.items():
             module._parameters[key] = parameter.detach()  # type: ignore[assignment]  # a tensor for the length of one forward: autograd must not see the parameter
-        self._pending[module] = (rule, inputs[0], place)
+        self._pending[module] = (rule, *found)
+
+    def _read(self, name: str, module: nn.Module, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Place, None] | None:
+        """The input of a layer with a rule and how it lies."""
+        inputs = rule.read(module, args, kwargs)
+        place = None if inputs is None else self._layout.place(inputs.shape, rule.features_in(module))
+        if inputs is None or place is None:
+            return None
+        if rule.read is not rules.only_input and name not in self._seen.checked:
+            if not rules.reads_truly(module, inputs, args, kwargs):
+                return None
+            self._seen.checked.add(name)
+        return inputs, place, None
+
+    def _row_by_row(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[None, _Place, _Call] | None:
+        """The call of a layer without a rule, if `torch.func` repeats it for each row with the same answer and nothing else in it is trained."""
+        own = {id(p) for p in module._parameters.values()}
+        if len(self._layout.leading) != 1 or any(p.requires_grad and id(p) not in own for p in module.parameters()):
+            return None
+        detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, dict(kwargs)))
+        if not rules.repeats(module, *detached, num_rows=self._layout.leading[0]):
+            return None
+        return None, _Place.OWN, _Call(*detached)
 
     def _after(self, name: str, module: nn.Module, output: Tensor) -> Tensor | None:
         """Gives the layer its parameters back and notes where its output gradient will arrive."""
         if module not in self._pending:
             return None
-        rule, inputs, place = self._pending.pop(module)
+        rule, inputs, place, call = self._pending.pop(module)
         self._restore(module)
         starts_graph = not output.requires_grad
         if starts_graph:
             output = output.detach().requires_grad_()
         tapped = self._layout.spread(output, place)
         if self._recording:
-            self._taps.append(_Tap(module, name, rule, inputs.detach(), inputs._version, place, get_gradient_edge(tapped)))
+            kept = tapped.detach()[:0] if inputs is None else inputs.detach()
+            self._taps.append(_Tap(module, name, rule, kept, kept._version, place, get_gradient_edge(tapped), call))
         if starts_graph:
             return tapped.clone()  # a leaf must not be changed in place; the copy may
         return tapped if tapped is not output else None
+
+    def without_rule(self, losses: Tensor) -> dict[str, nn.Parameter]:
+        """Trained parameters that are left to autograd, one unit at a time; logs their layers once."""
+        found = _reached(losses, self._parameters)
+        for name in found:
+            layer = name.rpartition(".")[0]
+            self._log(layer, self._model.get_submodule(layer), "takes one backward pass a unit")
+        return found
 
     def _restore(self, module: nn.Module) -> None:
         for key, parameter in self._swapped.pop(module).items():
@@ -534,9 +502,9 @@ class _Recorder:
             telling = grad_ULx is not None and _has_signal(grad_ULx[chosen_U])
             self._seen.probes_left[tap.name] = 0 if telling else self._seen.probes_left.get(tap.name, _PROBES) - 1
 
-    def differentiate(self, losses: Tensor, rest: Mapping[str, list[_Kept]]) -> dict[str, list[_Use]]:
+    def differentiate(self, losses: Tensor, rest: Mapping[str, list[Kept]]) -> dict[str, list[Use]]:
         """Runs the one backward pass and returns the uses of every parameter."""
-        uses: dict[str, list[_Use]] = {name: list(kept) for name, kept in rest.items()}
+        uses: dict[str, list[Use]] = {name: list(kept) for name, kept in rest.items()}
         taps, self._taps = self._taps, []
         if not taps or not losses.requires_grad:
             return uses
@@ -549,7 +517,13 @@ class _Recorder:
                 self._book(tap, grad, uses)
         return uses
 
-    def _book(self, tap: _Tap, grad: Tensor, uses: dict[str, list[_Use]]) -> None:
+    def _book(self, tap: _Tap, grad: Tensor, uses: dict[str, list[Use]]) -> None:
+        if tap.call is not None:
+            held = {key: p.detach() for key, p in tap.module._parameters.items() if p is not None}
+            for key, grad_BX in rules.row_gradients(tap.module, held, *tap.call, grad).items():
+                grad_UX = self._layout.group(rules.wide(grad_BX).flatten(1), (held[key].numel(),)).sum(1)
+                uses.setdefault(self._names[id(tap.module._parameters[key])], []).append(Kept(grad_UX))
+            return
         inputs_ULd = self._layout.group(self._layout.spread(tap.inputs, tap.place), tap.rule.features_in(tap.module))
         grad_ULp = self._layout.group(grad, tap.rule.features_out(tap.module))
         for key, use in tap.rule.uses(tap.module, inputs_ULd, grad_ULp):
@@ -602,6 +576,12 @@ class _Layout:
         unit_N = torch.where(document_N < 0, -1, unit_D[document_N.clamp(min=0)])
         return _Layout(num_units=len(names_U), unit_D=unit_D, leading=tuple(documents.shape), index_UK=_table(unit_N, len(names_U)))
 
+    def combined(self, losses_D: Tensor, combine: Combine) -> Tensor:
+        """Losses whose sum over a unit is what the unit's gradient is taken of."""
+        if combine is Combine.SUM:
+            return losses_D
+        return losses_D / torch.bincount(self.unit_D, minlength=self.num_units).to(losses_D.dtype)[self.unit_D]
+
     def place(self, shape: torch.Size, features: tuple[int, ...]) -> _Place | None:
         """Says how a layer's input is laid out, or None where it does not follow the batch."""
         lead = tuple(shape[: len(shape) - len(features)])
@@ -624,8 +604,7 @@ class _Layout:
         return x.expand(self.leading[0], *(x.shape[1:] if place is _Place.SHARED_ROW else x.shape))
 
     def group(self, x: Tensor, features: tuple[int, ...]) -> Tensor:
-        """Lays out a tensor by unit: [U, L, features], in the working precision; tokens a unit does not have are zero."""
-        x = x.to(_working(x.dtype)) if x.is_floating_point() else x
+        """Lays out a tensor by unit: [U, L, features]; tokens a unit does not have are zero."""
         x_NMd = x.reshape(math.prod(self.leading), -1, *(features or (1,)))
         if self.index_UK is None:
             return x_NMd
@@ -675,7 +654,7 @@ def _reached(losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str
     return found
 
 
-def _one_unit_at_a_time(losses: Tensor, rest: Mapping[str, nn.Parameter], layout: _Layout) -> dict[str, list[_Kept]]:
+def _one_unit_at_a_time(losses: Tensor, rest: Mapping[str, nn.Parameter], layout: _Layout) -> dict[str, list[Kept]]:
     """Gradients that autograd has to form: one backward pass a unit through the graph that is already there."""
     if not rest:
         return {}
@@ -685,20 +664,23 @@ def _one_unit_at_a_time(losses: Tensor, rest: Mapping[str, nn.Parameter], layout
         grads = torch.autograd.grad(loss, list(rest.values()), retain_graph=True, allow_unused=True)
         for (name, parameter), grad in zip(rest.items(), grads, strict=True):
             grad = torch.zeros_like(parameter) if grad is None else grad
-            rows[name].append(grad.to(_working(grad.dtype)).flatten())
-    return {name: [_Kept(torch.stack(grads))] for name, grads in rows.items()}
+            rows[name].append(grad.to(rules.working(grad.dtype)).flatten())
+    return {name: [Kept(torch.stack(grads))] for name, grads in rows.items()}
 
 
-def _isolated(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, layout: _Layout, *, clip_norm: float) -> ClippedSum:
+def _isolated(
+    model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, layout: _Layout, *, how: _How, combine: Combine
+) -> ClippedSum:
     """Computes each unit in a batch of its own: a NaN of one would otherwise reach the autograd gradients of the others as 0 * NaN.
 
     Raises:
         ValueError: when the batch is not made of tensors with the document as first dimension, so that it cannot be split.
     """
-    total = ClippedSum.zero(model, clip_norm=clip_norm)
+    total = ClippedSum.zero(model, clip_norm=how.clip_norm)
+    given: Any = {"clip_norm": how.clip_norm, "combine": combine, "weighing": how.weighing, "groups": how.groups}
     for unit in range(layout.num_units):
         rows = torch.nonzero(layout.unit_D == unit).squeeze(1)
-        total = total + clipped_sum(model, loss_fn, _take(batch, rows, layout), torch.zeros_like(rows), clip_norm=clip_norm)
+        total = total + clipped_sum(model, loss_fn, _take(batch, rows, layout), torch.zeros_like(rows), **given)
     return total
 
 
@@ -720,14 +702,9 @@ def _take(batch: Any, rows: Tensor, layout: _Layout) -> Any:
 # Checks
 
 
-def _working(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays; everything narrower is computed in float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def _rounding(parameter: Tensor) -> float:
     """Relative rounding of the products that this parameter's norm and sum are made of, with what `torch.set_float32_matmul_precision` allows."""
-    if _working(parameter.dtype) is torch.float64:
+    if rules.working(parameter.dtype) is torch.float64:
         return float(torch.finfo(torch.float64).eps)
     return {"highest": float(torch.finfo(torch.float32).eps), "high": 2.0**-10, "medium": 2.0**-7}[torch.get_float32_matmul_precision()]
 

@@ -11,7 +11,9 @@ can only overstate, verified once on the fine one.
 
 Source: Abadi et al. 2016 (mechanism); the division by a public expected batch follows the add/remove relation, under which the realised size is private.
 
-Does not cover: other samplers than Poisson, adaptive clipping, correlated noise.
+A sampler and its event stand in one row of `_PAIRS`; `draw` and `Mechanism.event` both read that row, so neither can be changed without the other (PITFALLS 1).
+
+Does not cover: adaptive clipping, correlated noise, the mean over a unit's documents (its clipped sum is taken).
 """
 
 from __future__ import annotations
@@ -19,15 +21,33 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import dp_accounting
 from dp_accounting import DpEvent
+from scipy import stats
 
-from discreet.dp.accounting import COARSE, FINE, MANY_STEPS, Guarantee, RdpFilter, Relation, event_to_json, guarantee, pld_epsilon, rdp
+from discreet.dp.accounting import (
+    COARSE,
+    FINE,
+    MANY_STEPS,
+    Guarantee,
+    RdpFilter,
+    Relation,
+    entry_of,
+    event_to_json,
+    guarantee,
+    mixture,
+    pld_epsilon,
+    rdp,
+)
 from discreet.record import Digest
+
+if TYPE_CHECKING:
+    from discreet.keys import Key
 
 _RELATION: Relation = "add_remove"
 _TOLERANCE = 2e-4
@@ -39,21 +59,43 @@ _SMALLEST_NOISE = 1e-2
 
 
 @final
+class Sampling(StrEnum):
+    """Who takes part in a step, and what is clipped as one; each member is a row of `_PAIRS`."""
+
+    POISSON = "poisson"
+    """Each unit with the sampling probability; its documents (at most `cap` a step) are clipped as one (user-level sampling, ULS)."""
+
+    TRUNCATED_POISSON = "truncated_poisson"
+    """The same, and of more than `batch_limit` units that many, chosen uniformly."""
+
+    POISSON_DOCUMENTS = "poisson_documents"
+    """Each of a unit's at most `cap` documents, chosen once for the whole run, with the sampling probability and clipped alone (example-level sampling, ELS)."""
+
+
+@final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mechanism:
-    """DP-SGD on privacy units: Poisson sampling, one flat clip, one Gaussian draw a step.
+    """DP-SGD on privacy units: a sampler, one flat clip, one Gaussian draw a step.
 
     Attributes:
-        sampling_probability: chance of each unit to take part in a step, in (0, 1].
+        sampling_probability: chance of each unit (each document under POISSON_DOCUMENTS) to take part in a step, in (0, 1].
         noise_multiplier: noise standard deviation divided by `clip_norm`, > 0.
         clip_norm: L2 bound of one unit's contribution to a step, > 0.
         steps: number of noised updates, >= 1, all of them paid for.
+        sampling: the sampler, and with it the event.
+        population: number of units, >= 1; what truncation is accounted for.
+        cap: largest number of documents of one unit, >= 1.
+        batch_limit: largest number of units in a step under TRUNCATED_POISSON, >= 1; None under every other sampler.
     """
 
     sampling_probability: float
     noise_multiplier: float
     clip_norm: float
     steps: int
+    sampling: Sampling = Sampling.POISSON
+    population: int = 1
+    cap: int = 1
+    batch_limit: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.sampling_probability <= 1:
@@ -61,11 +103,17 @@ class Mechanism:
         _positive(self.noise_multiplier, "noise_multiplier")
         _positive(self.clip_norm, "clip_norm")
         _whole(self.steps, "steps")
+        _whole(self.population, "population")
+        _whole(self.cap, "cap")
+        if (self.batch_limit is not None) != (self.sampling is Sampling.TRUNCATED_POISSON):
+            raise ValueError(f"Expected a batch_limit for truncated Poisson sampling and for no other, got {self.batch_limit} with {self.sampling}.")
+        if self.batch_limit is not None:
+            _whole(self.batch_limit, "batch_limit")
 
     @property
     def event(self) -> DpEvent:
         """The dp_accounting event that this mechanism is, for one unit, under add/remove."""
-        return event_of(sampling_probability=self.sampling_probability, noise_multiplier=self.noise_multiplier, steps=self.steps)
+        return dp_accounting.SelfComposedDpEvent(_PAIRS[self.sampling].event(self), self.steps)
 
 
 @final
@@ -76,7 +124,7 @@ class Plan:
     Attributes:
         mechanism: what is run.
         population: number of privacy units, public.
-        expected_batch: expected number of units in a step; sums are divided by it, never by the realised number.
+        expected_batch: expected number of units (documents under POISSON_DOCUMENTS) in a step; sums are divided by it, never by the realised number.
         unit: what one epsilon protects.
         cap: largest number of documents of one unit used in one step.
         guarantee: the PLD epsilon at `delta`: what the finished run may claim, standing alone.
@@ -127,6 +175,10 @@ class Plan:
         return self.noise_multiplier * self.clip_norm / self.expected_batch
 
     @property
+    def sampling(self) -> Sampling:
+        return self.mechanism.sampling
+
+    @property
     def digest(self) -> Digest:
         """SHA-256 of `to_json` in canonical JSON (sorted keys, no spaces, UTF-8)."""
         canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -140,7 +192,8 @@ class Plan:
         """Returns the plan as JSON values; every one of them is public."""
         return {
             "kind": "plan/1",
-            "sampling": "poisson",
+            "sampling": self.sampling.value,
+            "batch_limit": self.mechanism.batch_limit,
             "sampling_probability": self.sampling_probability,
             "noise_multiplier": self.noise_multiplier,
             "clip_norm": self.clip_norm,
@@ -157,6 +210,101 @@ class Plan:
             "allow_large_delta": self.allow_large_delta,
             "event": event_to_json(self.event),
         }
+
+
+Group = tuple[int, tuple[int, ...]]
+"""(position of a unit, positions of its documents that are clipped as one)."""
+
+
+def draw(plan: Plan, num_documents: Sequence[int], names: Sequence[str], *, key: Key, step: int) -> list[Group]:
+    """Draws who takes part in a step, by the plan's sampler: the one that its event accounts for.
+
+    Args:
+        num_documents: for each unit, how many documents it has.
+        names: for each unit its pseudonym, all different; it names the unit's own draws.
+        key: the run key: the same for every step and every resume.
+        step: from 1.
+
+    Returns:
+        one group for each contribution that is clipped alone, in order of units; empty for an empty sample.
+
+    Raises:
+        ValueError: when the two lists differ in length, or truncated sampling meets more units than its population.
+    """
+    if len(num_documents) != len(names):
+        raise ValueError("Expected one name for each unit.")
+    return _PAIRS[plan.sampling].draw(plan.mechanism, num_documents, names, key, step)
+
+
+def _draw_units(mechanism: Mechanism, num_documents: Sequence[int], names: Sequence[str], key: Key, step: int) -> list[Group]:
+    from discreet.dp import sampling  # here, because it imports torch, and prices need none
+
+    chosen = sampling.poisson(len(names), mechanism.sampling_probability, key.stream("sample", step)).tolist()
+    return _with_documents(chosen, mechanism, num_documents, names, key, step)
+
+
+def _draw_truncated(mechanism: Mechanism, num_documents: Sequence[int], names: Sequence[str], key: Key, step: int) -> list[Group]:
+    """Draws among exactly `population` places, empty ones included: the size that the event is computed for, whatever the private number of units."""
+    from discreet.dp import sampling
+
+    if len(names) > mechanism.population:
+        raise ValueError("Expected no more units than the population that truncation is accounted for.")
+    limit, stream = mechanism.batch_limit or 0, key.stream("sample", step)
+    chosen = sampling.poisson(mechanism.population, mechanism.sampling_probability, stream)
+    kept = sampling.capped(chosen, limit, stream.fork("truncate")).tolist()
+    return _with_documents([unit for unit in kept if unit < len(names)], mechanism, num_documents, names, key, step)
+
+
+def _draw_documents(mechanism: Mechanism, num_documents: Sequence[int], names: Sequence[str], key: Key, step: int) -> list[Group]:
+    """The contribution cap holds over the whole run: its stream names no step."""
+    from discreet.dp import sampling
+
+    cap, coins = key.stream("documents", 0), key.stream("sample", step)
+    drawn: list[Group] = []
+    for unit, name in enumerate(names):
+        allowed = sampling.capped_range(num_documents[unit], mechanism.cap, cap.fork(name))
+        taken = sampling.poisson(len(allowed), mechanism.sampling_probability, coins.fork(name)).tolist()
+        drawn += [(unit, (allowed[place],)) for place in taken]
+    return drawn
+
+
+def _with_documents(
+    chosen: Sequence[int], mechanism: Mechanism, num_documents: Sequence[int], names: Sequence[str], key: Key, step: int
+) -> list[Group]:
+    from discreet.dp import sampling
+
+    stream = key.stream("documents", step)
+    return [(unit, tuple(sampling.capped_range(num_documents[unit], mechanism.cap, stream.fork(names[unit])))) for unit in chosen]
+
+
+def _poisson_event(mechanism: Mechanism) -> DpEvent:
+    return dp_accounting.PoissonSampledDpEvent(mechanism.sampling_probability, dp_accounting.GaussianDpEvent(mechanism.noise_multiplier))
+
+
+def _truncated_event(mechanism: Mechanism) -> DpEvent:
+    """arXiv 2508.15089. Its dataset has `population` places; leaving a place empty, as `_draw_truncated` does, is weaker than adding or removing one."""
+    return dp_accounting.dp_event.TruncatedSubsampledGaussianDpEvent(
+        mechanism.population, mechanism.sampling_probability, mechanism.batch_limit, mechanism.noise_multiplier
+    )
+
+
+def _documents_event(mechanism: Mechanism) -> DpEvent:
+    """One unit's documents take part independently: Binomial(cap, q) contributions of norm at most clip_norm each (arXiv 2401.10294, 2407.07737)."""
+    chances = stats.binom.pmf(range(mechanism.cap + 1), mechanism.cap, mechanism.sampling_probability)
+    return mixture(mechanism.noise_multiplier, [float(chance) for chance in chances])
+
+
+class _Pair(NamedTuple):
+    draw: Callable[[Mechanism, Sequence[int], Sequence[str], Key, int], list[Group]]
+    event: Callable[[Mechanism], DpEvent]
+
+
+_PAIRS = {
+    Sampling.POISSON: _Pair(_draw_units, _poisson_event),
+    Sampling.TRUNCATED_POISSON: _Pair(_draw_truncated, _truncated_event),
+    Sampling.POISSON_DOCUMENTS: _Pair(_draw_documents, _documents_event),
+}
+"""A sampler and the event of one step under it."""
 
 
 def event_of(*, sampling_probability: float, noise_multiplier: float, steps: int) -> DpEvent:
@@ -178,6 +326,8 @@ def calibrate(
     cap: int = 1,
     budget: RdpFilter | None = None,
     allow_large_delta: str = "",
+    sampling: Sampling = Sampling.POISSON,
+    batch_limit: int | None = None,
 ) -> Plan:
     """Finds the least noise that keeps the promise.
 
@@ -185,13 +335,15 @@ def calibrate(
         epsilon: > 0, finite. With a budget: the RDP epsilon of the plan must not exceed it either.
         delta: in (0, 1), below 1/population.
         population: number of privacy units, >= 1, a public number.
-        expected_batch: expected units in a step, from 1 to `population`.
+        expected_batch: expected units in a step, from 1 to `population`; under POISSON_DOCUMENTS documents, if every unit had `cap` of them.
         steps: noised updates, >= 1.
         clip_norm: > 0, finite.
         unit: what one epsilon protects.
         cap: documents of one unit used in one step, >= 1.
         budget: the filter, as it stands, that must admit the whole plan.
         allow_large_delta: a reason to accept delta >= 1/population; it is recorded in the plan.
+        sampling: who takes part in a step.
+        batch_limit: largest number of units in a step, for TRUNCATED_POISSON only.
 
     Returns:
         the plan with the smallest noise multiplier, to 0.02 %.
@@ -205,23 +357,36 @@ def calibrate(
     _whole(steps, "steps")
     _positive(clip_norm, "clip_norm")
     _check_unit(unit)
-    probability = expected_batch / population
-    if budget is None:
-        noise_multiplier = noise_for(epsilon=epsilon, delta=delta, sampling_probability=probability, steps=steps)
-    else:
-        noise_multiplier = _noise_for_budget(budget, epsilon=epsilon, delta=delta, sampling_probability=probability, steps=steps)
+    fixed: dict[str, Any] = {
+        "steps": steps,
+        "clip_norm": clip_norm,
+        "sampling": sampling,
+        "population": population,
+        "cap": cap,
+        "batch_limit": batch_limit,
+    }
+    fixed["sampling_probability"] = _probability(sampling, expected_batch, population, cap)
+
+    def event(noise_multiplier: float) -> DpEvent:
+        return Mechanism(noise_multiplier=noise_multiplier, **fixed).event
+
+    noise_multiplier = (
+        _noise_for_target(event, epsilon=epsilon, delta=delta, steps=steps)
+        if budget is None
+        else _noise_for_budget(budget, event, epsilon=epsilon, delta=delta)
+    )
     return _plan(
-        Mechanism(sampling_probability=probability, noise_multiplier=noise_multiplier, clip_norm=clip_norm, steps=steps),
-        population=population,
+        Mechanism(noise_multiplier=noise_multiplier, **fixed),
         expected_batch=expected_batch,
         unit=unit,
-        cap=cap,
         delta=delta,
-        filter_epsilon=None
-        if budget is None
-        else budget.epsilon_of(event_of(sampling_probability=probability, noise_multiplier=noise_multiplier, steps=steps)),
+        filter_epsilon=None if budget is None else budget.epsilon_of(event(noise_multiplier)),
         allow_large_delta=allow_large_delta if delta >= 1 / population else "",
     )
+
+
+def _probability(sampling: Sampling, expected_batch: int, population: int, cap: int) -> float:
+    return expected_batch / (population * cap if sampling is Sampling.POISSON_DOCUMENTS else population)
 
 
 def noise_for(*, epsilon: float, delta: float, sampling_probability: float, steps: int) -> float:
@@ -237,8 +402,19 @@ def noise_for(*, epsilon: float, delta: float, sampling_probability: float, step
     def event(noise_multiplier: float) -> DpEvent:
         return event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
 
+    return _noise_for_target(event, epsilon=epsilon, delta=delta, steps=steps)
+
+
+def _noise_for_target(event: Callable[[float], DpEvent], *, epsilon: float, delta: float, steps: int) -> float:
+    """The smallest noise multiplier whose PLD epsilon meets the target: bracketed by the quickest accountant that knows the event."""
     grid = COARSE if epsilon > _TINY_EPSILON else FINE
-    bracket = _smallest(lambda noise: min(_rdp_epsilon(event(noise), delta), _pld_if_tiny(event(noise), epsilon, delta)) <= epsilon, tolerance=1e-2)
+
+    def quick(noise: float) -> float:
+        if entry_of(event(noise)) != "rdp":
+            return pld_epsilon(event(noise), delta=delta, grid=grid)
+        return min(_rdp_epsilon(event(noise), delta), _pld_if_tiny(event(noise), epsilon, delta))
+
+    bracket = _smallest(lambda noise: quick(noise) <= epsilon, tolerance=1e-2)
     noise_multiplier = _least_noise(lambda noise: pld_epsilon(event(noise), delta=delta, grid=grid), epsilon, low=0.85 * bracket, high=bracket)
     while pld_epsilon(event(noise_multiplier), delta=delta, grid=FINE if steps <= MANY_STEPS else COARSE) > epsilon:
         noise_multiplier *= 1 + _TOLERANCE
@@ -246,41 +422,69 @@ def noise_for(*, epsilon: float, delta: float, sampling_probability: float, step
 
 
 def plan_from_json(value: Mapping[str, Any]) -> Plan:
-    """Rebuilds a stored plan: its price is computed anew, and must be the one it states.
+    """Rebuilds a stored plan: its price is computed anew, and must not be above the one it states.
+
+    Whoever resumes a run may have another release of the numerics library, whose figures differ in the last digits. So the stored figures stay, and with them the digest
+    under which the plan was paid, when the computed ones are at most 1e-4 (relative) above them and at most 1 % below; everything else must be equal.
 
     Raises:
         ValueError: when a field is missing, unknown or out of range, or a stated figure differs from the computed one.
     """
     try:
+        fields = ("sampling_probability", "noise_multiplier", "clip_norm", "steps", "population", "cap", "batch_limit")
         plan = _plan(
-            Mechanism(**{key: value[key] for key in ("sampling_probability", "noise_multiplier", "clip_norm", "steps")}),
-            **{key: value[key] for key in ("population", "expected_batch", "unit", "cap", "delta", "filter_epsilon", "allow_large_delta")},
+            Mechanism(sampling=Sampling(value["sampling"]), **{key: value[key] for key in fields}),
+            **{key: value[key] for key in ("expected_batch", "unit", "delta", "filter_epsilon", "allow_large_delta")},
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"Expected a plan with all its fields, got {type(error).__name__}.") from None
-    if plan.to_json() != dict(value):
-        changed = sorted(key for key in plan.to_json().keys() | value.keys() if plan.to_json().get(key) != value.get(key))
+    computed = plan.to_json()
+    changed = sorted(key for key in computed.keys() | value.keys() if not _follows(key, computed.get(key), value.get(key)))
+    if changed:
         raise ValueError(f"Expected a plan whose figures follow from its parameters; these do not: {changed}.")
-    return plan
+    return replace(plan, guarantee=replace(plan.guarantee, epsilon=value["epsilon"], epsilon_rdp=value["epsilon_rdp"]))
+
+
+_FIGURES = {"epsilon", "epsilon_rdp"}
+_UNDERSTATED, _OVERSTATED = 1e-4, 1e-2
+"""How far a stored figure may lie below the computed one, which is less than the fine grid is pessimistic by, and above it."""
+
+
+def _follows(key: str, computed: Any, stored: Any) -> bool:
+    if key in _FIGURES and isinstance(computed, float) and isinstance(stored, float):
+        return computed * (1 - _UNDERSTATED) <= stored <= computed * (1 + _OVERSTATED)
+    if key == "event":
+        return _same_event(computed, stored)
+    return bool(computed == stored) and type(computed) is type(stored)
+
+
+def _same_event(computed: Any, stored: Any) -> bool:
+    """The event is the parameters over again; only the probabilities of a mixture are computed, and may differ in the last digits."""
+    if isinstance(computed, dict) and isinstance(stored, dict):
+        return computed.keys() == stored.keys() and all(_same_event(computed[key], stored[key]) for key in computed)
+    if isinstance(computed, list) and isinstance(stored, list):
+        return len(computed) == len(stored) and all(map(_same_event, computed, stored))
+    if isinstance(computed, float) and isinstance(stored, float):
+        return math.isclose(computed, stored, rel_tol=1e-12)
+    return bool(computed == stored)
 
 
 def _plan(
     mechanism: Mechanism,
     *,
-    population: int,
     expected_batch: int,
     unit: str,
-    cap: int,
     delta: float,
     filter_epsilon: float | None,
     allow_large_delta: str,
 ) -> Plan:
     """The only place where a Plan is built."""
+    population, cap = mechanism.population, mechanism.cap
     _check_delta(delta, population, allow_large_delta)
     _check_batch(population, expected_batch, cap)
     _check_unit(unit)
-    if mechanism.sampling_probability != expected_batch / population:
-        raise ValueError("Expected sampling_probability = expected_batch / population.")
+    if mechanism.sampling_probability != _probability(mechanism.sampling, expected_batch, population, cap):
+        raise ValueError("Expected sampling_probability = expected_batch / population, or / (population * cap) where documents are sampled.")
     return Plan(
         mechanism=mechanism,
         population=population,
@@ -293,23 +497,20 @@ def _plan(
     )
 
 
-def _noise_for_budget(budget: RdpFilter, *, epsilon: float, delta: float, sampling_probability: float, steps: int) -> float:
-    """The smallest noise multiplier that the filter admits and whose own RDP epsilon meets the target."""
+def _noise_for_budget(budget: RdpFilter, event: Callable[[float], DpEvent], *, epsilon: float, delta: float) -> float:
+    """The smallest noise multiplier that the filter admits and whose own epsilon, by RDP where RDP knows the event, meets the target."""
     if budget.relation != _RELATION:
         raise ValueError(f"Expected a budget for the {_RELATION} relation, got {budget.relation}.")
 
-    def fits(noise_multiplier: float) -> bool:
-        event = event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
-        return budget.admits(event)
-
-    noise_multiplier = _smallest(fits)
-    if _rdp_epsilon(event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps), delta) <= epsilon:
-        return noise_multiplier
+    def fits(noise: float) -> bool:
+        return budget.admits(event(noise))
 
     def meets(noise: float) -> bool:
-        return _rdp_epsilon(event_of(sampling_probability=sampling_probability, noise_multiplier=noise, steps=steps), delta) <= epsilon
+        by_rdp = entry_of(event(noise)) == "rdp"
+        return (_rdp_epsilon(event(noise), delta) if by_rdp else pld_epsilon(event(noise), delta=delta, grid=FINE)) <= epsilon
 
-    return _smallest(lambda noise: meets(noise) and fits(noise))
+    noise_multiplier = _smallest(fits)
+    return noise_multiplier if meets(noise_multiplier) else _smallest(lambda noise: meets(noise) and fits(noise))
 
 
 def _pld_if_tiny(event: DpEvent, epsilon: float, delta: float) -> float:

@@ -61,5 +61,5 @@ def add(clipped: ClippedSum, *, noise_multiplier: float, key: Stream) -> Noised:
 
 
 def _noised(sum_: torch.Tensor, std: float, key: Stream) -> torch.Tensor:
-    noise = csprng.normal(key, sum_.shape, dtype=sum_.dtype)
-    return noise.mul_(std).to(sum_.device).add_(sum_)
+    noise = csprng.normal(key, sum_.shape, dtype=sum_.dtype, device=sum_.device)
+    return noise.mul_(std).add_(sum_)

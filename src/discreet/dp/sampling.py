@@ -7,7 +7,9 @@ probability is public.
 Guarantees: inclusion is exact to 2^-53 and independent across units, steps and keys; a unit's choice of documents depends on no other unit; all documents of
 one unit land in one micro-batch. Source: Abadi et al. 2016, "Deep Learning with Differential Privacy" (Poisson); units after Chua et al. 2024.
 
-Does not cover: truncated Poisson, sampling without replacement, distributed shards.
+Truncation and sampling by document are these two draws put together, beside their events, in `mechanism.draw`.
+
+Does not cover: sampling without replacement, distributed shards.
 """
 
 from __future__ import annotations
@@ -59,8 +61,24 @@ def capped(positions: torch.Tensor, cap: int, key: Stream) -> torch.Tensor:
     return positions[order[:cap].to(positions.device)].sort().values
 
 
+def capped_range(num_documents: int, cap: int, key: Stream) -> list[int]:
+    """Chooses at most `cap` of the documents 0 to `num_documents` - 1 of one unit, as `capped` does."""
+    return [int(position) for position in capped(torch.arange(num_documents), cap, key).tolist()]
+
+
+_PADDING = 1 / 32
+"""Largest share of padding in a micro-batch of one-document units, relative to its tokens."""
+
+_PADDING_TOKENS = 8
+"""Padding that is cheaper than one more micro-batch, whatever its share."""
+
+
 def micro_batches(lengths_by_unit: Sequence[Sequence[int]], token_budget: int) -> list[list[int]]:
     """Groups the sampled units into micro-batches of similar length whose padded size stays within the budget.
+
+    Units are taken in the order of their longest document. A micro-batch ends where the next unit would break the budget, or would leave more than 1/32 of
+    padding beside its tokens: so ragged text costs what its tokens cost, at the price of more, smaller micro-batches. Documents of one unit that differ in length pad
+    each other whatever the order (`train.step.packed` has no such limit).
 
     Args:
         lengths_by_unit: for each sampled unit, the token counts of its documents.
@@ -75,11 +93,17 @@ def micro_batches(lengths_by_unit: Sequence[Sequence[int]], token_budget: int) -
     if token_budget < 1:
         raise ValueError(f"Expected token_budget={token_budget} >= 1.")
     groups: list[list[int]] = []
-    num_documents = 0
+    num_documents = num_tokens = 0
     for unit in sorted((u for u, lengths in enumerate(lengths_by_unit) if lengths), key=lambda u: (max(lengths_by_unit[u]), u)):
-        num_documents += len(lengths_by_unit[unit])
-        if not groups or num_documents * max(lengths_by_unit[unit]) > token_budget:
+        lengths = lengths_by_unit[unit]
+        padded = (num_documents + len(lengths)) * max(lengths)
+        alone = num_documents * max(lengths_by_unit[groups[-1][-1]]) + len(lengths) * max(lengths) if groups else 0
+        tokens = num_tokens + sum(lengths)
+        is_wasteful = padded - alone > 0 and padded - tokens > max(_PADDING_TOKENS, _PADDING * tokens)
+        if not groups or padded > token_budget or is_wasteful:
             groups.append([])
-            num_documents = len(lengths_by_unit[unit])
+            num_documents = num_tokens = 0
+        num_documents += len(lengths)
+        num_tokens += sum(lengths)
         groups[-1].append(unit)
     return groups

@@ -39,7 +39,7 @@ from discreet.errors import EvidenceInvalid, NotFound, OperationFailed
 from discreet.evidence import merkle, note, statement
 from discreet.evidence.note import Checkpoint, VerifierKey
 from discreet.evidence.statement import Entry, Predicate, Statement, canonical_json, parse_json
-from discreet.keys import Key, Keyring
+from discreet.keys import Key, Keyring, Stream
 from discreet.record import Digest
 from discreet.store import Store, metadata, now
 
@@ -141,26 +141,42 @@ class Log:
             ClockBackwards: when the clock is behind the latest recorded time.
             EvidenceInvalid: when the envelope would be too large, or entries under the last checkpoint are gone.
         """
-        index = _next(tx, _entries.c.position)
-        signed = tx.execute(select(func.max(_checkpoints.c.size))).scalar_one_or_none() or 0
-        if index < signed:
-            raise _invalid([f"log: rollback, {signed} entries were signed and {index} are here"])
-        serial = _next(tx, _entries.c.serial) if statement_.predicate.public else None
+        return self.append_all(tx, [statement_])[0]
+
+    def append_all(self, tx: Connection, statements: Sequence[Statement]) -> list[int]:
+        """Appends statements in order, as durable as the one transaction that holds them, and returns their indices. Errors as `append`."""
+        if not statements:
+            return []
+        counted = select(func.max(_entries.c.position), func.max(_entries.c.serial), select(func.max(_checkpoints.c.size)).scalar_subquery())
+        last, last_serial, signed = tx.execute(counted).one()
+        first, serial = (0 if last is None else last + 1), (0 if last_serial is None else last_serial + 1)
+        if first < (signed or 0):
+            raise _invalid([f"log: rollback, {signed} entries were signed and {first} are here"])
         time = datetime.fromtimestamp(now(tx), UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        salts = Key.random().stream("salts")  # one seed from the operating system, a fresh salt of its stream for each
+        rows: list[dict[str, Any]] = []
+        for index, each in enumerate(statements, start=first):
+            rows.append(self._row(each, index=index, serial=serial if each.predicate.public else None, time=time, salt=salts))
+            serial += each.predicate.public
+        tx.execute(insert(_entries), rows)
+        about = [{"digest": digest, "position": row["position"]} for row, each in zip(rows, statements, strict=True) for digest in each.subjects]
+        tx.execute(insert(_subjects), about)
+        return [row["position"] for row in rows]
+
+    def _row(self, statement_: Statement, *, index: int, serial: int | None, time: str, salt: Stream) -> dict[str, Any]:
+        signer, key = self._signer, self._key
         envelope = statement.sign(
             statement_,
-            signer=self._signer,
-            key_id=self._key.label,
+            signer=signer,
+            key_id=key.label,
             origin=self.origin,
             index=index,
             serial=serial,
             time=time,
-            salt=Key.random().stream("salt").bytes(statement.SALT_BYTES),
+            salt=salt.bytes(statement.SALT_BYTES),
         )
         row = {"position": index, "leaf_hash": merkle.leaf_hash(envelope), "envelope": envelope, "predicate": statement_.predicate.value}
-        tx.execute(insert(_entries).values(**row, serial=serial, time=time))
-        tx.execute(insert(_subjects), [{"digest": digest, "position": index} for digest in statement_.subjects])
-        return index
+        return {**row, "serial": serial, "time": time}
 
     def entries(self, digest: Digest, *, tx: Connection | None = None) -> list[Entry]:
         """Returns the entries about a digest, oldest first, each verified.
@@ -355,12 +371,6 @@ def verify_proof(proof: bytes, *, envelope: bytes, public_key: str) -> Entry:
     if entry.index != parsed.index:
         raise _invalid(["proof: of another entry"])
     return entry
-
-
-def _next(tx: Connection, column: Column[int]) -> int:
-    """One more than the largest; writers hold the lock of `store.transaction`, and the unique column is the second guard."""
-    largest = tx.execute(select(func.max(column))).scalar_one_or_none()
-    return 0 if largest is None else int(largest) + 1
 
 
 def _leaves(tx: Connection) -> list[bytes]:

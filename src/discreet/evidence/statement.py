@@ -73,8 +73,8 @@ class Predicate(StrEnum):
     RELEASED = "released"
     WITHHELD = "withheld"
     OVERRIDDEN = "overridden"
-    CONSENT_CHANGED = "consent_changed"
     ACCESS_GRANTED = "access_granted"
+    CONSENT_CHANGED = "consent_changed"
     ERASED = "erased"
     SERVED = "served"
 
@@ -106,7 +106,9 @@ def _internal(required: str) -> Row:
     return Row(required=tuple(required.split()), optional=None)
 
 
-_PRICE = "unit epsilon delta relation accountant guarantee sampling_probability noise_multiplier clip_norm steps expected_batch cap filter_epsilon"
+_PRICE = (
+    "unit epsilon delta relation accountant guarantee sampling_probability noise_multiplier clip_norm steps expected_batch cap filter_epsilon kind"
+)
 
 PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
     {
@@ -116,7 +118,7 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.DEIDENTIFIED: _internal("policy counts"),
         Predicate.FROZEN: _internal("name"),
         Predicate.COMMITTED: _public("commitment", "scheme run canaries kind"),
-        Predicate.BUDGET_OPENED: _public("budget epsilon delta unit", "accountant orders relation"),
+        Predicate.BUDGET_OPENED: _public("budget epsilon delta unit", "accountant orders relation query_delta period"),
         Predicate.RESERVED: _internal("reservation run budget plan snapshot"),
         Predicate.SPENT: _public("reservation run budget plan", _PRICE),
         Predicate.CLOSED: _public("reservation reason", "run budget plan steps"),
@@ -130,8 +132,8 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.RELEASED: _public("name base adapter guarantee", "run plan gates audit verdict report purpose policy limits kind"),
         Predicate.WITHHELD: _public("adapter reasons", "name run gates audit verdict"),
         Predicate.OVERRIDDEN: _public("rule reason", "value run budget name by"),
+        Predicate.ACCESS_GRANTED: _internal("role action"),
         Predicate.CONSENT_CHANGED: _internal("change"),
-        Predicate.ACCESS_GRANTED: _internal("kind action by"),
         Predicate.ERASED: _internal("reason"),
         Predicate.SERVED: _internal("release requests"),
     }

@@ -187,7 +187,14 @@ class Access:
         row = (others or rows)[0]
         with self._store.transaction() as tx:
             tx.execute(_approvals.update().where(_approvals.c.number == row.number).values(approved_by=who.name))
-            fields = {"kind": "approval", "action": action.value, "about": about, "by": who.name, "proposed_by": row.proposed_by}
+            fields = {
+                "kind": "approval",
+                "action": action.value,
+                "about": about,
+                "by": who.name,
+                "proposed_by": row.proposed_by,
+                "role": ", ".join(self.roles(who)),
+            }
             self._log.append(tx, Statement(predicate=Predicate.ACCESS_GRANTED, subjects=(self._digest(action, who),), fields=fields))
 
     def break_glass(self, action: Action, *, who: Principal, reason: str) -> float:
@@ -201,7 +208,7 @@ class Access:
         with self._store.transaction() as tx:
             until = now(tx) + BREAK_GLASS_S
             tx.execute(insert(_glass).values(action=action.value, by=who.name, until=until))
-            fields = {"kind": "break-glass", "action": action.value, "by": who.name, "reason": reason.strip()}
+            fields = {"kind": "break-glass", "action": action.value, "by": who.name, "reason": reason.strip(), "role": ", ".join(self.roles(who))}
             self._log.append(tx, Statement(predicate=Predicate.ACCESS_GRANTED, subjects=(self._digest(action, who),), fields=fields))
         return until
 

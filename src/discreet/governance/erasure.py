@@ -71,6 +71,8 @@ _BATCH = 256
 """Artifacts in one statement, which has room for 512 digests."""
 
 CODE_CHARS = 12
+MAX_GROUP = 32
+"""Records of one subject above which a record-level guarantee is not counted on: the mixture takes minutes to compute, and promises little."""
 MAX_ATTEMPTS = 5
 _SECONDS_A_DAY = 86_400
 RESPONSE_DAYS = 30
@@ -219,10 +221,12 @@ def group_epsilon(transcript: Transcript, size: int) -> float:
 
     Args:
         transcript: of Poisson-sampled Gaussian steps whose unit is a record.
-        size: records of one subject, >= 0.
+        size: records of one subject, >= 0; above 32 the bound is not computed and the answer is infinity.
     """
     if size == 0:
         return 0.0
+    if size > MAX_GROUP:
+        return math.inf
     from dp_accounting import dp_event  # 0.5 s to import; only record-level models pay
 
     from discreet.dp import accounting

@@ -8,7 +8,13 @@ Parameters after a noised step are the mechanism's output, but Adam's state of a
 Guarantees: a checkpoint is the state before or after a step, never between (written beside, synced, renamed); one of another run, plan or base model does not
 open; what `restore` puts back is bit for bit what `save` took.
 
-Does not cover: several ranks, checkpoints larger than memory.
+Several ranks (`train/parallel.py`): rank 0 writes the file, all read it; nothing in it depends on their number, so a run goes on with another number of ranks: the same
+draws, sums that differ by rounding.
+
+Erasure (`CheckpointStore`): the state of a run that was killed is a function of the subject's documents whose noise the run key can still take away. Every such state
+is destroyed, whoever asks: an unfinished run that goes on repeats its steps with the same draws, to the same bits.
+
+Does not cover: checkpoints larger than memory.
 """
 
 from __future__ import annotations
@@ -27,12 +33,19 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from discreet.corpus import SnapshotStore
 from discreet.errors import DigestMismatch
-from discreet.keys import Key
+from discreet.keys import Key, Keyring
 from discreet.model import trained_parameters
+from discreet.record import Digest, SubjectId
 from discreet.store import storage_full
 
+PURPOSE = "checkpoint"
+"""Name of the key that seals the state of DP runs."""
+
+_FOLDER = "private"
 _FILE = "state"
+_PARTIAL = ".state-"
 _HEADER = "discreet"
 
 
@@ -50,6 +63,11 @@ class Checkpoints:
     folder: Path
     key: Key
     run: str
+
+    @staticmethod
+    def of(runs: Path, run: str, keyring: Keyring) -> Checkpoints:
+        """Returns the place of a DP run's state below the folder of all runs."""
+        return Checkpoints(folder=runs / run / _FOLDER, key=keyring.purpose(PURPOSE), run=run)
 
     @property
     def _context(self) -> bytes:
@@ -81,11 +99,9 @@ class Checkpoints:
             SealBroken: when the file was changed, cut short, or belongs to another run or key.
             DigestMismatch: when it is the state of another plan, base model or snapshot.
         """
-        path = self.folder / _FILE
-        if not path.exists():
+        if not (self.folder / _FILE).exists():
             return None
-        content = self.key.open(path.read_bytes(), context=self._context)
-        header = json.loads(_metadata(content)[_HEADER])
+        content, header = self._read()
         differing = sorted(name for name in header["subject"].keys() | subject.keys() if header["subject"].get(name) != subject.get(name))
         if differing:
             raise DigestMismatch(
@@ -95,8 +111,52 @@ class Checkpoints:
         return int(header["step"]), tuple((int(step), float(loss)) for step, loss in header["curve"])
 
     def destroy(self) -> None:
-        """Deletes the state. Idempotent."""
-        (self.folder / _FILE).unlink(missing_ok=True)
+        """Deletes the state, and what a killed write left of one. Idempotent."""
+        for path in self._files():
+            path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        return [path for path in (self.folder / _FILE, *self.folder.glob(f"{_PARTIAL}*")) if path.exists()]
+
+    def _read(self) -> tuple[bytes, dict[str, Any]]:
+        content = self.key.open((self.folder / _FILE).read_bytes(), context=self._context)
+        header: dict[str, Any] = json.loads(_metadata(content)[_HEADER])
+        return content, header
+
+
+@final
+class CheckpointStore:
+    """What the states of unfinished DP runs hold of a subject, for `governance.erasure`."""
+
+    name = "checkpoints"
+
+    def __init__(self, runs: Path, keyring: Keyring, *, snapshots: SnapshotStore) -> None:
+        """Binds the store to a project.
+
+        Args:
+            runs: folder of all runs, one folder each.
+            snapshots: says which corpora hold a subject; a state names its corpus.
+        """
+        self._runs = runs
+        self._keyring = keyring
+        self._snapshots = snapshots
+
+    def holds(self, subject: SubjectId) -> list[Digest]:
+        """Returns the roots of the snapshots that hold the subject and that a state was computed from."""
+        trained_on = {each._read()[1]["subject"].get("snapshot") for each in self._all() if (each.folder / _FILE).exists()}
+        return [root for root in self._snapshots.holds(subject) if root in trained_on]
+
+    def purge(self, subject: SubjectId) -> None:  # noqa: ARG002  # the states of all runs go, so that a request does not tell who was in
+        """Destroys the state of every unfinished run, the same for a known and an unknown subject. Idempotent."""
+        for each in self._all():
+            each.destroy()
+
+    def absence(self, subject: SubjectId) -> bool:  # noqa: ARG002 - see `purge`
+        """Looks at the folders again and returns whether no state is left in any of them."""
+        return not any(each._files() for each in self._all())
+
+    def _all(self) -> list[Checkpoints]:
+        return [Checkpoints.of(self._runs, path.parent.name, self._keyring) for path in sorted(self._runs.glob(f"*/{_FOLDER}"))]
 
 
 def _metadata(content: bytes) -> dict[str, str]:
@@ -117,6 +177,11 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     return tensors
 
 
+def _like(parameter: Tensor, tensor: Tensor, key: str) -> Tensor:
+    """Puts a state of the optimiser where its parameter lies; its count of steps stays on the CPU, where torch's optimisers read it."""
+    return tensor if key == "step" else tensor.to(parameter.device)
+
+
 def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     parameters = trained_parameters(model)
     states: dict[nn.Parameter, dict[str, Any]] = {}
@@ -129,7 +194,7 @@ def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mappin
                 parameters[rest].copy_(tensor)
         else:
             key, _, name = rest.partition("/")
-            states.setdefault(parameters[name], {})[key] = tensor
+            states.setdefault(parameters[name], {})[key] = _like(parameters[name], tensor, key)
     for parameter, state in states.items():
         optimizer.state[parameter] = state
 
@@ -138,7 +203,7 @@ def _write(path: Path, content: bytes) -> None:
     """Writes a file beside its place, syncs it and renames it over the old one."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor, partial = tempfile.mkstemp(prefix=".state-", dir=path.parent)
+        descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)

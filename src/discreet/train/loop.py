@@ -9,7 +9,9 @@ uninterrupted run would have reached on the same machine and number of threads.
 Guarantees: `Trained` exists only after all planned steps ran, each noised, and at least one trained parameter moved (PITFALLS 13); the plan, the corpus and the
 reservation belong together by digest; the division, the noise and the sampling are the plan's, never the configuration's.
 
-Does not cover: several ranks; early stopping. Realised batch sizes show in the display (tokens per second): the operator already holds the data.
+On several ranks (`train/parallel.py`) every rank calls `train` with the same arguments; rank 0 writes, and all return the same.
+
+Does not cover: early stopping; `fit` on several ranks. Realised batch sizes show in the display (tokens per second): the operator already holds the data.
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ from discreet.keys import Key, Stream
 from discreet.ledger import Reservation, State
 from discreet.model import Base, PublicText, trained_parameters
 from discreet.record import Digest, Snapshot
+from discreet.train import parallel
 from discreet.train.checkpoint import Checkpoints
-from discreet.train.step import PrivateCorpus, mean_loss, private_step, public_step, tokenize
+from discreet.train.parallel import ALONE, Ranks
+from discreet.train.step import PrivateCorpus, Rows, Work, mean_loss, public_step, tokenize
 
 Curve = tuple[tuple[int, float], ...]
 """(step, cross entropy per token on public held-out text), from step 0."""
@@ -51,6 +55,7 @@ class StepReport:
     Attributes:
         epsilon: what the steps so far cost by RDP, at the plan's delta; None on the public track. The whole plan was spent before the first.
         loss: last loss on public held-out text.
+        padding: padded positions beside each token so far; 0 is none.
     """
 
     step: int
@@ -58,6 +63,7 @@ class StepReport:
     epsilon: float | None
     loss: float
     tokens_per_second: float
+    padding: float
     seconds_left: float
 
 
@@ -142,6 +148,7 @@ class _Run:
     on_step: OnStep
     checkpoints: Checkpoints | None
     subject: dict[str, str]
+    ranks: Ranks = ALONE
     step: int = 0
     curve: list[tuple[int, float]] = field(default_factory=list)
 
@@ -157,6 +164,7 @@ def train(
     checkpoints: Checkpoints,
     adapter: Path,
     on_step: OnStep = lambda _: None,
+    ranks: Ranks = ALONE,
 ) -> Trained:
     """Runs a paid plan on a frozen corpus, from the last checkpoint if there is one.
 
@@ -167,6 +175,7 @@ def train(
         checkpoints: where state is kept, in another place than the run key.
         adapter: folder for the result, written whole at the end.
         on_step: called after each step.
+        ranks: this process among those that train together (`parallel.joined`); all see the same folders.
 
     Raises:
         ReservationRefused: when the reservation is not spent, or is for another plan or snapshot.
@@ -178,14 +187,21 @@ def train(
     corpus = PrivateCorpus.of(snapshot, texts, setup.base, max_tokens=setup.model.max_tokens)
     subject = {"plan": plan.digest, "base": setup.base.digest, "snapshot": snapshot.root, "reservation": reservation.id}
     run = _begin(setup, steps=plan.steps, epsilon_of=_rdp_epsilon(plan), on_step=on_step, checkpoints=checkpoints, subject=subject)
+    run.ranks, rows = ranks, Rows(setup.run.rows)
 
-    def step(number: int) -> int:
-        return private_step(run.module, run.optimizer, corpus, plan, run_key=run_key, step=number, token_budget=setup.run.token_budget)
+    def step(number: int) -> Work:
+        budget = setup.run.token_budget
+        return parallel.private_step(
+            run.module, run.optimizer, corpus, plan, run_key=run_key, step=number, token_budget=budget, rows=rows, ranks=ranks
+        )
 
     _go(run, step)
+    if ranks.writes:
+        models.save_adapter(run.module, adapter)
+    ranks.wait()
     return Trained(
         adapter=adapter,
-        adapter_digest=models.save_adapter(run.module, adapter),
+        adapter_digest=models.adapter_digest(adapter),
         base_digest=setup.base.digest,
         guarantee=plan.guarantee,
         steps=run.step,
@@ -228,7 +244,7 @@ def fit(
     subject = {"base": setup.base.digest, "steps": str(steps), "batch": str(batch)}
     run = _begin(setup, steps=steps, epsilon_of=lambda _: None, on_step=on_step, checkpoints=checkpoints, subject=subject)
 
-    def step(number: int) -> int:
+    def step(number: int) -> Work:
         chosen = _in_order(len(documents), batch, order, number)
         return public_step(run.module, run.optimizer, [documents[i] for i in chosen], token_budget=setup.run.token_budget)
 
@@ -271,7 +287,7 @@ def _begin(
     )
 
 
-def _go(run: _Run, step: Callable[[int], int]) -> None:
+def _go(run: _Run, step: Callable[[int], Work]) -> None:
     """Takes every step that is left, saving and reporting after each; then says whether anything was learnt."""
     start = {name: parameter.detach().clone() for name, parameter in trained_parameters(run.module).items()}
     restored = run.checkpoints.restore(run.module, run.optimizer, subject=run.subject) if run.checkpoints else None
@@ -279,15 +295,16 @@ def _go(run: _Run, step: Callable[[int], int]) -> None:
         run.step, run.curve = restored[0], list(restored[1])
     else:
         _measure(run)
-    began, first, tokens = time.monotonic(), run.step, 0
+    began, first, done = time.monotonic(), run.step, Work(tokens=0, padding=0)
     while run.step < run.steps:
         _set_learning_rate(run)
-        tokens += step(run.step + 1)
+        took = step(run.step + 1)
+        done = Work(tokens=done.tokens + took.tokens, padding=done.padding + took.padding)
         run.step += 1
         if run.step % max(1, run.steps // run.setup.evaluations) == 0 or run.step == run.steps:
             _measure(run)
         _save(run)
-        run.on_step(_report(run, seconds=time.monotonic() - began, taken=run.step - first, tokens=tokens))
+        run.on_step(_report(run, seconds=time.monotonic() - began, taken=run.step - first, done=done))
     if all(torch.equal(start[name], parameter) for name, parameter in trained_parameters(run.module).items()):
         raise NothingLearned("at least one trained parameter to change", remedy="Check [model] train, the learning rate and the texts.")
 
@@ -297,17 +314,18 @@ def _measure(run: _Run) -> None:
 
 
 def _save(run: _Run) -> None:
-    if run.checkpoints and (run.step % run.setup.run.checkpoint_every == 0 or run.step == run.steps):
+    if run.checkpoints and run.ranks.writes and (run.step % run.setup.run.checkpoint_every == 0 or run.step == run.steps):
         run.checkpoints.save(run.module, run.optimizer, step=run.step, curve=tuple(run.curve), subject=run.subject)
 
 
-def _report(run: _Run, *, seconds: float, taken: int, tokens: int) -> StepReport:
+def _report(run: _Run, *, seconds: float, taken: int, done: Work) -> StepReport:
     return StepReport(
         step=run.step,
         steps=run.steps,
         epsilon=run.epsilon_of(run.step),
         loss=run.curve[-1][1],
-        tokens_per_second=tokens / max(seconds, 1e-9),
+        tokens_per_second=done.tokens / max(seconds, 1e-9),
+        padding=done.padding / max(done.tokens, 1),
         seconds_left=seconds / taken * (run.steps - run.step),
     )
 

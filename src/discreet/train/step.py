@@ -6,27 +6,32 @@ micro-batch, noise the sum once, divide by the *public* expected batch. All rand
 The loss of a document is the mean cross entropy of its next tokens, its end mark included: every document weighs the same before clipping, whatever its length,
 and the loss depends on nothing but the document (PITFALLS 9). Padding carries no loss and is masked from attention.
 
+Ragged text costs what its tokens cost. Padded rows (one document each) are grouped by length, with at most 1/32 of padding for units of one document. Packed rows hold
+several documents that do not see each other: attention is block-diagonal and positions start again in each, so a document has the loss and gradient it has alone.
+Small narrow micro-batches suit a CPU, where work is proportional to tokens; few wide ones suit a GPU, where a call has a price of its own.
+
 Guarantees: a step whose sample is empty is noised and counted like any other; the realised batch is never divided by; documents of one unit are in one micro-batch.
 
-Sources: Abadi et al. 2016, arXiv 1607.00133; micro-batching after Li et al. 2022, arXiv 2110.05679.
+Sources: Abadi et al. 2016, arXiv 1607.00133; micro-batching after Li et al. 2022, arXiv 2110.05679; packing after Krell et al. 2021, arXiv 2107.02027.
 
-Does not cover: several ranks (`train/parallel.py`), packed rows.
+Does not cover: several ranks (`train/parallel.py`); packed rows in models with sliding windows or recurrent layers (refused, or yours to know).
 
-Legend: D documents of a micro-batch, T tokens of its longest, V vocabulary, N tokens that carry a loss, H hidden size.
+Legend: D documents of a micro-batch, B rows, T tokens of the longest row, V vocabulary, N tokens that carry a loss, H hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from enum import StrEnum
+from typing import Any, NamedTuple, final
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 
-from discreet.dp import clipping, noise, sampling
+from discreet.dp import clipping, mechanism, noise, sampling
 from discreet.dp.clipping import ClippedSum
 from discreet.dp.mechanism import Plan
 from discreet.keys import Key
@@ -41,6 +46,27 @@ _PLAIN_HEADS = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}
 
 Documents = Sequence[Tensor]
 """Token ids of each document, int64 [t] each."""
+
+
+Units = Sequence[tuple[Tensor, ...]]
+"""The documents of each unit that takes part in a step."""
+
+MicroBatch = Sequence[Sequence[tuple[int, int]]]
+"""Rows of (unit, document of that unit): which document stands where."""
+
+
+class Rows(StrEnum):
+    """How documents are laid out in a micro-batch; changes speed and rounding, not the mechanism."""
+
+    PADDED = "padded"
+    PACKED = "packed"
+
+
+class Work(NamedTuple):
+    """What a step computed, for the display only: the numbers are private."""
+
+    tokens: int
+    padding: int
 
 
 @final
@@ -89,37 +115,104 @@ def tokenize(texts: Sequence[str], base: Base, *, max_tokens: int) -> list[Tenso
 
 
 def private_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, corpus: PrivateCorpus, plan: Plan, *, run_key: Key, step: int, token_budget: int
-) -> int:
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    corpus: PrivateCorpus,
+    plan: Plan,
+    *,
+    run_key: Key,
+    step: int,
+    token_budget: int,
+    rows: Rows = Rows.PADDED,
+) -> Work:
     """Takes one step of the plan.
 
     Args:
         step: from 1; names the step's draws under `run_key`.
         token_budget: padded tokens of a micro-batch, >= 1; changes speed and rounding, not the mechanism.
-
-    Returns:
-        the number of tokens read: private, for the display only.
+        rows: one document a row, or several.
     """
-    units = _drawn(corpus, plan, run_key=run_key, step=step)
-    total = ClippedSum.zero(model, clip_norm=plan.clip_norm)
-    for group in sampling.micro_batches([[len(document) for document in unit] for unit in units], token_budget):
-        documents = [document for unit in group for document in units[unit]]
-        owners = [unit for unit in group for _ in units[unit]]
-        total = total + clipping.clipped_sum(model, document_losses, padded(documents), owners, clip_norm=plan.clip_norm)
-    noised = noise.add(total, noise_multiplier=plan.noise_multiplier, key=run_key.stream("noise", step))
-    _apply(model, optimizer, noised.gradients, divisor=plan.expected_batch)
-    return sum(len(document) for unit in units for document in unit)
+    units = drawn(corpus, plan, run_key=run_key, step=step)
+    batches = arranged(units, token_budget, rows)
+    noised = noise.add(
+        summed(model, units, batches, clip_norm=plan.clip_norm), noise_multiplier=plan.noise_multiplier, key=run_key.stream("noise", step)
+    )
+    update(model, optimizer, noised.gradients, divisor=plan.expected_batch)
+    return work(units, batches)
 
 
-def public_step(model: nn.Module, optimizer: torch.optim.Optimizer, documents: Documents, *, token_budget: int) -> int:
-    """Takes one step without privacy on public documents: the mean of their losses. Returns the number of tokens read."""
+def arranged(units: Units, token_budget: int, rows: Rows) -> list[MicroBatch]:
+    """Lays the documents of the sampled units out in micro-batches; all documents of a unit are in one.
+
+    Args:
+        token_budget: largest padded size (rows times longest row) of a micro-batch, >= 1. A single unit above it gets a micro-batch of its own.
+    """
+    lengths = [[len(document) for document in unit] for unit in units]
+    if rows is Rows.PACKED:
+        return _packed(lengths, token_budget)
+    return [[[(unit, d)] for unit in group for d in range(len(units[unit]))] for group in sampling.micro_batches(lengths, token_budget)]
+
+
+def _packed(lengths: Sequence[Sequence[int]], token_budget: int) -> list[MicroBatch]:
+    """Places units, longest first, in the first micro-batch whose rows have room for all their documents (first fit decreasing, Johnson 1973)."""
+    open_: list[tuple[int, list[list[tuple[int, int]]], list[int]]] = []
+    for unit in sorted((u for u, of_unit in enumerate(lengths) if of_unit), key=lambda u: (-max(lengths[u]), u)):
+        if not any(_place(lengths, unit, *each, budget=token_budget) for each in open_):
+            open_.append((max(lengths[unit]), [], []))
+            _place(lengths, unit, *open_[-1], budget=max(token_budget, len(lengths[unit]) * max(lengths[unit])))
+    return [rows for _, rows, _ in open_]
+
+
+def _place(lengths: Sequence[Sequence[int]], unit: int, width: int, rows: list[list[tuple[int, int]]], free: list[int], *, budget: int) -> bool:
+    """Puts all documents of a unit into the rows of one micro-batch, or none of them."""
+    left, chosen = list(free), []
+    for length in lengths[unit]:
+        row = next((r for r, room in enumerate(left) if room >= length), len(left))
+        if row == len(left):
+            left.append(width)
+        if len(left) * width > budget:
+            return False
+        left[row] -= length
+        chosen.append(row)
+    free[:] = left
+    rows.extend([] for _ in range(len(left) - len(rows)))
+    for document, row in enumerate(chosen):
+        rows[row].append((unit, document))
+    return True
+
+
+def summed(model: nn.Module, units: Units, batches: Sequence[MicroBatch], *, clip_norm: float) -> ClippedSum:
+    """Adds up the clipped gradients of the micro-batches; zero when there are none."""
+    total = ClippedSum.zero(model, clip_norm=clip_norm)
+    for rows in batches:
+        batch = laid_out([[units[unit][d] for unit, d in row] for row in rows])
+        owners = [unit for row in rows for unit, _ in row]
+        total = total + clipping.clipped_sum(model, document_losses, batch, owners, clip_norm=clip_norm, documents=batch.get("documents"))
+    return total
+
+
+def work(units: Units, batches: Sequence[MicroBatch]) -> Work:
+    """Counts the tokens of the sampled documents, and the padding beside them."""
+    tokens = sum(len(document) for unit in units for document in unit)
+    return Work(tokens=tokens, padding=sum(padded_size(units, batch) for batch in batches) - tokens)
+
+
+def padded_size(units: Units, batch: MicroBatch) -> int:
+    """Returns rows times the longest row, in tokens."""
+    return len(batch) * max(sum(len(units[unit][d]) for unit, d in row) for row in batch)
+
+
+def public_step(model: nn.Module, optimizer: torch.optim.Optimizer, documents: Documents, *, token_budget: int) -> Work:
+    """Takes one step without privacy on public documents: the mean of their losses. Returns what it computed."""
     optimizer.zero_grad(set_to_none=True)
-    for group in sampling.micro_batches([[len(document)] for document in documents], token_budget):
-        losses_D = document_losses(model, padded([documents[index] for index in group]))
+    units = [(document,) for document in documents]
+    batches = arranged(units, token_budget, Rows.PADDED)
+    for rows in batches:
+        losses_D = document_losses(model, laid_out([[documents[unit] for unit, _ in row] for row in rows]))
         (losses_D.sum() / len(documents)).backward()  # type: ignore[no-untyped-call]  # torch declares no types here
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return sum(len(document) for document in documents)
+    return work(units, batches)
 
 
 @torch.no_grad()
@@ -145,34 +238,72 @@ def padded(documents: Documents) -> dict[str, Tensor]:
     return {"input_ids": ids_DT, "attention_mask": (torch.arange(ids_DT.shape[1]) < lengths_D[:, None]).long()}
 
 
+def laid_out(rows: Sequence[Documents]) -> dict[str, Tensor]:
+    """Lays out rows of one or several documents each.
+
+    Returns:
+        as `padded` for rows of one document each. Otherwise input_ids, position_ids (from 0 in each document) and documents (0..D-1 in reading order, -1 for
+        padding), int64 [B, T] each.
+    """
+    if all(len(row) == 1 for row in rows):
+        return padded([document for row in rows for document in row])
+    lengths_by_row = [torch.tensor([len(document) for document in row]) for row in rows]
+    first_by_row = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    documents = [torch.arange(len(n)).repeat_interleave(n) + first for n, first in zip(lengths_by_row, first_by_row, strict=False)]
+    positions = [torch.cat([torch.arange(length) for length in lengths.tolist()]) for lengths in lengths_by_row]
+    return {
+        "input_ids": torch.nn.utils.rnn.pad_sequence([torch.cat(list(row)) for row in rows], batch_first=True),
+        "position_ids": torch.nn.utils.rnn.pad_sequence(positions, batch_first=True),
+        "documents": torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=-1),
+    }
+
+
 def document_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Computes each document's mean cross entropy of its next tokens.
 
     Args:
-        batch: as `padded` makes it.
+        batch: as `padded` or `laid_out` makes it.
 
     Returns:
-        float32 [D], in nats per token.
+        float32 [D] (float64 for a float64 model), in nats per token.
+
+    Raises:
+        ValueError: when rows are packed for a model whose layers do not all attend to the whole row.
     """
-    device = next(model.parameters()).device
-    ids_DT, mask_DT = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-    is_target_DT = mask_DT[:, 1:].bool()
-    losses_N = _token_losses(model, ids_DT, mask_DT, is_target_DT)
-    document_N = torch.arange(len(ids_DT), device=device)[:, None].expand_as(is_target_DT)[is_target_DT]
-    return torch.zeros(len(ids_DT), device=device).index_add(0, document_N, losses_N) / is_target_DT.sum(1)
+    parameter = next(model.parameters())
+    batch = {name: tensor.to(parameter.device) for name, tensor in batch.items()}
+    if "documents" in batch:
+        document_BT = batch["documents"]
+        inputs = {"position_ids": batch["position_ids"], "attention_mask": _block_diagonal(model, document_BT, parameter.dtype)}
+    else:
+        document_BT = torch.arange(len(batch["input_ids"]), device=parameter.device)[:, None].where(batch["attention_mask"].bool(), -1)
+        inputs = {"attention_mask": batch["attention_mask"]}
+    is_target_BT = (document_BT[:, 1:] >= 0) & (document_BT[:, 1:] == document_BT[:, :-1])
+    losses_N = _token_losses(model, {"input_ids": batch["input_ids"], **inputs}, is_target_BT)
+    document_N = document_BT[:, 1:][is_target_BT]
+    num_targets_D = torch.bincount(document_N, minlength=int(document_BT.max()) + 1)
+    return losses_N.new_zeros(len(num_targets_D)).index_add(0, document_N, losses_N) / num_targets_D
 
 
-def _token_losses(model: nn.Module, ids_DT: Tensor, mask_DT: Tensor, is_target_DT: Tensor) -> Tensor:
+def _block_diagonal(model: nn.Module, document_BT: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask [B, 1, T, T]: a token sees its own document up to itself. Additive, because eager attention adds it; sdpa takes either kind."""
+    window = getattr(getattr(model, "config", None), "sliding_window", None)
+    if window is not None and window < document_BT.shape[1]:
+        raise ValueError(f"Expected a model whose layers attend to the whole row, got sliding_window={window}; use padded rows.")
+    same_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    return torch.zeros(same_BTT.shape, dtype=dtype, device=same_BTT.device).masked_fill(~same_BTT.tril(), torch.finfo(dtype).min)[:, None]
+
+
+def _token_losses(model: nn.Module, inputs: Mapping[str, Tensor], is_target_BT: Tensor) -> Tensor:
     outer: Any = model
     causal: Any = outer.get_base_model() if isinstance(model, PeftModel) else outer
     head = causal.get_output_embeddings()
-    inputs = {"input_ids": ids_DT, "attention_mask": mask_DT, "use_cache": False}
-    targets_N = ids_DT[:, 1:][is_target_DT]
+    targets_N = inputs["input_ids"][:, 1:][is_target_BT]
     if _is_plain_and_frozen(causal, head):
-        hidden_DTH = causal.get_decoder()(**inputs).last_hidden_state[:, :-1]
-        return _FrozenHeadLoss.apply(hidden_DTH[is_target_DT], head.weight, targets_N)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function is untyped
-    logits_NV = causal(**inputs).logits[:, :-1][is_target_DT]
-    return functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+        hidden_BTH = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, :-1]
+        return _FrozenHeadLoss.apply(hidden_BTH[is_target_BT], head.weight, targets_N)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function is untyped
+    logits_NV = causal(**inputs, use_cache=False).logits[:, :-1][is_target_BT]
+    return functional.cross_entropy(logits_NV if logits_NV.dtype is torch.float64 else logits_NV.float(), targets_N, reduction="none")
 
 
 def _is_plain_and_frozen(causal: Any, head: Any) -> bool:
@@ -205,19 +336,15 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return grad_NH * grad_outputs[0][:, None], None, None
 
 
-def _drawn(corpus: PrivateCorpus, plan: Plan, *, run_key: Key, step: int) -> list[tuple[Tensor, ...]]:
-    """The documents of each unit that takes part in the step."""
+def drawn(corpus: PrivateCorpus, plan: Plan, *, run_key: Key, step: int) -> list[tuple[Tensor, ...]]:
+    """The documents of each contribution to the step that is clipped as one."""
     units = corpus.units.reveal()
-    chosen = sampling.poisson(len(units), plan.sampling_probability, run_key.stream("sample", step)).tolist()
-    documents_key = run_key.stream("documents", step)
-    return [_capped(units[u], plan.cap, documents_key.fork(corpus.names[u])) for u in chosen]
+    contributions = mechanism.draw(plan, [len(documents) for documents in units], corpus.names, key=run_key, step=step)
+    return [tuple(units[unit][place] for place in places) for unit, places in contributions]
 
 
-def _capped(documents: tuple[Tensor, ...], cap: int, key: Any) -> tuple[Tensor, ...]:
-    return tuple(documents[i] for i in sampling.capped(torch.arange(len(documents)), cap, key).tolist())
-
-
-def _apply(model: nn.Module, optimizer: torch.optim.Optimizer, sums: Mapping[str, Tensor], *, divisor: float) -> None:
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, sums: Mapping[str, Tensor], *, divisor: float) -> None:
+    """Divides by the public batch and lets the optimiser take its step."""
     parameters = dict(model.named_parameters())
     for name, sum_ in sums.items():
         parameters[name].grad = (sum_ / divisor).to(parameters[name].dtype)
