@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -94,3 +95,19 @@ def test_the_public_names_are_there():
     assert "Ann Lee" not in discreet.redact("Call Dr. Ann Lee.").text
     with pytest.raises(AttributeError):
         _ = discreet.nothing
+
+
+WRITES = re.compile(r"\bTable\(|write_atomically\(|write_bytes\(|write_text\(|os\.open\(|\.open\(\"w|mkstemp|mkdtemp|copytree\(|save_file\(")
+STORES = {"corpus": "SnapshotStore", "governance.catalog": "SourceFiles", "governance.consent": "consent", "train.checkpoint": "CheckpointStore"}
+"""Home of each store in `pipeline.erasure_of`, and what it is called there."""
+
+
+def test_every_module_that_writes_is_a_store_of_the_erasure_or_says_why_not():
+    from discreet import pipeline
+
+    names = {path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."): path.read_text() for path in SOURCE.rglob("*.py")}
+    writing = {name for name, text in names.items() if WRITES.search(text)}
+    assert writing - STORES.keys() - pipeline.NO_SUBJECTS.keys() == set()
+    assert not STORES.keys() & pipeline.NO_SUBJECTS.keys()
+    body = names["pipeline"].partition("def erasure_of")[2].partition("\nclass ")[0]
+    assert [name for name, store in STORES.items() if store not in body] == []

@@ -16,6 +16,7 @@ from discreet.deid import policy as deid
 from discreet.errors import (
     BudgetExhausted,
     DigestMismatch,
+    ErasureIncomplete,
     EvidenceInvalid,
     Forgotten,
     NotAdmitted,
@@ -244,9 +245,86 @@ def test_an_erased_person_is_gone_and_stays_gone(copied: House):
     assert subject not in {record.subject for record in again}
     unknown = pipeline.erase(copied, "nobody at all")
     assert unknown.keys() == certificate.keys()
-    assert {k: v for k, v in unknown.items() if k not in ("subject", "certificate")} == {
-        k: v for k, v in certificate.items() if k not in ("subject", "certificate")
-    }
+    of_the_log = ("subject", "certificate", "statement", "proof")
+    assert {k: v for k, v in unknown.items() if k not in of_the_log} == {k: v for k, v in certificate.items() if k not in of_the_log}
+    entry = verify_proof(certificate["proof"].encode(), envelope=certificate["statement"].encode(), public_key=copied.log.public_key())
+    assert entry.predicate is Predicate.ERASED
+    assert entry.subjects == (certificate["subject"],)
+    assert subject not in certificate["statement"]
+
+
+def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House):
+    """Every file of the folder, raw; the database with its write-ahead log and free pages; every living document decoded, as text and as tokens; weights as bytes."""
+    rows = [json.loads(line) for line in (copied.project.root / "notes.jsonl").read_text().splitlines()]
+    opted_out = set((copied.project.root / "opt_outs.txt").read_text().split())
+    unit = next(row["patient"] for row in rows if row["patient"] not in opted_out)
+    mine = [row for row in rows if row["patient"] == unit]
+    subject = pipeline.subject_of(copied, unit)
+    [root] = [Digest(f"sha256:{p.name}") for p in copied.snapshots.iterdir() if subject in _units(copied, f"sha256:{p.name}")]
+    frozen = corpus.open_snapshot(root, keyring=copied.keyring, folder=copied.snapshots)
+    texts = corpus.texts(frozen, frozen.units.reveal()[subject], copied.keyring)
+    needles = [row[column] for row in mine for column in ("id", "patient", "text", "mrn", "phone", "email")] + [*texts, subject]
+    assert pipeline.remains(copied, [subject]), "the search finds who is there"
+    (copied.project.root / "gold.jsonl").unlink()  # the answers of the detector's test: no store, and never read by the pipeline
+    done = pipeline.erase(copied, unit)
+    assert done["failed"] == []
+    copied.store.close()
+    for path in [path for path in copied.project.root.rglob("*") if path.is_file()]:
+        content = path.read_bytes()
+        assert not [needle for needle in needles if needle.encode() in content], path
+    assert pipeline.remains(copied, needles) == []
+    base = pipeline.load_base(copied, None, Silent())
+    after = corpus.open_snapshot(root, keyring=copied.keyring, folder=copied.snapshots)
+    alive = corpus.texts(after, [p for positions in after.units.reveal().values() for p in positions], copied.keyring)
+    gone = {tuple(base.tokenizer(text)["input_ids"]) for text in texts}
+    assert not gone & {tuple(base.tokenizer(text)["input_ids"]) for text in alive}
+    decided = copied.log.select(Predicate.ERASED)[-2].fields
+    assert any(value.startswith("kept: trained with differential privacy") for value in decided["decisions"].values())
+    assert set(decided["findings"].values()) == {"not exposed"}
+
+
+def _units(house: House, root: str) -> set[str]:
+    return set(corpus.open_snapshot(Digest(root), keyring=house.keyring, folder=house.snapshots).units.reveal())
+
+
+def test_the_drill_plants_erases_and_finds_nothing(copied: House):
+    done = pipeline.drill(copied)
+    assert done["left"] == []
+    assert not list(copied.project.state.glob("canaries*")), "which canaries are in lies in no file"
+
+
+def test_an_unfinished_erasure_stops_everything_else(copied: House):
+    unit = json.loads((copied.project.root / "notes.jsonl").read_text().splitlines()[0])["patient"]
+    shutil.copy(copied.project.state / "discreet.db", copied.project.root / "backup.db")
+    copied.store.close()
+    shutil.copy(copied.project.state / "discreet.db", copied.project.root / "backup.db")
+    pipeline.erase(copied, unit)
+    copied.store.close()
+    shutil.copy(copied.project.root / "backup.db", copied.project.state / "discreet.db")
+    assert pipeline.erasure_of(copied).reapply() == 1
+    with pytest.raises(ErasureIncomplete, match="--resume"):
+        pipeline.ingest(copied, Silent())
+    assert pipeline.resume_erasures(copied) == 1
+    assert pipeline.subject_of(copied, unit) not in copied.keyring.known_subjects()
+
+
+def test_a_person_sees_what_is_held_and_what_was_made_of_it(copied: House):
+    rows = [json.loads(line) for line in (copied.project.root / "notes.jsonl").read_text().splitlines()]
+    unit = rows[0]["patient"]
+    held = pipeline.access_export(copied, unit)
+    assert [r["text"] for s in held["sources"] for r in s["records"]] == [row["text"] for row in rows if row["patient"] == unit]
+    events = pipeline.lineage_export(copied, unit=unit)
+    assert {event["job"]["name"] for event in events} <= {"make snapshot", "make model"}
+    assert pipeline.access_export(copied, "nobody")["sources"] == []
+
+
+def test_a_model_of_unknown_origin_is_not_served(copied: House):
+    from sqlalchemy import text
+
+    with copied.store.transaction() as tx:
+        tx.execute(text("DELETE FROM derivations"))
+    with pytest.raises(NotReleased, match="parents"):
+        pipeline.gateway_app(copied, pipeline.Served(copied), api_key_hash="0" * 64)
 
 
 def test_two_runs_at_once_are_refused(project: Path):

@@ -33,6 +33,8 @@ budget = typer.Typer(no_args_is_help=True, help="Privacy budgets: open, show, re
 consent = typer.Typer(no_args_is_help=True, help="Grants and withdrawals of the people whose data it is.")
 catalog = typer.Typer(no_args_is_help=True, help="What data exists, whose it is, what for.")
 evidence = typer.Typer(no_args_is_help=True, help="The signed log: export and verify.")
+access = typer.Typer(no_args_is_help=True, help="Who may do what: approvals and the broken glass.")
+app.add_typer(access, name="access")
 federate = typer.Typer(no_args_is_help=True, help="A fleet that trains together and shows nobody its data.")
 app.add_typer(federate, name="federate")
 
@@ -215,16 +217,127 @@ def trace(digest: str, project: Folder = HERE, as_json: Json = False) -> None:
 
 @app.command()
 def erase(
-    subject: Annotated[str, typer.Argument(help="The privacy unit as the source names it, e.g. the patient number.")],
+    subject: Annotated[str | None, typer.Argument(help="The privacy unit as the source names it, e.g. the patient number.")] = None,
+    request: Annotated[bool, typer.Option("--request", help="Only receive the request, and print the code for the address on file.")] = False,
+    code: Annotated[str, typer.Option("--code", help="The code that the subject sends back: proves who asks.")] = "",
+    source: Annotated[str, typer.Option("--source", help="A public source, when SUBJECT is one of its records.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Finish what was killed, and whoever a restored backup brought back.")] = False,
+    drill: Annotated[bool, typer.Option("--drill", help="Plant a generated person, erase them and search every byte; run it weekly.")] = False,
     project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
-    """Erases one person: their records, their key, their place in every later snapshot; prints the certificate."""
+    """Erases one person: their records, their key, their place in every snapshot; decides about every model; prints the certificate."""
+    from discreet import pipeline
+
+    if (subject is None) is not (resume or drill):
+        raise RequestInvalid("a SUBJECT, or --resume, or --drill")
+    with pipeline.open_house(project) as house:
+        if subject is None:
+            done = pipeline.drill(house) if drill else {"resumed": pipeline.resume_erasures(house)}
+        elif request:
+            done = {"state": "received", "code": pipeline.request_erasure(house, subject, source=source)}
+        elif code:
+            done = pipeline.confirm_erasure(house, subject, code, source=source)
+        else:
+            done = pipeline.erase(house, subject, source=source)
+    _print(as_json, done, [f"{name}: {value}" for name, value in _flat(done) if name not in ("statement", "proof")])
+
+
+@app.command()
+def retention(project: Folder = HERE, as_json: Json = False) -> None:
+    """Erases whoever is past retention, and closes requests past their backup horizon; run it daily."""
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        certificate = pipeline.erase(house, subject)
-    _print(as_json, certificate, [f"{name}: {value}" for name, value in _flat(certificate)])
+        done = pipeline.retention(house)
+    _print(as_json, done, [f"erased: {done['erased']}", f"closed: {done['closed']}", f"open: {len(done['open'])}"])
+
+
+@app.command()
+def lineage(
+    digest: Annotated[str, typer.Argument(help="A snapshot or model; left out with --subject.")] = "",
+    subject: Annotated[str, typer.Option("--subject", help="A person as the sources name them.")] = "",
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Shows what was made from a person's records or from an artifact, as OpenLineage events."""
+    from discreet import pipeline
+
+    if bool(digest) is bool(subject):
+        raise RequestInvalid("a DIGEST or --subject")
+    with pipeline.open_house(project, exclusive=False) as house:
+        events = pipeline.lineage_export(house, unit=subject, digest=digest)
+    _print(as_json, {"events": events}, [f"{e['job']['name']}: {e['outputs'][0]['name']}" for e in events])
+
+
+@app.command()
+def update(project: Folder = HERE, as_json: Json = False) -> None:
+    """Takes in changed sources: same ledger, trained, audited and released anew; warns when the audit sees more than before."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        done = pipeline.update(house, _Bars())
+    _print(as_json, done, [f"{name}: {value}" for name, value in _flat(done)])
+
+
+@access.command("export")
+def access_export(subject: str, project: Folder = HERE, as_json: Json = False) -> None:
+    """Prints everything the project holds about one person, for that person (GDPR Art. 15). It holds their text."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project, exclusive=False) as house:
+        held = pipeline.access_export(house, subject)
+    _print(as_json, held, [json.dumps(held, indent=2, ensure_ascii=False)])
+
+
+@access.command("show")
+def access_show(project: Folder = HERE, as_json: Json = False) -> None:
+    """Says which roles you hold."""
+    from discreet import pipeline
+    from discreet.governance.access import current_user
+
+    with pipeline.open_house(project, exclusive=False) as house:
+        who = current_user()
+        document = {"user": who.name, "roles": [role.value for role in house.access.roles(who)], "configured": house.access.configured}
+    said = "" if document["configured"] else " ([access] names nobody: the local operator holds all roles)"
+    _print(as_json, document, [f"{who.name}: {', '.join(house.access.roles(who)) or 'no role'}{said}"])
+
+
+@access.command("propose")
+def access_propose(action: str, about: str, project: Folder = HERE, as_json: Json = False) -> None:
+    """Proposes a release, a raised budget or a re-identification, which another person has to approve."""
+    _approval("propose", action, about, project, as_json)
+
+
+@access.command("approve")
+def access_approve(action: str, about: str, project: Folder = HERE, as_json: Json = False) -> None:
+    """Approves what somebody else proposed; the log names both."""
+    _approval("approve", action, about, project, as_json)
+
+
+@access.command("break-glass")
+def access_break_glass(
+    action: str, reason: Annotated[str, typer.Option("--reason", help="Why it cannot wait.")], project: Folder = HERE, as_json: Json = False
+) -> None:
+    """Opens one action for you for an hour, and says so in the log before it opens."""
+    _approval("break_glass", action, reason, project, as_json)
+
+
+def _approval(verb: str, action: str, about: str, project: Path, as_json: bool) -> None:
+    from discreet import pipeline
+    from discreet.governance.access import Action, current_user
+
+    if action not in Action.__members__.values():
+        raise RequestInvalid(f"an action out of {', '.join(Action)}", value=action)
+    with pipeline.open_house(project, exclusive=False) as house:
+        named = {"reason": about} if verb == "break_glass" else {"about": about}
+        getattr(house.access, verb)(Action(action), who=current_user(), **named)
+    document = {
+        "action": action,
+        "state": {"propose": "proposed", "approve": "approved", "break_glass": "open for an hour"}[verb],
+        "by": current_user().name,
+    }
+    _print(as_json, document, [f"{action}: {document['state']}"])
 
 
 @app.command()
@@ -539,8 +652,8 @@ def consent_withdraw(subject: str, project: Folder = HERE, as_json: Json = False
     """Records that a person withdrew: none of their records is admitted from now on."""
     from discreet import pipeline
 
-    with pipeline.open_house(project) as house:
-        who = pipeline.subject_of(house, subject)
+    with pipeline.open_house(project, exclusive=False) as house:  # a training run asks for it every half minute
+        who = pipeline.may_record_consent(house, subject)
         house.consent.withdraw(who, house.project.purpose)
     _print(as_json, {"subject": who, "purpose": house.project.purpose.name, "state": "withdrawn"}, ["withdrawn"])
 
@@ -550,10 +663,54 @@ def consent_grant(subject: str, project: Folder = HERE, as_json: Json = False) -
     """Records a person's consent for the project's purpose."""
     from discreet import pipeline
 
-    with pipeline.open_house(project) as house:
-        who = pipeline.subject_of(house, subject)
+    with pipeline.open_house(project, exclusive=False) as house:
+        who = pipeline.may_record_consent(house, subject)
         house.consent.grant(who, house.project.purpose)
     _print(as_json, {"subject": who, "purpose": house.project.purpose.name, "state": "granted"}, ["granted"])
+
+
+@consent.command("history")
+def consent_history(subject: str, project: Folder = HERE, as_json: Json = False) -> None:
+    """Shows everything a person said about their data, oldest first."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project, exclusive=False) as house:
+        words = house.consent.history(pipeline.subject_of(house, subject))
+    said = [
+        {"purpose": w.purpose, "state": "granted" if w.basis else "withdrawn", "basis": w.basis.value if w.basis else None, "at": w.at} for w in words
+    ]
+    _print(as_json, {"history": said}, [f"{w['at']:.0f}  {w['state']}  {w['purpose']}" for w in said])
+
+
+@consent.command("import")
+def consent_import(
+    file: Annotated[Path, typer.Argument(help="CSV with the columns subject, purpose (* for every purpose) and basis (empty: withdrawn).")],
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Records the words of many people at once, all or none."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project, exclusive=False) as house:
+        changed = pipeline.import_consent(house, file)
+    _print(as_json, {"changed": changed}, [f"changed: {changed}"])
+
+
+@catalog.command("confirm")
+def catalog_confirm(
+    name: str,
+    by: Annotated[str, typer.Option("--by", help="The person who read the sample.")],
+    reason: Annotated[str, typer.Option("--reason")],
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Confirms by name that a source in which the detectors found something is public all the same."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        pipeline.confirm_public(house, name, by=by, reason=reason)
+        sources = house.catalog.sources()
+    _print(as_json, {"sources": sources}, [f"confirmed {name}"])
 
 
 @catalog.command("list")

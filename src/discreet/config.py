@@ -60,7 +60,10 @@ class SourceSection(_Section):
     """One `[[source]]`: a body of text, its owner, and who may use it for what."""
 
     name: Name
-    path: str = Field(description="file or folder, relative to this file")
+    path: str = Field(
+        description="file, folder or glob, relative to this file; a URL that fsspec knows (s3://...); with `query`, a database URL or env:NAME of one"
+    )
+    query: str = Field("", description="SQL that selects the records of a database source, ordered and read in one go")
     format: Literal["jsonl", "csv", "parquet", "text"] = "jsonl"
     text: str = Field("text", description="column that holds the text (format text: the file's content)")
     id: str = Field("id", description="column that identifies the record in its source (format text: the file name)")
@@ -86,6 +89,32 @@ class SourceSection(_Section):
         if not self.unit and self.format != "text" and self.sensitivity is not Sensitivity.PUBLIC:
             raise ValueError("Expected `unit` to name the column of the privacy unit of a source that is not public.")
         return self
+
+
+@final
+class ErasureSection(_Section):
+    """How people are forgotten."""
+
+    sources: Literal["rewrite", "retain"] = Field(
+        "rewrite",
+        description="what happens to the subject's rows in the source files: rewrite removes them; retain leaves them to the owner's own legal ground, and the certificate says so",
+    )
+    backup_days: Annotated[int, Field(ge=0)] = Field(30, description="after so many days no backup holds anybody who is erased today")
+    journal: str = Field(
+        ".discreet/suppressions",
+        description="file of suppressions, relative to this file; keep it outside what is backed up, so that no restored backup undoes an erasure",
+    )
+
+
+@final
+class AccessSection(_Section):
+    """Who may do what. While every list is empty, whoever runs the command holds all roles, and the report says so."""
+
+    owner: tuple[str, ...] = Field((), description="user names of the operating system: open budgets, register sources")
+    engineer: tuple[str, ...] = Field((), description="run, train, audit, update, propose a release")
+    privacy_officer: tuple[str, ...] = Field((), description="erase, consent, retention, access exports, approve")
+    auditor: tuple[str, ...] = Field((), description="read the log, the report, the lineage and the evidence")
+    product: tuple[str, ...] = Field((), description="serve what was released, read the public report")
 
 
 @final
@@ -206,6 +235,8 @@ class Project(_Section):
     store: StoreSection = StoreSection()
     keys: KeysSection = KeysSection()
     source: tuple[SourceSection, ...] = Field(min_length=1)
+    erasure: ErasureSection = ErasureSection()
+    access: AccessSection = AccessSection()
     deid: DeidSection = DeidSection()
     model: ModelSection = ModelSection()
     privacy: PrivacySection = PrivacySection()

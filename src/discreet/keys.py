@@ -186,6 +186,12 @@ class Keyring:
         """Destroys the subject's key for good. Idempotent."""
         self._destroy("subject", subject)
 
+    def known_subjects(self) -> list[SubjectId]:
+        """Returns every subject that has a key. Internal (PITFALLS 41)."""
+        with self._store.transaction() as tx:
+            living = (_keys.c.kind == "subject") & (_keys.c.wrapped != _DESTROYED)
+            return [SubjectId(name) for name in tx.execute(select(_keys.c.name).where(living).order_by(_keys.c.name)).scalars()]
+
     def close_run(self, run: str) -> None:
         """Destroys the run's key: its noise and sampling can no longer be regenerated. Idempotent."""
         self._destroy("run", run)
@@ -200,7 +206,8 @@ class Keyring:
 
     def _load(self, tx: Connection, kind: str, name: str) -> Key:
         context = f"{kind}/{name}".encode()
-        wrapped = tx.execute(select(_keys.c.wrapped).where(_keys.c.kind == kind, _keys.c.name == name)).scalar_one_or_none()
+        rows = tx.execute(select(_keys.c.wrapped).where(_keys.c.kind == kind, _keys.c.name.in_((name, self._tombstone(kind, name))))).scalars().all()
+        wrapped = max(rows, key=lambda stored: stored == _DESTROYED, default=None)
         if wrapped == _DESTROYED:
             raise Forgotten(f"a {kind} whose key still exists", remedy="It was erased or closed; this cannot be undone.")
         if wrapped is not None:
@@ -212,9 +219,13 @@ class Keyring:
     def _destroy(self, kind: str, name: str) -> None:
         self._cache.pop((kind, name), None)
         with self._store.transaction() as tx:
-            tx.execute(delete(_keys).where(_keys.c.kind == kind, _keys.c.name == name))
-            tx.execute(insert(_keys).values(kind=kind, name=name, wrapped=_DESTROYED))
+            tx.execute(delete(_keys).where(_keys.c.kind == kind, _keys.c.name.in_((name, self._tombstone(kind, name)))))
+            tx.execute(insert(_keys).values(kind=kind, name=self._tombstone(kind, name), wrapped=_DESTROYED))
         self._store.scrub()
+
+    def _tombstone(self, kind: str, name: str) -> str:
+        """What a destroyed key is remembered by: an HMAC, so that not even the pseudonym stays."""
+        return self.hmac("tombstone", f"{kind}/{name}".encode()).hex()
 
 
 _DESTROYED = b""

@@ -14,6 +14,7 @@ Does not cover: more than one machine (federated/), serving itself (serve/), the
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import hashlib
 import json
@@ -37,17 +38,33 @@ from discreet.audit.canaries import Canaries
 from discreet.config import ModelSection, Project, SourceSection, TrainSection, digest_of
 from discreet.deid import policy as deid
 from discreet.dp import accounting, mechanism
-from discreet.errors import BudgetExhausted, ConfigInvalid, DigestMismatch, NotFound, NotReleased, PlanInvalid, RunInProgress, TrackRefused
+from discreet.errors import (
+    BudgetExhausted,
+    ConfigInvalid,
+    DigestMismatch,
+    ErasureIncomplete,
+    NotAdmitted,
+    NotFound,
+    NotReleased,
+    PlanInvalid,
+    RecordInvalid,
+    RunInProgress,
+    SourceChanged,
+    SourceMissing,
+    TrackRefused,
+)
 from discreet.evidence.log import Log
 from discreet.evidence.statement import JSON, Entry, Predicate, Statement
 from discreet.governance import lineage
-from discreet.governance.catalog import Catalog, subject_id
+from discreet.governance.access import Access, Action, current_user
+from discreet.governance.catalog import Catalog, RegisteredSource, SourceFiles, subject_id
+from discreet.governance.classify import classify
 from discreet.governance.consent import Consent
-from discreet.governance.erasure import Decision, Erasure
-from discreet.keys import Keyring, open_master
+from discreet.governance.erasure import Decision, Erasure, Finding, Identity, Reason, Transcript
+from discreet.keys import Key, Keyring, open_master
 from discreet.ledger import Budget, CloseReason, Ledger, Reservation
 from discreet.model import Base, PublicText
-from discreet.record import Basis, Deidentified, Digest, Release, Sensitivity, Snapshot, SubjectId
+from discreet.record import Basis, Deidentified, Digest, Purpose, Record, Release, Sensitivity, Snapshot, SubjectId
 from discreet.serve import gateway
 from discreet.store import Store, metadata, write_atomically
 from discreet.train import loop
@@ -64,6 +81,8 @@ if TYPE_CHECKING:
 
 STAGES = ("ingest", "train", "audit", "release")
 BATCH = 512
+CONSENT_S = 30.0
+"""How often a run asks whether its records may still be used."""
 CANARY_SOURCE = "audit-canaries-{count}"
 CONTROL_BATCH = 16
 RECITED = 40
@@ -101,6 +120,7 @@ class House:
     catalog: Catalog
     consent: Consent
     ledger: Ledger
+    access: Access
 
     @property
     def snapshots(self) -> Path:
@@ -131,7 +151,20 @@ def open_house(folder: Path, *, exclusive: bool = True) -> Iterator[House]:
             keyring = Keyring(store, open_master(project.master_location()))
             log = Log(store, keyring, f"discreet.{project.project.name}")
             catalog, consent = Catalog(store, keyring, log), Consent(store, keyring, log)
-            yield House(project=project, store=store, keyring=keyring, log=log, catalog=catalog, consent=consent, ledger=Ledger(store, keyring, log))
+            access = Access(project.access, store=store, keyring=keyring, log=log)
+            house = House(
+                project=project,
+                store=store,
+                keyring=keyring,
+                log=log,
+                catalog=catalog,
+                consent=consent,
+                ledger=Ledger(store, keyring, log),
+                access=access,
+            )
+            if exclusive:
+                erasure_of(house).reapply()
+            yield house
         finally:
             store.close()
 
@@ -170,11 +203,13 @@ def ingest(house: House, observer: Observer) -> Corpus:
         Forgotten: when a subject was erased meanwhile.
     """
     observer.stage("ingest")
+    _refuse_unfinished(house)
     canaries = plant_canaries(house)
     documents: dict[str, list[Deidentified]] = {"train": [], "public": [], "evaluation": []}
     refused = 0
     for section in (*house.project.source, _canary_section(house, canaries)):
-        kept, num_refused = _source_documents(house, section, observer)
+        planted = _rows_as_lines(canaries.rows()) if section.role == "canary" else None
+        kept, num_refused = _source_documents(house, section, observer, generated=planted)
         documents["train" if section.role == "canary" else section.role] += kept
         refused += num_refused
     if not documents["evaluation"]:
@@ -186,11 +221,14 @@ def ingest(house: House, observer: Observer) -> Corpus:
     return Corpus(snapshot=snapshot, public=public, held_out=held_out, canaries=canaries, refused=refused)
 
 
-def _source_documents(house: House, section: SourceSection, observer: Observer) -> tuple[list[Deidentified], int]:
+def _source_documents(house: House, section: SourceSection, observer: Observer, *, generated: bytes | None = None) -> tuple[list[Deidentified], int]:
     """Lines 1 to 3 for one source."""
-    source = house.catalog.register(house.project, section)
+    source = house.catalog.register(house.project, section, generated=generated)
     house.consent.load_opt_outs(source)
-    admitted, refused = house.consent.admit_all(house.catalog.collect(source), house.project.purpose)
+    records = house.catalog.collect(source)
+    if section.sensitivity is Sensitivity.PUBLIC:
+        _refuse_mislabelled(house, source, records)
+    admitted, refused = house.consent.admit_all(records, house.project.purpose)
     keys = house.keyring.subjects([each.record.subject for each in admitted])
     policy = deid.configured(house.project.deid.policy, house.project.deid.thresholds)
     kept = []
@@ -200,6 +238,35 @@ def _source_documents(house: House, section: SourceSection, observer: Observer) 
             observer.progress(f"de-identify {section.name}", number, len(admitted), {})
     _log_deidentified(house, section.name, kept, policy.digest)
     return kept, len(refused)
+
+
+def _refuse_mislabelled(house: House, source: RegisteredSource, records: Sequence[Record]) -> None:
+    """A public source is trained on without privacy: a sample of it goes through the detectors, again whenever its bytes change. A person may confirm by name."""
+    if not records or source.section.basis is Basis.GENERATED:
+        return
+    about = source.digest
+    confirmed = [e for e in house.log.entries(about) if e.predicate is Predicate.OVERRIDDEN]
+    proposed = classify(records)
+    if proposed.exceeds(Sensitivity.INTERNAL) and not confirmed:
+        remedy = f"Declare its sensitivity, or have a named person confirm it: `discreet catalog confirm {source.name} --by NAME --reason TEXT`."
+        found = ", ".join(label.value for label in proposed.shares)
+        raise TrackRefused("a public source whose sample holds no personal data", value=f"{source.name}: {found}", remedy=remedy)
+
+
+def confirm_public(house: House, name: str, *, by: str, reason: str) -> None:
+    """Records that a named person read the sample and holds these bytes to be public.
+
+    Raises:
+        NotFound: when there is no such source.
+    """
+    house.access.require(Action.REGISTER_SOURCE, who=current_user())
+    section = next((section for section in house.project.source if section.name == name), None)
+    if section is None:
+        raise NotFound("a [[source]] of that name in discreet.toml", value=name)
+    source = house.catalog.register(house.project, section)
+    fields: dict[str, JSON] = {"rule": "the sample of a public source holds no personal data", "reason": reason, "name": name, "by": by}
+    with house.store.transaction() as tx:
+        house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(source.digest,), fields=fields))
 
 
 def _log_deidentified(house: House, source: str, documents: Sequence[Deidentified], policy: Digest) -> None:
@@ -240,20 +307,26 @@ def _design(house: House) -> canary.Design:
 
 
 def _canary_section(house: House, canaries: Canaries) -> SourceSection:
-    """The reserved source of the canaries: generated text, one unit each, through the same door as everything else."""
-    path = house.project.state / "canaries.jsonl"
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in canaries.rows()).encode())
+    """The reserved source of the canaries: generated text, one unit each, through the same door as everything else, but never in a file."""
+    return _generated_section(house, CANARY_SOURCE.format(count=len(canaries)), owner="audit")
+
+
+def _generated_section(house: House, name: str, *, owner: str) -> SourceSection:
     return SourceSection(
-        name=CANARY_SOURCE.format(count=len(canaries)),
-        path=str(path.relative_to(house.project.root)),
+        name=name,
+        path=f"(generated by {owner})",
         unit="unit",
-        owner="audit",
+        owner=owner,
         licence="generated",
         sensitivity=Sensitivity.INTERNAL,
         purposes=(house.project.project.purpose,),
         basis=Basis.GENERATED,
         role="canary",
     )
+
+
+def _rows_as_lines(rows: Sequence[Mapping[str, str]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 # Lines 5 to 7: what it costs, whether we can afford it, training
@@ -305,7 +378,9 @@ class Price:
         said = ["Choosing unit and epsilon: docs/choosing-unit-and-epsilon.md."]
         if not self.admitted:
             said.append("The budget does not admit this plan: take fewer steps, a smaller batch or epsilon, or wait for another population.")
-            said.append("With [privacy] target = 'pld' the noise meets a PLD epsilon, and the budget counts by RDP, which asks for more: target = 'budget' fits it.")
+            said.append(
+                "With [privacy] target = 'pld' the noise meets a PLD epsilon, and the budget counts by RDP, which asks for more: target = 'budget' fits it."
+            )
         if self.plan.guarantee.epsilon > 10:
             said.append("Above epsilon 10 the promise says little about one person; a larger population or fewer steps lower it at the same noise.")
         if self.signal_to_noise < 0.05:
@@ -475,7 +550,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
         run_key=house.keyring.run(run),
         checkpoints=_checkpoints(house, run),
         adapter=folder / "adapter",
-        on_step=_shown(observer, "train"),
+        on_step=_while_admitted(house, frozen.snapshot, _shown(observer, "train")),
     )
     moved, trainable = model.moved(base, house.project.model, start=start, adapter=trained.adapter)
     result = {
@@ -567,6 +642,25 @@ def _shown(observer: Observer, task: str) -> Callable[[loop.StepReport], None]:
     return show
 
 
+def _while_admitted(house: House, snapshot: Snapshot, show: Callable[[loop.StepReport], None]) -> Callable[[loop.StepReport], None]:
+    """Asks again, at least every half minute, whether every record of the run may still be used: a withdrawal stops it (GDPR Art. 7(3)); what was spent stays spent."""
+    records = corpus.digests(snapshot, house.keyring)
+    asked = time.monotonic()
+
+    def on_step(step: loop.StepReport) -> None:
+        nonlocal asked
+        show(step)
+        if time.monotonic() - asked >= CONSENT_S:
+            asked = time.monotonic()
+            if house.consent.revoked(records, house.project.purpose):
+                raise NotAdmitted(
+                    "a basis for every record until the run ends",
+                    remedy="Somebody withdrew. Run again: it starts on a snapshot without them; what this run spent stays spent.",
+                )
+
+    return on_step
+
+
 def _rounded(curve: loop.Curve) -> list[list[float]]:
     return [[step, round(loss, 4)] for step, loss in curve]
 
@@ -595,8 +689,20 @@ def _record_training(house: House, result: Mapping[str, Any], reservation: Reser
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(Digest(result["adapter"]),), fields=fields))
         artifact = lineage.Artifact(digest=Digest(result["adapter"]), kind=lineage.Kind.MODEL, protects=house.project.privacy.unit)
-        lineage.derive(tx, artifact, parents=[Digest(result["snapshot"])])
+        _register_base(house, tx, result)
+        lineage.derive(tx, artifact, parents=[Digest(result["snapshot"]), Digest(result["base"])])
         _record(tx, "train", _run_config(house), result)
+
+
+def _register_base(house: House, tx: Connection, result: Mapping[str, Any]) -> None:
+    """A base model that others trained has no parents here; the tiny one was made, without privacy, from the project's public snapshots."""
+    digest = Digest(result["base"])
+    if house.project.model.base != model.TINY:
+        lineage.register(tx, [lineage.Artifact(digest=digest, kind=lineage.Kind.BASE)])
+        return
+    roots = [entry.subjects[0] for entry in house.log.select(Predicate.FROZEN, tx=tx) if entry.fields["name"] == "public"]
+    known = [artifact.digest for artifact in lineage.find_all(tx, roots)]
+    lineage.derive(tx, lineage.Artifact(digest=digest, kind=lineage.Kind.MODEL), parents=known)
 
 
 def _close_run(house: House, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -766,6 +872,7 @@ def release(house: House, observer: Observer) -> dict[str, Any]:
     done = _finished(house, "release")
     if done is None:
         observer.stage("release")
+        house.access.require(Action.RELEASE, who=current_user(), about=trained["adapter"])
         done = _decide(house, trained, audited)
     failed = [gate["gate"] for gate in done["gates"] if not gate["holds"]]
     if failed:
@@ -778,7 +885,7 @@ def release(house: House, observer: Observer) -> dict[str, Any]:
 
 
 def _decide(house: House, trained: Mapping[str, Any], audited: Mapping[str, Any]) -> dict[str, Any]:
-    gates = _gates(house, trained["guarantee"], audited)
+    gates = [*_gates(house, trained["guarantee"], audited), _basis_gate(house, trained)]
     holds = all(gate["holds"] for gate in gates)
     common = {
         "name": f"{house.project.project.name}-{trained['run'].removeprefix('run-')}",
@@ -816,6 +923,15 @@ def _gates(house: House, guarantee: Mapping[str, Any], audited: Mapping[str, Any
         _gate("epsilon (PLD)", f"<= {rules.max_epsilon:g}", guarantee["epsilon"], guarantee["epsilon"] <= rules.max_epsilon),
         _gate("certified lower bound", "<= epsilon", audited["epsilon_lower"], audited["epsilon_lower"] <= guarantee["epsilon"]),
     ]
+
+
+def _basis_gate(house: House, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Whoever withdrew since training is protected by the guarantee of their own unit, or the model does not leave."""
+    if trained["guarantee"]["unit"] == house.project.privacy.unit:
+        return _gate("basis", "none withdrawn, or DP for this unit", f"DP by {house.project.privacy.unit}", True)
+    records = corpus.digests(corpus.open_snapshot(Digest(trained["snapshot"]), keyring=house.keyring, folder=house.snapshots), house.keyring)
+    held = not house.consent.revoked(records, house.project.purpose)
+    return _gate("basis", "none withdrawn, or DP for this unit", "held" if held else "withdrawn since", held)
 
 
 def _gate(name: str, required: str, got: object, holds: bool) -> dict[str, Any]:
@@ -858,6 +974,7 @@ def gateway_app(house: House, served: Served, *, api_key_hash: str) -> Starlette
     """
     key = house.log.public_key()
     released = load_release(house.releases / released_name(house), public_key=key)
+    _refuse_unknown_parents(house, released)
     base = load_base(house, None, Silent())
     serving = house.project.serve
     engine = gateway.open_engine(released, base, public_key=key, key=house.keyring.purpose("gateway"))
@@ -904,32 +1021,407 @@ class Served:
         self._counts.clear()
 
 
-def subject_of(house: House, unit: str) -> SubjectId:
-    """Returns the pseudonym of a person as the project's sources name them."""
+def subject_of(house: House, unit: str, *, source: str = "") -> SubjectId:
+    """Returns the pseudonym of a person as the project's sources name them, or of one record of a public source."""
+    if source:
+        return subject_id(house.keyring, unit=f"record/{source}", value=unit)
     return subject_id(house.keyring, unit=house.project.privacy.unit, value=unit)
 
 
-def erase(house: House, unit: str) -> dict[str, Any]:
+def _refuse_unknown_parents(house: House, released: Release) -> None:
+    with house.store.transaction() as tx:
+        known = lineage.is_known(tx, released.adapter) and lineage.is_known(tx, released.base) and bool(lineage.ancestors(tx, [released.adapter]))
+    if not known:
+        raise NotReleased(
+            "a model whose parents are known", value=released.adapter, remedy="It was withdrawn, or nobody knows what it was made from."
+        )
+
+
+NO_SUBJECTS: Mapping[str, str] = {
+    "cohorts": "HMACs of pseudonyms under a key of their own, which have to outlive the erasure: a budget is not refunded",
+    "config": "parameters that the operator wrote",
+    "demo": "generated people, written as the project's sources: `sources` is their store",
+    "evidence.log": "salted commitments, the salt under the subject's key; requests under an HMAC",
+    "governance.access": "operators, not subjects",
+    "governance.erasure": "suppressions as HMACs, which have to outlive the erasure; its scope is emptied by the certificate",
+    "governance.lineage": "digests; those of the subject's records are forgotten when the keys are shredded",
+    "keys": "the subject's key is shredded by the machine itself; an HMAC stays as its tombstone",
+    "ledger": "budgets under pseudonyms by HMAC, which have to outlive the erasure: a budget is not refunded",
+    "model": "weights and base models: decided by the machine itself, `models decided`",
+    "pipeline": "digests, parameters and curves on public text; releases are weights",
+    "report": "computed from the log",
+    "serve.gateway": "a private copy of released weights while it serves",
+    "store": "the database itself: compacted by the machine, with its write-ahead log",
+}
+"""Modules that write files or tables and are no store of the tuple below, each with the reason. An architecture test holds that there is no third kind."""
+
+
+def erasure_of(house: House) -> Erasure:
+    """Returns the erasure over the closed tuple of all stores of this project."""
+    project = house.project
+    return Erasure(
+        house.store,
+        house.keyring,
+        house.log,
+        stores=(
+            _OpenRuns(house),
+            SourceFiles(project, house.keyring, house.store),
+            house.consent,
+            house.catalog,
+            corpus.SnapshotStore(house.snapshots, house.keyring),
+        ),
+        derived=(CheckpointStore(project.state / "runs", house.keyring, snapshots=corpus.SnapshotStore(house.snapshots, house.keyring)),),
+        models=_ProjectModels(house),
+        unit=project.privacy.unit,
+        max_epsilon=project.release.max_epsilon,
+        backup_days=project.erasure.backup_days,
+        journal=project.path(project.erasure.journal),
+    )
+
+
+@final
+class _OpenRuns:
+    """Runs that were killed on a snapshot of the subject: closed, and their keys destroyed; what they spent stays spent. Their states are `CheckpointStore`'s."""
+
+    name = "open runs"
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+
+    def holds(self, subject: SubjectId) -> list[Digest]:
+        """Returns the snapshots of the subject on which a run is open."""
+        theirs = set(corpus.SnapshotStore(self._house.snapshots, self._house.keyring).holds(subject))
+        return sorted({run.snapshot for run in self._house.ledger.open_runs() if run.snapshot in theirs and run.snapshot is not None})
+
+    def purge(self, subject: SubjectId) -> None:
+        theirs = self.holds(subject)
+        for run in self._house.ledger.open_runs():
+            if run.snapshot in theirs:  # its population is no longer what it reserved, and its key could still take the noise away
+                _abandon(self._house, run)
+
+    def absence(self, subject: SubjectId) -> bool:
+        return not self.holds(subject)
+
+
+@final
+class _ProjectModels:
+    """The project's models, for the erasure."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+
+    def transcript(self, digest: Digest) -> Transcript:
+        """Of the model itself, or of the weakest model that it was derived from."""
+        with self._house.store.transaction() as tx:
+            above = [a.digest for a in lineage.ancestors(tx, [digest]) if a.kind is lineage.Kind.MODEL]
+        recorded = {e.subjects[0]: e.fields["guarantee"] for e in self._house.log.select(Predicate.TRAINED) if e.fields["adapter"]}
+        concerned = [digest] if digest in recorded else [each for each in above if each in recorded]
+        found = [_transcript(recorded[each]) for each in concerned]
+        return max(found, key=lambda each: each.epsilon, default=Transcript())
+
+    def test(self, subject: SubjectId, digest: Digest) -> Finding:
+        """Compares the subject's frozen text with the same text under other stand-ins, which nobody trained on: under the null they are exchangeable, so the rank is an
+        exact test. 39 twins first; only a text that beats them all is looked at again among 999, so that one erasure in five hundred is a false alarm."""
+        adapter = next(
+            (p for p in sorted((self._house.project.state / "runs").glob("*/adapter")) if _adapter_digest(p) == digest),
+            None,
+        )
+        own = _own_texts(self._house, subject) if adapter else []
+        if adapter is None or not own:
+            return Finding.NO_POWER
+        try:
+            base = load_base(self._house, None, Silent())
+        except NotFound:  # the weights are there, what they were trained on is not: nobody can be asked
+            return Finding.NO_POWER
+        private = model.load_adapter(base, adapter)
+        for twins in (39, 999):
+            rank = _rank_among_twins(self._house, subject, own, base, private, twins=twins)
+            if rank is None:
+                return Finding.NO_POWER
+            if rank > 0:
+                return Finding.NOT_EXPOSED if twins == 39 or rank > 1 else Finding.EXPOSED
+        return Finding.EXPOSED
+
+    def withdraw(self, digest: Digest) -> None:
+        """Destroys every copy of the weights, forgets the stages that made them and says so in the log, so that the recipe can run again."""
+        house = self._house
+        for adapter in [*(house.project.state / "runs").glob("*/*adapter"), *house.releases.glob("*/adapter")]:
+            if _adapter_digest(adapter) == digest:
+                shutil.rmtree(adapter.parent)
+        with house.store.transaction() as tx:
+            for row in tx.execute(select(_stages)).all():
+                result = json.loads(row.result)
+                if digest in (result.get("adapter"), result.get("base")):
+                    if result.get("base") == digest and Path(result.get("base_path", "")).is_relative_to(house.project.state):
+                        shutil.rmtree(result["base_path"], ignore_errors=True)
+                    tx.execute(delete(_stages).where(_stages.c.name == row.name, _stages.c.config == row.config))
+            fields: dict[str, JSON] = {"adapter": digest, "reasons": ["erasure"]}
+            house.log.append(tx, Statement(predicate=Predicate.WITHHELD, subjects=(digest,), fields=fields))
+
+
+def _adapter_digest(folder: Path) -> Digest | None:
+    try:
+        return model.adapter_digest(folder)
+    except NotFound:
+        return None
+
+
+def _transcript(guarantee: Mapping[str, Any] | None) -> Transcript:
+    names = ("unit", "relation", "epsilon", "delta", "sampling_probability", "noise_multiplier", "steps")
+    return Transcript(**{name: guarantee[name] for name in names}) if guarantee else Transcript()
+
+
+def _own_texts(house: House, subject: SubjectId) -> list[tuple[str, Mapping[str, tuple[str, ...]]]]:
+    """What the sensitive training sources say about a subject now."""
+    sections = [section for section in house.project.source if section.role == "train"]
+    try:
+        found = [house.catalog.texts_of(house.catalog.register(house.project, section), subject) for section in sections]
+    except SourceChanged:  # a restored database beside rewritten files: what was trained on can no longer be told
+        return []
+    return [(text.reveal(), known.reveal()) for of_source in found for _, text, known in of_source]
+
+
+def _rank_among_twins(
+    house: House,
+    subject: SubjectId,
+    own: Sequence[tuple[str, Mapping[str, tuple[str, ...]]]],
+    base: Base,
+    module: nn.Module,
+    *,
+    twins: int,
+) -> int | None:
+    """Returns how many of `twins` the module prefers to the subject's own text; None when stand-ins make no difference."""
+    policy = deid.BUILTIN[house.project.deid.policy]
+
+    def frozen(key: Key) -> list[str]:
+        return [deid.redact(text, policy, known=known, key=key).text for text, known in own]
+
+    mine = frozen(house.keyring.subject(subject))
+    others = [frozen(Key.random()) for _ in range(twins)]
+    if all(other == mine for other in others):
+        return None
+    texts = [text for version in (mine, *others) for text in version]
+    scored = membership.scores(
+        module, base.tokenizer, texts, token_budget=house.project.run.token_budget, adapter_off=lambda: model.adapter_off(module, base)
+    )
+    sums = scored.reshape(twins + 1, len(own)).sum(axis=1)
+    return int((sums[1:] >= sums[0]).sum())
+
+
+def _refuse_unfinished(house: House) -> None:
+    if erasure_of(house).unfinished():
+        raise ErasureIncomplete(
+            "every erasure to be finished before anything else is made",
+            value="somebody is restricted without a certificate: a killed erasure, or a restored backup",
+            remedy="discreet erase --resume",
+        )
+
+
+def erase(house: House, unit: str, *, source: str = "") -> dict[str, Any]:
     """Erases one person from every store (line 11) and returns the certificate. An unknown person gets the same answer.
 
+    Args:
+        house: the open project.
+        unit: the person as the sources name them.
+        source: the public source whose record `unit` is; empty for a privacy unit of the project.
+
     Raises:
-        ErasureIncomplete: when a store still holds them; the name of the store is the value.
+        AccessDenied: when the operator may not, or a request of theirs is not verified.
+        ErasureIncomplete: when a store still holds them; the name of the store and the responsible role are the value.
     """
-    snapshots = corpus.SnapshotStore(house.snapshots, house.keyring)
-    stores = (house.catalog, snapshots, CheckpointStore(house.project.state / "runs", house.keyring, snapshots=snapshots))
-    erasure = Erasure(house.store, house.keyring, house.log, stores=stores, unit=house.project.privacy.unit)
-    lost = snapshots.holds(subject_of(house, unit))
-    certificate = erasure.execute(subject_of(house, unit))
-    for reservation in house.ledger.open_runs():
-        if reservation.snapshot in lost:  # its population is no longer what it reserved, and its key could still take the noise away
-            _abandon(house, reservation)
+    who = current_user()
+    house.access.require(Action.ERASE, who=who)
+    identity = Identity(method="vouched for by the operator", by=who.name)
+    return _erase(house, subject_of(house, unit, source=source), identity=identity, reason=Reason.REQUEST)
+
+
+def _erase(house: House, subject: SubjectId, *, identity: Identity | None, reason: Reason) -> dict[str, Any]:
+    certificate = erasure_of(house).execute(subject, identity=identity, reason=reason)
+    [entry] = [each for each in house.log.entries(certificate.request) if each.index == certificate.entry]
     return {
         "subject": certificate.request,
         "stores": list(certificate.stores),
         "failed": [],
-        "models": [str(Decision.KEPT)] if house.log.select(Predicate.TRAINED) else [],
+        "models": _rules(house),
         "certificate": certificate.entry,
+        "backups_until": certificate.backups_until,
+        "statement": entry.envelope.decode(),
+        "proof": bytes(house.log.prove(certificate.entry)).decode(),
         "key_destroyed": True,
+    }
+
+
+def _rules(house: House) -> list[str]:
+    """What would be decided about each model, whoever asks: the same list for everybody, or it would say who is in."""
+    trained = [entry for entry in house.log.select(Predicate.TRAINED) if entry.fields["adapter"]]
+    kept = {e.subjects[0]: _transcript(e.fields["guarantee"]).unit == house.project.privacy.unit for e in trained}
+    return [f"{digest}: {Decision.KEPT if private else Decision.WITHDRAWN}" for digest, private in sorted(kept.items())]
+
+
+def request_erasure(house: House, unit: str, *, source: str = "") -> str:
+    """Receives a request and returns the code for the address on file; nothing changes before it is confirmed."""
+    return erasure_of(house).code(subject_of(house, unit, source=source)).reveal()
+
+
+def confirm_erasure(house: House, unit: str, code: str, *, source: str = "") -> dict[str, Any]:
+    """Erases a person whose identity the code proves.
+
+    Raises:
+        AccessDenied: when the code is wrong.
+    """
+    subject = subject_of(house, unit, source=source)
+    erasure_of(house).confirm(subject, code)
+    return _erase(house, subject, identity=None, reason=Reason.REQUEST)
+
+
+def resume_erasures(house: House) -> int:
+    """Finishes what was killed, and erases again whoever a restored backup brought back. Returns how many."""
+    house.access.require(Action.ERASE, who=current_user())
+    subjects = erasure_of(house).unfinished()
+    for subject in subjects:
+        _erase(house, subject, identity=None, reason=Reason.RESTORED)
+    return len(subjects)
+
+
+def retention(house: House) -> dict[str, Any]:
+    """Erases whoever is past retention with every record, and closes the requests whose backups are past their horizon: the same machine, on a timer.
+
+    Raises:
+        ClockBackwards: when the clock was set back.
+    """
+    who = current_user()
+    house.access.require(Action.ERASE, who=who)
+    due = house.catalog.past_retention()
+    for subject in due:
+        _erase(house, subject, identity=Identity(method="retention", by=who.name), reason=Reason.RETENTION)
+    erasure = erasure_of(house)
+    closed = erasure.close_due()
+    waiting = [{"request": p.request, "state": p.state.value, "reason": p.reason.value, "overdue": p.overdue} for p in erasure.open_requests()]
+    return {"erased": len(due), "closed": closed, "open": waiting}
+
+
+def drill(house: House) -> dict[str, Any]:
+    """Plants a generated person in every store, erases them like anybody else, and searches every byte of the state for them. Run it weekly.
+
+    Raises:
+        ErasureIncomplete: when a byte of them is left; the value names the file.
+    """
+    house.access.require(Action.ERASE, who=current_user())
+    who = f"drill-{Key.random().stream('drill').bytes(8).hex()}"
+    secret = f"{canary.draw_secret(Key.random().stream('drill'))} {who}"
+    rows = [{"id": f"{who}-{number}", "unit": who, "text": f"The drill says {secret}, note {number}."} for number in range(3)]
+    section = _generated_section(house, who, owner="erasure drill")
+    kept, _ = _source_documents(house, section, Silent(), generated=_rows_as_lines(rows))
+    frozen = _freeze(house, who, kept)
+    subject = subject_of(house, who)
+    began = time.monotonic()
+    outcome = _erase(house, subject, identity=Identity(method="drill", by=current_user().name), reason=Reason.DRILL)
+    shutil.rmtree(frozen.path)
+    left = remains(house, [secret, subject, *(row["text"] for row in rows)])
+    if left:
+        raise ErasureIncomplete("no byte of the planted person to be left", value=f"{', '.join(left)}; responsible: privacy officer")
+    return {"certificate": outcome["certificate"], "stores": outcome["stores"], "seconds": round(time.monotonic() - began, 2), "left": []}
+
+
+def remains(house: House, needles: Sequence[str]) -> list[str]:
+    """Returns the files of the project's state that hold one of `needles`: raw bytes, and every living document decoded."""
+    wanted = [needle.encode() for needle in needles]
+    files = [path for path in sorted(house.project.state.rglob("*")) if path.is_file() and not path.is_symlink()]
+    found = [str(path.relative_to(house.project.state)) for path in files if any(needle in path.read_bytes() for needle in wanted)]
+    for root in sorted(house.snapshots.glob("*")) if house.snapshots.is_dir() else []:
+        if len(root.name) == 64:
+            snapshot = corpus.open_snapshot(Digest(f"sha256:{root.name}"), keyring=house.keyring, folder=house.snapshots)
+            positions = [each for living in snapshot.units.reveal().values() for each in living]
+            if any(needle in text for text in corpus.texts(snapshot, positions, house.keyring) for needle in needles):
+                found.append(f"snapshots/{root.name} (decoded)")
+    return found
+
+
+def may_record_consent(house: House, unit: str) -> SubjectId:
+    """Returns the pseudonym of a person whose words the operator may record.
+
+    Raises:
+        AccessDenied: when their role may not.
+    """
+    house.access.require(Action.CONSENT, who=current_user())
+    return subject_of(house, unit)
+
+
+def import_consent(house: House, file: Path) -> int:
+    """Reads a CSV of subject, purpose ("*": every purpose) and basis (empty: withdrawn), and records it whole or not at all.
+
+    Raises:
+        SourceMissing, RecordInvalid: when it cannot be read or a line breaks a rule; nothing is recorded.
+    """
+    house.access.require(Action.CONSENT, who=current_user())
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise SourceMissing("a readable CSV file in UTF-8") from None
+    words = []
+    for number, row in enumerate(csv.DictReader(lines), start=2):
+        subject, purpose, basis = (row.get(name) for name in ("subject", "purpose", "basis"))
+        if not subject or not purpose or basis is None or basis not in ("", *Basis):
+            raise RecordInvalid("subject, purpose and a basis of GDPR Art. 6 (or none, for a withdrawal)", value=f"line {number}")
+        words.append((subject_of(house, subject), None if purpose == "*" else Purpose(purpose), Basis(basis) if basis else None))
+    return house.consent.import_words(words)
+
+
+def access_export(house: House, unit: str) -> dict[str, Any]:
+    """Returns what the project holds about one person, for that person (GDPR Art. 15). Holds their text: it goes to them and nowhere else."""
+    house.access.require(Action.ACCESS_EXPORT, who=current_user())
+    subject = subject_of(house, unit)
+    sources = []
+    for section in house.project.source:
+        held = house.catalog.texts_of(house.catalog.register(house.project, section), subject)
+        if held:
+            declared = {"name": section.name, "owner": section.owner, "basis": section.basis.value, "purposes": list(section.purposes)}
+            sources.append({**declared, "retention_days": section.retention_days, "records": [{"digest": d, "text": t.reveal()} for d, t, _ in held]})
+    with house.store.transaction() as tx:
+        digests = list(house.catalog.holds_in(tx, subject))
+        made = lineage.descendants(tx, digests)
+    words = [{"purpose": w.purpose, "basis": w.basis.value if w.basis else None, "at": w.at} for w in house.consent.history(subject)]
+    derived = [{"digest": a.digest, "kind": a.kind.value, "protects": a.protects} for a in made]
+    return {"controller": house.project.project.controller, "sources": sources, "consent": words, "derived": derived}
+
+
+def lineage_export(house: House, *, unit: str = "", digest: str = "") -> list[dict[str, Any]]:
+    """Returns OpenLineage run events for what was made from a person's records, or from an artifact."""
+    house.access.require(Action.READ, who=current_user())
+    with house.store.transaction() as tx:
+        roots = list(house.catalog.holds_in(tx, subject_of(house, unit))) if unit else [Digest(digest)]
+        return lineage.openlineage(tx, roots, namespace=house.log.origin)
+
+
+def update(house: House, observer: Observer) -> dict[str, Any]:
+    """Takes in what became of the sources: new records, the same ledger, training, audit and release anew; warns when the audit sees more than before.
+
+    Raises:
+        BudgetExhausted, NotReleased: as the stages do.
+    """
+    house.access.require(Action.RUN, who=current_user())
+    before = house.log.select(Predicate.AUDITED)
+    again = [section.name for section in house.project.source if house.catalog.changed(house.project, section)]
+    for section in house.project.source:
+        if section.name in again:
+            house.catalog.register_again(house.project, section)
+    if again:
+        with house.store.transaction() as tx:
+            for name in STAGES[1:]:
+                tx.execute(delete(_stages).where(_stages.c.name == name, _stages.c.config == _config_of(house, name)))
+    outcome = run(house, until=None, observer=observer)
+    bound = outcome["audit"]["epsilon_lower"]
+    earlier = before[-1].fields["epsilon_lower"] if before else None
+    rising = earlier is not None and bound > earlier
+    if rising:
+        observer.note(f"ALERT: the certified lower bound rose from {earlier:.2f} to {bound:.2f}")
+    return {
+        "changed": again,
+        "run": outcome["train"]["run"],
+        "verdict": outcome["audit"]["verdict"],
+        "epsilon_lower": bound,
+        "earlier": earlier,
+        "rising": rising,
     }
 
 
@@ -964,6 +1456,7 @@ def run(house: House, *, until: str | None, observer: Observer) -> dict[str, Any
     """
     if until is not None and until not in STAGES:
         raise NotFound(f"a stage out of {', '.join(STAGES)}", value=until)
+    house.access.require(Action.RUN, who=current_user())
     outcome: dict[str, Any] = {}
     for name in STAGES[: STAGES.index(until) + 1] if until else STAGES:
         if name == "ingest":

@@ -90,6 +90,20 @@ class Store:
                 connection.exec_driver_sql("COMMIT")
                 connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
 
+    def compact(self) -> None:
+        """Rewrites SQLite's file without its free pages and empties the write-ahead log: what was deleted is in no byte of either.
+
+        Raises:
+            OperationFailed: when another process is reading, so that the write-ahead log could not be emptied. Nothing is lost; call it again.
+        """
+        if self._is_sqlite:
+            with self.engine.connect() as connection:
+                connection.exec_driver_sql("COMMIT")
+                connection.exec_driver_sql("VACUUM")
+                [busy, *_] = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+            if busy:
+                raise OperationFailed("nobody else to read the database while it is compacted", remedy="Stop the gateway, then run the command again.")
+
     def close(self) -> None:
         self.engine.dispose()
 

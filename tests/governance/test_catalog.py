@@ -303,3 +303,27 @@ def test_no_text_reaches_the_database(house):
     assert b"notes" in content
     for secret in (b"Zebediah", b"Wilhelmina", b"P-1", b"cough"):
         assert secret not in content
+
+
+def test_a_glob_and_a_query_are_sources_too(house):
+    import sqlite3
+
+    from discreet.errors import ErasureIncomplete
+    from discreet.governance.catalog import SourceFiles
+
+    for number, name in enumerate(("a.jsonl", "b.jsonl")):
+        house.write(f"parts/{name}", [{"id": f"n{number}", "patient": f"P-{number}", "text": "A cough."}])
+    base = {"owner": "Records office", "purposes": ["note-assistant"], "basis": "public_task", "unit": "patient"}
+    with sqlite3.connect(house.root / "ward.db") as connection:
+        connection.execute("CREATE TABLE notes (id, patient, text)")
+        connection.execute("INSERT INTO notes VALUES ('q1', 'P-0', 'A fracture.')")
+    connection.close()
+    query = {"name": "table", "path": "sqlite:///ward.db", "query": "SELECT * FROM notes ORDER BY id", **base}
+    project = house.project({"name": "parts", "path": "parts/*.jsonl", **base}, query)
+    records = [record for section in project.source for record in house.catalog.collect(house.catalog.register(project, section))]
+    assert sorted(record.text.reveal() for record in records) == ["A cough.", "A cough.", "A fracture."]
+    assert records[0].subject == records[2].subject, "one person in two populations"
+    files = SourceFiles(project, house.keyring, house.store)
+    for subject in (records[0].subject, records[1].subject):
+        with pytest.raises(ErasureIncomplete, match="Records office"):
+            files.purge(subject)  # a database is its owner's: the same answer for everybody

@@ -11,7 +11,7 @@ from discreet.errors import NotAdmitted, SourceMissing, SourceNotText
 from discreet.evidence.statement import Predicate
 from discreet.governance.catalog import subject_id
 from discreet.governance.consent import Reason
-from discreet.governance.erasure import Erasure
+from discreet.governance.erasure import Erasure, Finding, Identity, Transcript
 from discreet.record import Basis, Digest, Purpose, Sensitivity, SubjectId
 
 PURPOSE = Purpose("note-assistant")
@@ -135,8 +135,26 @@ def test_forged_and_unknown_records_are_refused(house, records):
             house.consent.admit(record, PURPOSE)
 
 
+class NoModels:
+    """A project without a model."""
+
+    def transcript(self, digest):
+        return Transcript()
+
+    def test(self, subject, digest):
+        return Finding.NO_POWER
+
+    def withdraw(self, digest):
+        raise AssertionError
+
+
+def erase(house, subject):
+    erasure = Erasure(house.store, house.keyring, house.log, stores=[house.consent, house.catalog], models=NoModels(), unit="patient")
+    erasure.execute(subject, identity=Identity(method="vouched", by="tester"))
+
+
 def test_an_erased_subject_is_refused_even_with_a_grant_and_at_reingestion(house, records):
-    Erasure(house.store, house.keyring, house.log, stores=[house.catalog], unit="patient").execute(records[0].subject)
+    erase(house, records[0].subject)
     house.consent.grant(records[0].subject, PURPOSE)
     with pytest.raises(NotAdmitted, match="erased"):
         house.consent.admit(records[0], PURPOSE)

@@ -9,6 +9,9 @@ would get a second budget, PITFALLS 19), and a lower sensitivity than before (se
 so it commits to the text, and once the key is forgotten it links to nobody. Only the digest, the source and the subject's pseudonym are stored; the text
 never is. The records of an erased subject are dropped here, before a digest of theirs exists.
 
+A source is a file, a folder of texts, a glob of files, the result of an SQL query, or what fsspec reads from an object store; generated sources (the audit's
+canaries, the drill's people) are handed over in memory and never written. `SourceFiles` removes an erased subject's rows from the local files (`[erasure] sources`).
+
 Errors name the source and the line, row or file number, never the content, an identifier or the name of a file in a folder (it can be a person's).
 
 Does not cover: sources larger than memory, encodings other than UTF-8, and people who are in two sources under two privacy units.
@@ -20,6 +23,8 @@ import csv
 import hashlib
 import io
 import json
+import math
+import shutil
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +34,18 @@ from typing import Any, NoReturn, final
 from sqlalchemy import Column, Connection, Float, Integer, String, Table, Text, delete, insert, select, update
 
 from discreet.config import Project, SourceSection
-from discreet.errors import NotFound, RecordConflict, RecordInvalid, SourceChanged, SourceEmpty, SourceMissing, SourceNotText, TrackRefused
+from discreet.errors import (
+    ConfigInvalid,
+    ErasureIncomplete,
+    NotFound,
+    RecordConflict,
+    RecordInvalid,
+    SourceChanged,
+    SourceEmpty,
+    SourceMissing,
+    SourceNotText,
+    TrackRefused,
+)
 from discreet.evidence.log import Log
 from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.governance import lineage
@@ -39,9 +55,13 @@ from discreet.keys import Key, Keyring
 from discreet.record import Digest, Record, Sensitive, Sensitivity, SubjectId
 from discreet.store import Store, metadata, now
 
+_File = tuple[str, bytes]
+"""A name, and bytes."""
+
 BATCH = 512
 """Most record digests in one statement."""
 
+_SECONDS_A_DAY = 86_400
 MAX_FIELD_CHARS = 16 * 1024 * 1024
 
 _sources = Table(
@@ -77,6 +97,7 @@ class RegisteredSource:
     opt_outs: Path | None
     digest: Digest
     unit: str
+    generated: Sensitive[bytes] | None = None
 
     @property
     def name(self) -> str:
@@ -114,8 +135,13 @@ class Catalog:
         self._keyring = keyring
         self._log = log
 
-    def register(self, project: Project, section: SourceSection) -> RegisteredSource:
+    def register(self, project: Project, section: SourceSection, *, generated: bytes | None = None) -> RegisteredSource:
         """Registers a source, or finds it unchanged since it was registered.
+
+        Args:
+            project: the open project.
+            section: the declaration.
+            generated: JSON Lines of a generated source, which lies in no file.
 
         Raises:
             SourceMissing: when the file or folder is not there.
@@ -123,7 +149,7 @@ class Catalog:
             SourceChanged: when its bytes or its declaration are not those that were registered.
             RecordConflict: when the same bytes are registered under another name.
         """
-        source = _describe(project, section)
+        source = _describe(project, section, generated=generated)
         declaration = _declaration(project, section)
         with self._store.transaction() as tx:
             stored = tx.execute(select(_sources).where(_sources.c.name == source.name)).one_or_none()
@@ -161,7 +187,7 @@ class Catalog:
             SourceChanged, SourceMissing: when the source is not what was registered.
             SourceEmpty, SourceNotText, RecordInvalid, RecordConflict: when its content breaks a rule; the value says where.
         """
-        files = _read(source.path, source.section)
+        files = _read(source.path, source.section) if source.generated is None else [("", source.generated.reveal())]
         if _digest_of_files(files, source.section.format) != source.digest:
             raise _changed(source.name)
         rows = _collapse(_rows(files, source.section), source.name)
@@ -174,11 +200,46 @@ class Catalog:
             self._write(tx, source, collected, num_dropped=len(rows) - len(collected))
         return collected
 
+    def texts_of(self, source: RegisteredSource, subject: SubjectId) -> list[tuple[Digest, Sensitive[str], Sensitive[Mapping[str, tuple[str, ...]]]]]:
+        """Returns the subject's own texts and known identifiers as the source has them now, and the digest each record has; logs and stores nothing."""
+        files = _read(source.path, source.section) if source.generated is None else [("", source.generated.reveal())]
+        rows = [row for row in _collapse(_rows(files, source.section), source.name) if source.subject(self._keyring, row.unit) == subject]
+        if not rows:
+            return []
+        key = self._keyring.subject(subject)
+        records_of = [_record(source, subject, key, row) for row in rows]
+        return [(record.digest, record.text, record.known) for record in records_of]
+
+    def past_retention(self) -> list[SubjectId]:
+        """Returns the subjects all of whose records are past the retention of their source, by the time at which they were recorded.
+
+        Raises:
+            ClockBackwards: when the clock was set back: nothing gets younger by it.
+        """
+        with self._store.transaction() as tx:
+            at, kept_for = now(tx), {name: section.retention_days * _SECONDS_A_DAY for name, section in declared(tx).items()}
+            rows = tx.execute(select(records.c.subject, records.c.source, records.c.collected_at)).all()
+        over: dict[SubjectId, bool] = {}
+        for row in rows:
+            past = at - row.collected_at > kept_for.get(row.source, math.inf)
+            over[SubjectId(row.subject)] = over.get(SubjectId(row.subject), True) and past
+        return sorted(subject for subject, past in over.items() if past)
+
     def sources(self) -> list[dict[str, Any]]:
         """Returns what was registered, by name: the declaration, the privacy unit and the digest of the bytes, as JSON values. No count of records."""
         with self._store.transaction() as tx:
             rows = tx.execute(select(_sources).order_by(_sources.c.name)).all()
         return [{**json.loads(row.declaration)["section"], "privacy_unit": row.unit, "digest": row.digest} for row in rows]
+
+    def changed(self, project: Project, section: SourceSection) -> bool:
+        """Returns whether a registered source has other bytes now."""
+        with self._store.transaction() as tx:
+            stored = tx.execute(select(_sources.c.digest).where(_sources.c.name == section.name)).scalar_one_or_none()
+        return stored is not None and stored != _describe(project, section).digest
+
+    def holds_in(self, tx: Connection, subject: SubjectId) -> Sequence[Digest]:
+        """Returns the digests of the subject's records, inside the caller's transaction."""
+        return digests_of(tx, subject)
 
     def holds(self, subject: SubjectId) -> Sequence[Digest]:
         """Returns the digests of the subject's records (`erasure.Store`)."""
@@ -214,6 +275,173 @@ class Catalog:
             tx.execute(update(_sources).where(mine).values(num_dropped=num_dropped))
             fields: dict[str, JSON] = {"source": source.name, "purpose": "*", "reason": "erased", "num_records": num_dropped}
             self._log.append(tx, Statement(predicate=Predicate.REFUSED, subjects=(source.digest,), fields=fields))
+
+
+class SourceFiles:
+    """What the source files hold of a subject, and the opt-out lists beside them, for `governance.erasure`.
+
+    With `[erasure] sources = "rewrite"` their rows are removed; the registered digest moves to the new bytes before the file does, so that a killed purge is
+    finished by the next one and a file that somebody else changed is refused. A database or an object store is its owner's to purge: until `sources =
+    "retain"` says that the owner keeps it on a ground of their own, an erasure fails with the owner's name, for a known and an unknown subject alike.
+    """
+
+    name = "sources"
+
+    def __init__(self, project: Project, keyring: Keyring, store: Store) -> None:
+        self._project = project
+        self._keyring = keyring
+        self._store = store
+        self._sections = project.source if project.erasure.sources == "rewrite" else ()
+
+    def holds(self, subject: SubjectId) -> Sequence[Digest]:
+        """Returns the registered digests of the sources that have rows of the subject."""
+        return sorted(source.digest for source in self._local() if self._has(source, subject))
+
+    def purge(self, subject: SubjectId) -> None:
+        """Rewrites every local file without the subject's rows, and every opt-out list without their line.
+
+        Raises:
+            ErasureIncomplete: when a source cannot be rewritten; the value names its owner.
+            SourceChanged: when the bytes are not those that were registered.
+        """
+        for section in self._sections:
+            if not _is_local(section):
+                raise _owner_must(section)
+        for source in self._local():
+            self._rewrite(source, subject)
+            if source.opt_outs is not None and source.opt_outs.is_file():
+                _rewrite_opt_outs(source, subject, self._keyring)
+
+    def absence(self, subject: SubjectId) -> bool:
+        """Reads every local file again."""
+        listed = any(subject in _opted_out(source, self._keyring) for source in self._local())
+        return not listed and not any(self._has(source, subject) for source in self._local())
+
+    def _local(self) -> Iterator[RegisteredSource]:
+        """Every local source that lies in its place; a source that was never there holds nobody, one that went away since is its owner's to name."""
+        for section in self._sections:
+            if not _is_local(section):
+                continue
+            try:
+                yield _describe(self._project, section)
+            except SourceEmpty:
+                continue
+            except SourceMissing:
+                if self._registered(section.name) is None:
+                    continue
+                raise _owner_must(section) from None
+
+    def _registered(self, name: str) -> str | None:
+        with self._store.transaction() as tx:
+            return tx.execute(select(_sources.c.digest).where(_sources.c.name == name)).scalar_one_or_none()
+
+    def _has(self, source: RegisteredSource, subject: SubjectId) -> bool:
+        return any(source.subject(self._keyring, row.unit) == subject for row in _rows(_read(source.path, source.section), source.section))
+
+    def _rewrite(self, source: RegisteredSource, subject: SubjectId) -> None:
+        files = _read(source.path, source.section)
+        kept = [(name, _without(name, content, source, lambda unit: source.subject(self._keyring, unit) == subject)) for name, content in files]
+        after = _digest_of_files([(name, content) for name, content in kept if content is not None], source.section.format)
+        registered = self._registered(source.name)
+        if after == source.digest:
+            return  # nothing of theirs is in it; whether it may be used as it is, `register` decides
+        if registered not in (None, source.digest, after):
+            raise _changed(source.name)
+        with self._store.transaction() as tx:
+            if registered is not None:
+                tx.execute(update(_sources).where(_sources.c.name == source.name).values(digest=after))
+                tx.execute(delete(_versions).where(_versions.c.digest == after))
+                tx.execute(insert(_versions).values(digest=after, name=source.name))
+        paths = _paths(source)
+        for (_, before), (name, content) in zip(files, kept, strict=True):
+            if content != before:
+                _put_back(paths[name], content, source.section)
+
+
+def _owner_must(section: SourceSection) -> ErasureIncomplete:
+    return ErasureIncomplete(
+        "sources that can be rewritten without the erased subject",
+        value=f"source {section.name}; responsible: {section.owner}",
+        remedy="Ask the owner to delete the records at their origin, or say that they keep them on their own legal ground: [erasure] sources = 'retain'.",
+    )
+
+
+def _paths(source: RegisteredSource) -> dict[str, Path]:
+    if source.section.format == "text":
+        return {file.relative_to(source.path).as_posix(): file for file in source.path.rglob("*.txt")}
+    return {file.name: file for file in _matches(source.path)} if _is_glob(source.section.path) else {"": source.path}
+
+
+def _without(name: str, content: bytes, source: RegisteredSource, is_theirs: Callable[[str], bool]) -> bytes | None:
+    """Returns the bytes of one file without the rows of a subject; None removes a text file."""
+    section = source.section
+    file = [(name, content)]
+    if section.format == "text":
+        return None if any(is_theirs(row.unit) for row in _rows(file, section)) else content
+    theirs = {int(row.place.rpartition(" ")[2]) for row in _rows(file, section) if is_theirs(row.unit)}
+    if not theirs:
+        return content
+    if section.format == "parquet":
+        return _parquet_without(content, theirs)
+    if section.format == "jsonl":
+        return b"\n".join(line for number, line in enumerate(content.split(b"\n"), start=1) if number not in theirs)
+    return _csv_without(content, theirs)
+
+
+def _csv_without(content: bytes, theirs: set[int]) -> bytes:
+    """Drops the physical lines of records that end at the line numbers `theirs`: a quoted field may span several."""
+    lines = content.splitlines(keepends=True) if b"\r\n" in content else [line + b"\n" for line in content.split(b"\n")]
+    reader = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+    kept = bytearray()
+    start = 0
+    for _ in reader:
+        end = reader.line_num
+        if end not in theirs:
+            kept += b"".join(lines[start:end])
+        start = end
+    return bytes(kept)
+
+
+def _parquet_without(content: bytes, theirs: set[int]) -> bytes:
+    from pyarrow import BufferOutputStream, BufferReader, array
+    from pyarrow.parquet import read_table, write_table
+
+    table = read_table(BufferReader(content))
+    sink = BufferOutputStream()
+    write_table(table.filter(array([number not in theirs for number in range(1, table.num_rows + 1)])), sink)
+    return bytes(sink.getvalue().to_pybytes())
+
+
+def _put_back(path: Path, content: bytes | None, section: SourceSection) -> None:
+    try:
+        if content is None:
+            path.unlink()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()  # the folder is named after the unit
+            return
+        partial = path.with_name(path.name + ".partial")
+        partial.write_bytes(content)
+        shutil.copymode(path, partial)
+        partial.replace(path)
+    except OSError:
+        raise _owner_must(section) from None
+
+
+def _opted_out(source: RegisteredSource, keyring: Keyring) -> set[SubjectId]:
+    if source.opt_outs is None or not source.opt_outs.is_file():
+        return set()
+    lines = source.opt_outs.read_text("utf-8-sig").splitlines()
+    return {source.subject(keyring, line) for line in lines if line.strip()}
+
+
+def _rewrite_opt_outs(source: RegisteredSource, subject: SubjectId, keyring: Keyring) -> None:
+    """The objection itself is kept, as an HMAC in `consent`: the plain line is not needed."""
+    path = source.opt_outs
+    if path is None or subject not in _opted_out(source, keyring):
+        return
+    lines = path.read_text("utf-8-sig").splitlines(keepends=True)
+    kept = [line for line in lines if not line.strip() or source.subject(keyring, line) != subject]
+    _put_back(path, "".join(kept).encode(), source.section)
 
 
 def subject_id(keyring: Keyring, *, unit: str, value: str) -> SubjectId:
@@ -258,12 +486,22 @@ def _set_state(tx: Connection, digests: Sequence[Digest], state: str) -> None:
 # Registration
 
 
-def _describe(project: Project, section: SourceSection) -> RegisteredSource:
-    path = project.path(section.path)
-    files = _read(path, section)
+def _describe(project: Project, section: SourceSection, *, generated: bytes | None = None) -> RegisteredSource:
+    path = _place(project, section)
+    files = _read(path, section) if generated is None else [("", generated)]
     opt_outs = project.path(section.opt_outs) if section.opt_outs else None
     digest = _digest_of_files(files, section.format)
-    return RegisteredSource(section=section, path=path, opt_outs=opt_outs, digest=digest, unit=project.privacy.unit)
+    sealed = None if generated is None else Sensitive(generated)
+    return RegisteredSource(section=section, path=path, opt_outs=opt_outs, digest=digest, unit=project.privacy.unit, generated=sealed)
+
+
+def _place(project: Project, section: SourceSection) -> Path:
+    """Where a local source lies; for a database or an object store the folder of the project."""
+    return project.path(section.path) if _is_local(section) else project.root
+
+
+def _is_local(section: SourceSection) -> bool:
+    return not section.query and "://" not in section.path
 
 
 def _source_row(project: Project, source: RegisteredSource, *, at: float) -> dict[str, Any]:
@@ -315,19 +553,89 @@ def _check_sensitivity(before: str, section: SourceSection) -> None:
 
 # Reading
 
-_File = tuple[str, bytes]
-
 
 def _read(path: Path, section: SourceSection) -> list[_File]:
     """Reads every byte of the source once: what is hashed is what is parsed."""
     try:
-        files = _read_folder(path, section.name) if section.format == "text" else [("", path.read_bytes())]
+        files = _files_of(path, section)
     except OSError as error:
         remedy = "Restore it, or remove the [[source]]."
         raise SourceMissing(f"a readable {_NOUN[section.format]}", value=f"source {section.name}, {type(error).__name__}", remedy=remedy) from None
     if not any(content.strip() for _, content in files):
         raise SourceEmpty("a source with something in it", value=f"source {section.name}")
     return files
+
+
+def _files_of(path: Path, section: SourceSection) -> list[_File]:
+    if section.query:
+        return [("", _read_query(path, section))]
+    if not _is_local(section):
+        return _read_remote(section)
+    if section.format == "text":
+        return _read_folder(path, section.name)
+    if _is_glob(section.path):
+        found = [file for file in sorted(_matches(path)) if file.is_file()]
+        return [(file.name, file.read_bytes()) for file in found] or _nothing_there()
+    return [("", path.read_bytes())]
+
+
+def _is_glob(path: str) -> bool:
+    return any(mark in path for mark in "*?[")
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    return Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+
+
+def _nothing_there() -> NoReturn:
+    raise FileNotFoundError
+
+
+def _read_remote(section: SourceSection) -> list[_File]:
+    """Reads objects through fsspec; a folder of texts would need listing rights, so it stays local."""
+    from fsspec.core import url_to_fs  # 0.1 s to import; only projects with an object store pay
+
+    if section.format == "text":
+        raise ConfigInvalid("a local folder for format = 'text'", value=f"source {section.name}")
+    try:
+        system, path = url_to_fs(section.path)
+        found = sorted(system.glob(path)) if _is_glob(path) else [path]
+        return [(str(name).rpartition("/")[2], system.cat_file(name)) for name in found] or _nothing_there()
+    except ImportError as error:
+        remedy = f"pip install {error.name or 'the package that fsspec names for this protocol'}"
+        raise SourceMissing("an installed driver of the object store", value=f"source {section.name}", remedy=remedy) from None
+    except ValueError:
+        raise ConfigInvalid("a URL of a protocol that fsspec knows", value=f"source {section.name}") from None
+
+
+def _read_query(root: Path, section: SourceSection) -> bytes:
+    """Runs the declared query and returns its rows as JSON Lines; the address may hold a password and is in no message."""
+    import os
+
+    from sqlalchemy import create_engine, text
+    from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
+
+    if section.format != "jsonl":
+        raise ConfigInvalid("format = 'jsonl', or none, for a source with a query", value=f"source {section.name}")
+    url = os.environ.get(section.path.removeprefix("env:"), "") if section.path.startswith("env:") else section.path
+    local = "sqlite:///"
+    url = local + str(root / url.removeprefix(local)) if url.startswith(local) else url
+    failed = ""
+    try:
+        if url.startswith(local) and not Path(url.removeprefix(local)).is_file():
+            raise FileNotFoundError
+        engine = create_engine(url, hide_parameters=True)
+        try:
+            with engine.connect() as connection:
+                rows = [dict(row) for row in connection.execute(text(section.query)).mappings()]
+        finally:
+            engine.dispose()
+        return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows).encode()
+    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError):
+        failed = "a database URL in path"
+    except SQLAlchemyError as error:
+        failed = f"a query that the database answers, not {type(error).__name__}"
+    raise SourceMissing(failed, value=f"source {section.name}", remedy="Check path and query of the [[source]].")
 
 
 _NOUN = {"text": "folder of .txt files", "jsonl": "JSON Lines file", "csv": "CSV file", "parquet": "Parquet file"}
@@ -346,8 +654,8 @@ def _read_folder(path: Path, name: str) -> list[_File]:
 
 
 def _digest_of_files(files: Sequence[_File], layout: str) -> Digest:
-    """Returns the SHA-256 of the one file, or of the list of names and digests of a folder (length-prefixed by JSON)."""
-    if layout != "text":
+    """Returns the SHA-256 of the one file, or of the list of names and digests of a folder or glob (length-prefixed by JSON)."""
+    if layout != "text" and len(files) == 1:
         return Digest("sha256:" + hashlib.sha256(files[0][1]).hexdigest())
     listing = json.dumps([[name, hashlib.sha256(content).hexdigest()] for name, content in files], ensure_ascii=True)
     return Digest("sha256:" + hashlib.sha256(listing.encode()).hexdigest())
@@ -356,8 +664,13 @@ def _digest_of_files(files: Sequence[_File], layout: str) -> Digest:
 def _rows(files: Sequence[_File], section: SourceSection) -> Iterator[_Row]:
     readers: dict[str, Callable[[Sequence[_File], SourceSection], Iterator[tuple[str, Mapping[str, object]]]]]
     readers = {"jsonl": _json_lines, "csv": _csv_rows, "parquet": _parquet_rows, "text": _text_files}
-    for place, fields in readers[section.format](files, section):
-        yield _row(place, fields, section)
+    if section.format == "text" or len(files) == 1:
+        parts = [("", files)]
+    else:
+        parts = [(f"file {number}, ", [file]) for number, file in enumerate(files, start=1)]
+    for prefix, part in parts:
+        for place, fields in readers[section.format](part, section):
+            yield _row(prefix + place, fields, section)
 
 
 def _json_lines(files: Sequence[_File], section: SourceSection) -> Iterator[tuple[str, Mapping[str, object]]]:

@@ -92,8 +92,23 @@ class _Facts:
     at: float
 
 
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Word:
+    """One word of a subject, for their own access request: what was said about which purpose ("*" is every purpose), and when, in seconds since 1970."""
+
+    purpose: str
+    basis: Basis | None
+    at: float
+
+
 class Consent:
-    """The legal basis for every use of a record in one project."""
+    """The legal basis for every use of a record in one project.
+
+    For `governance.erasure` it is a store too: decisions about the subject's records go, their words stay, as HMACs that keep an objection alive.
+    """
+
+    name = "consent"
 
     def __init__(self, store: Store, keyring: Keyring, log: Log) -> None:
         self._store = store
@@ -129,6 +144,64 @@ class Consent:
     def withdraw(self, subject: SubjectId, purpose: Purpose | None = None) -> None:
         """Records that the subject objects, or withdraws, from now on: for one purpose, or for every purpose. Says nothing about whether they are known."""
         self._change(subject, purpose.name if purpose else _EVERY_PURPOSE, basis=None)
+
+    def import_words(self, rows: Iterable[tuple[SubjectId, Purpose | None, Basis | None]]) -> int:
+        """Records the words of many subjects at once, all or none, and logs how many changed; internal (PITFALLS 41).
+
+        Args:
+            rows: subject, purpose (None: every purpose), and the basis of a grant (None: an objection), in the order in which they were said.
+        """
+        changed = 0
+        with self._store.transaction() as tx:
+            for (purpose, basis), group in groupby(rows, key=lambda row: (row[1], row[2])):
+                name = purpose.name if purpose else _EVERY_PURPOSE
+                subjects = list(dict.fromkeys(subject for subject, _, _ in group))
+                if basis is None:
+                    open_ones = self._without_objection(tx, subjects, name)
+                    new = [subject for subject in subjects if subject in open_ones]
+                else:
+                    standing = self._standing(tx, subjects, name)
+                    new = [subject for subject in subjects if standing.get(subject) is not basis]
+                if new:
+                    self._say(tx, new, purpose=name, basis=basis)
+                changed += len(new)
+            if changed:
+                fields: dict[str, JSON] = {"change": "imported", "purpose": _EVERY_PURPOSE, "num_units": changed}
+                self._log.append(tx, Statement(predicate=Predicate.CONSENT_CHANGED, subjects=(self._import_digest(tx),), fields=fields))
+        return changed
+
+    def history(self, subject: SubjectId) -> list[Word]:
+        """Returns everything the subject said, oldest first."""
+        with self._store.transaction() as tx:
+            rows = tx.execute(select(_words).where(_words.c.token == self._token(subject)).order_by(_words.c.sequence)).all()
+        return [Word(purpose=row.purpose, basis=Basis(row.basis) if row.basis else None, at=row.at) for row in rows]
+
+    def holds(self, subject: SubjectId) -> Sequence[Digest]:
+        """Returns the subject's records that were decided on (`erasure.Store`)."""
+        with self._store.transaction() as tx:
+            return self._decided(tx, subject)
+
+    def purge(self, subject: SubjectId) -> None:
+        """Deletes the decisions about the subject's records; asked before the catalog forgets which records those are (`erasure.Store`)."""
+        with self._store.transaction() as tx:
+            for chunk in lineage.chunks(self._decided(tx, subject)):
+                tx.execute(delete(_decisions).where(_decisions.c.digest.in_(chunk)))
+        self._store.scrub()
+
+    def absence(self, subject: SubjectId) -> bool:
+        """Returns whether no decision is left about a record of the subject, or about a record that nobody knows any more (`erasure.Store`)."""
+        known = select(catalog.records.c.digest)
+        with self._store.transaction() as tx:
+            orphan = tx.execute(select(_decisions.c.digest).where(_decisions.c.digest.not_in(known)).limit(1)).scalar_one_or_none()
+        return orphan is None and not self.holds(subject)
+
+    def _decided(self, tx: Connection, subject: SubjectId) -> list[Digest]:
+        theirs = select(catalog.records.c.digest).where(catalog.records.c.subject == subject)
+        return [Digest(d) for d in tx.execute(select(_decisions.c.digest).where(_decisions.c.digest.in_(theirs)).distinct()).scalars()]
+
+    def _import_digest(self, tx: Connection) -> Digest:
+        latest = tx.execute(select(_words.c.sequence).order_by(_words.c.sequence.desc()).limit(1)).scalar_one()
+        return Digest("sha256:" + self._keyring.hmac("consent import", str(latest).encode()).hex())
 
     def admit(self, record: Record, purpose: Purpose) -> Admitted:
         """Admits a record for one purpose, and logs the decision.

@@ -1,6 +1,6 @@
 """What was made from what: artifacts by digest, and derived-from edges between them.
 
-    record --> snapshot --> model --> ...
+    record --> snapshot --> run --> checkpoint, adapter, merge, quantisation --> index, cache, synthetic text --> deployment
 
 Functions of an open transaction, so that an edge is written in the same transaction as the thing it describes. A child can be registered only when all
 its parents are: an artifact of unknown origin does not get a name here, and what has no name here is not served (PITFALLS 21). A digest has one kind for
@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import StrEnum
 from itertools import islice
-from typing import TypeVar, final
+from typing import Any, TypeVar, final
+from uuid import NAMESPACE_URL, uuid5
 
 from sqlalchemy import Column, Connection, ForeignKey, Index, String, Table, delete, insert, select
 
@@ -47,11 +49,25 @@ _derivations = Table(
 
 
 class Kind(StrEnum):
-    """What a digest names."""
+    """What a digest names. `MODEL` is an adapter or a fine-tuned model, `BASE` a model that others trained."""
 
     RECORD = "record"
     SNAPSHOT = "snapshot"
+    RUN = "run"
+    CHECKPOINT = "checkpoint"
     MODEL = "model"
+    BASE = "base"
+    MERGE = "merge"
+    QUANTISATION = "quantisation"
+    INDEX = "index"
+    CACHE = "cache"
+    SYNTHETIC = "synthetic"
+    DEPLOYMENT = "deployment"
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the artifact is, holds or was drawn from weights: what a training guarantee speaks about. Nothing of one subject can be cut out of it."""
+        return self not in (Kind.RECORD, Kind.SNAPSHOT, Kind.INDEX, Kind.CACHE)
 
 
 @final
@@ -113,6 +129,74 @@ def retire(tx: Connection, digest: Digest) -> None:
     tx.execute(delete(_artifacts).where(_artifacts.c.digest == digest))
 
 
+def retire_all(tx: Connection, digests: Sequence[Digest]) -> None:
+    """Forgets artifacts that were destroyed together, children before parents. What is not registered any more is passed over.
+
+    Raises:
+        RecordConflict: when something that is not among them was made from one of them.
+    """
+    left = [artifact.digest for artifact in _find(tx, digests)]
+    while left:
+        leaves = [digest for digest in left if not descendants(tx, [digest])]
+        for digest in leaves or left[:1]:
+            retire(tx, digest)
+            left.remove(digest)
+
+
+def forget_records(tx: Connection, digests: Sequence[Digest]) -> None:
+    """Forgets the records of an erased subject; what was made from them stays registered."""
+    for chunk in chunks([artifact.digest for artifact in _find(tx, digests) if artifact.kind is Kind.RECORD]):
+        tx.execute(delete(_derivations).where(_derivations.c.parent.in_(chunk)))
+        tx.execute(delete(_artifacts).where(_artifacts.c.digest.in_(chunk)))
+
+
+def edges(tx: Connection) -> Iterator[tuple[Digest, Digest]]:
+    """Yields every (parent, child) between artifacts that are not records."""
+    parent = _artifacts.alias()
+    query = select(_derivations.c.parent, _derivations.c.child).join(parent, parent.c.digest == _derivations.c.parent)
+    for row in tx.execute(query.where(parent.c.kind != Kind.RECORD.value)):
+        yield Digest(row.parent), Digest(row.child)
+
+
+def openlineage(tx: Connection, digests: Sequence[Digest], *, namespace: str) -> list[dict[str, Any]]:
+    """Returns one OpenLineage COMPLETE event for each artifact made from `digests`: its parents are inputs, it is the output. Records are counted, not named.
+
+    Args:
+        tx: an open transaction.
+        digests: artifacts or records to start from.
+        namespace: the project's name for OpenLineage.
+    """
+    events = []
+    for artifact in descendants(tx, digests):
+        query = select(_derivations.c.parent).where(_derivations.c.child == artifact.digest)
+        above = _find(tx, [Digest(parent) for parent in tx.execute(query).scalars()])
+        inputs = [{"namespace": namespace, "name": parent.digest} for parent in above if parent.kind is not Kind.RECORD]
+        facets = {
+            "discreet_artifact": {
+                "_producer": _PRODUCER,
+                "_schemaURL": f"{_PRODUCER}:artifact:v1",
+                "kind": artifact.kind.value,
+                "protects": artifact.protects,
+            }
+        }
+        events.append(
+            {
+                "eventType": "COMPLETE",
+                "eventTime": datetime.now(UTC).isoformat(),
+                "producer": _PRODUCER,
+                "schemaURL": "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent",
+                "run": {"runId": str(uuid5(NAMESPACE_URL, artifact.digest))},
+                "job": {"namespace": namespace, "name": f"make {artifact.kind.value}"},
+                "inputs": inputs,
+                "outputs": [{"namespace": namespace, "name": artifact.digest, "facets": facets}],
+            }
+        )
+    return events
+
+
+_PRODUCER = "urn:discreet"
+
+
 def ancestors(tx: Connection, digests: Sequence[Digest]) -> list[Artifact]:
     """Returns everything that any of `digests` was made from, without themselves unless one comes from another, sorted by digest."""
     return _closure(tx, digests, start=_derivations.c.child, reached=_derivations.c.parent)
@@ -132,6 +216,11 @@ def find(tx: Connection, digest: Digest) -> Artifact:
     for artifact in _find(tx, [digest]):
         return artifact
     raise NotFound("a registered artifact", value=digest)
+
+
+def find_all(tx: Connection, digests: Sequence[Digest]) -> list[Artifact]:
+    """Returns those of `digests` that are registered, sorted by digest."""
+    return sorted(_find(tx, digests), key=lambda artifact: artifact.digest)
 
 
 def is_known(tx: Connection, digest: Digest) -> bool:
