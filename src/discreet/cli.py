@@ -98,7 +98,9 @@ def demo(
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="New project folder.")],
-    example: Annotated[str, typer.Option("--example", help="hospital (generated corpus), plain (your own data) or fleet (three hospitals).")] = "plain",
+    example: Annotated[
+        str, typer.Option("--example", help="hospital (generated corpus), plain (your own data) or fleet (three hospitals).")
+    ] = "plain",
     as_json: Json = False,
 ) -> None:
     """Makes a project folder with a commented discreet.toml."""

@@ -102,7 +102,9 @@ class Store:
                 connection.exec_driver_sql("VACUUM")
                 [busy, *_] = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
             if busy:
-                raise OperationFailed("nobody else to read the database while it is compacted", remedy="Stop the gateway, then run the command again.")
+                raise OperationFailed(
+                    "nobody else to read the database while it is compacted", remedy="Stop the gateway, then run the command again."
+                )
 
     def close(self) -> None:
         self.engine.dispose()

@@ -42,6 +42,7 @@ MAX_CHARS = 2_000_000
 MAX_ROUNDS = 6
 """How often a text is read: each round covers more of it. Two are enough for all text we have seen."""
 
+
 @final
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -181,7 +182,9 @@ def _is_word(word: str) -> bool:
     return word in _words() or word in names()
 
 
-_TURNED = re.compile(r"(?<![A-Za-z])[a-z]{2,20}[A-Z](?![A-Za-z])|(?<![\w-])\d{4}-\d{2,3}-\d{3}(?![\w-])|(?<!\w)\d{8,30}[A-Z]{1,6}\d{2}[A-Z]{2}(?!\w)|(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])")
+_TURNED = re.compile(
+    r"(?<![A-Za-z])[a-z]{2,20}[A-Z](?![A-Za-z])|(?<![\w-])\d{4}-\d{2,3}-\d{3}(?![\w-])|(?<!\w)\d{8,30}[A-Z]{1,6}\d{2}[A-Z]{2}(?!\w)|(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w.])"
+)
 _TURNED_MAY = frozenset((Label.PERSON, Label.ADDRESS, Label.SSN, Label.PHONE, Label.IBAN, Label.IP, Label.CARD, Label.EMAIL))
 
 
