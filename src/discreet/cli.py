@@ -350,11 +350,11 @@ def serve(project: Folder = HERE, port: Annotated[int | None, typer.Option(help=
 
 def _serve(project: Path, *, port: int | None) -> None:
     from discreet import pipeline
-    from discreet.serve import gateway
+    from discreet.serve import asgi
     from discreet.web import pages
 
     with pipeline.open_house(project, exclusive=False) as house:
-        api_key, hashed = gateway.new_api_key()
+        api_key, hashed = asgi.new_api_key()
         served = pipeline.Served(house)
         application = pipeline.gateway_app(house, served, api_key_hash=hashed)
         application.router.routes.extend(pages.routes(pages.HouseProvider(house)))
@@ -362,7 +362,7 @@ def _serve(project: Path, *, port: int | None) -> None:
         for line in _invitation(f"http://{host}:{chosen}", api_key, pipeline.released_name(house)):
             stderr.print(line, markup=False)
         try:
-            gateway.run(application, host=host, port=chosen)
+            asgi.run(application, host=host, port=chosen)
         finally:
             served.write()
 
