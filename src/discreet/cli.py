@@ -343,9 +343,52 @@ def _approval(verb: str, action: str, about: str, project: Path, as_json: bool) 
 
 
 @app.command()
-def serve(project: Folder = HERE, port: Annotated[int | None, typer.Option(help="Port; default from discreet.toml.")] = None) -> None:
-    """Starts the gateway and the dashboard from the verified release."""
-    _serve(project, port=port)
+def serve(
+    project: Folder = HERE,
+    port: Annotated[int | None, typer.Option(help="Port; default from discreet.toml.")] = None,
+    upstream: Annotated[str | None, typer.Option(help="URL of an OpenAI- or Anthropic-compatible server: the gateway alone, no project needed.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on (with --upstream).")] = "127.0.0.1",
+    tenants: Annotated[Path | None, typer.Option(help="TOML file of tenants, keys and quotas (docs/gateway.md); left out, one fresh key.")] = None,
+    allow_private: Annotated[list[str] | None, typer.Option(help="Host that may be private, or plain http; may be repeated.")] = None,
+    upstream_key_env: Annotated[str, typer.Option(help="Environment variable with the upstream's API key.")] = "OPENAI_API_KEY",
+    cache_salt: Annotated[bool, typer.Option("--cache-salt", help="Send vLLM a cache_salt for each tenant.")] = False,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Print a fresh API key and its hash for the tenants file, and stop.")] = False,
+) -> None:
+    """Starts the gateway and the dashboard from the verified release, or the privacy gateway alone in front of another server."""
+    if new_key:
+        _new_key()
+    elif upstream is None:
+        _serve(project, port=port)
+    else:
+        private = frozenset(allow_private or ())
+        _serve_upstream(upstream, (host, 8765 if port is None else port), tenants, private, upstream_key_env, cache_salt)
+
+
+def _new_key() -> None:
+    from discreet.serve import asgi
+
+    api_key, hashed = asgi.new_api_key()
+    stderr.print("The key goes to the tenant, the hash into the tenants file; the key is not kept.", markup=False)
+    stdout.print(f"key         {api_key}\nkey_sha256  {hashed}", markup=False)
+
+
+def _serve_upstream(url: str, address: tuple[str, int], tenants: Path | None, private: frozenset[str], key_env: str, cache_salt: bool) -> None:
+    from discreet.keys import Key
+    from discreet.serve import asgi, proxy
+    from discreet.serve.tenants import Tenant, load
+    from discreet.serve.upstream import Upstream, resolve
+
+    server = Upstream(address=resolve(url, private=private), api_key=os.environ.get(key_env, ""))
+    host, port = address
+    stderr.print(f"gateway    http://{host}:{port}/v1  ->  {server.address.host}", markup=False)
+    if tenants is None:
+        api_key, hashed = asgi.new_api_key()
+        known, metrics_key = (Tenant(name="default", key_hashes=(hashed,)),), None
+        stderr.print(f'key (shown once)  {api_key}\n\nOpenAI(base_url="http://{host}:{port}/v1", api_key="{api_key}")', markup=False)
+    else:
+        known, metrics_key = load(tenants)
+        stderr.print(f"tenants    {len(known)}", markup=False)
+    asgi.run(proxy.app(server, tenants=known, key=Key.random(), metrics_key_hash=metrics_key, cache_salt=cache_salt), host=host, port=port)
 
 
 def _serve(project: Path, *, port: int | None) -> None:

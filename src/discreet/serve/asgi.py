@@ -15,7 +15,7 @@ import logging
 import signal
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from typing import Any, TypeVar, final
 
 from discreet.errors import OperationFailed, RequestInvalid, missing_extra
@@ -62,7 +62,7 @@ def server(application: Starlette, *, host: str, port: int) -> uvicorn.Server:
         server_header=False,
         proxy_headers=False,
         ws="none",
-        lifespan="off",
+        lifespan="on",
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=GRACE_S,
     )
@@ -108,13 +108,15 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[str, None], *, headers: Mapping[str, str]) -> None:
+    def __init__(self, events: AsyncGenerator[str, None], *, headers: Mapping[str, str], closing: AsyncExitStack | None = None) -> None:
+        """Takes over the events and what has to be closed after them, also where nobody ever reads the first one."""
         super().__init__(headers=headers)
+        self._closing = closing or AsyncExitStack()
         del self.headers["content-length"]
         self._events = events
 
     async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
+        async with self._closing, aclosing(self._events):
             try:
                 await unless_gone(receive, self._send(send))
             except ClientDisconnect:
