@@ -300,3 +300,25 @@ def test_init_makes_projects_that_load(run: Run, tmp_path: Path):
         assert code == 0
         document("init", out)
     assert run("init", str(tmp_path / "plain"), "--example", "plain", "--json")[0] == 2, "an existing project is not overwritten"
+
+
+def test_serve_upstream_refuses_private_hosts_and_bad_tenants(run, tmp_path, monkeypatch):
+    from discreet.serve import asgi
+
+    started: list[dict] = []
+    monkeypatch.setattr(asgi, "run", lambda application, **address: started.append(address))
+    assert run("serve", "--upstream", "http://127.0.0.1:9")[0] == 2
+    assert run("serve", "--upstream", "https://127.0.0.1:9")[0] == 2
+    code, _, err = run("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--port", "9999")
+    assert (code, started) == (0, [{"host": "127.0.0.1", "port": 9999}])
+    assert "dk-" in err
+    code, out, _ = run("serve", "--new-key")
+    key, hashed = (line.split()[1] for line in out.splitlines())
+    assert (code, asgi.hash_api_key(key)) == (0, hashed)
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text(f'[tenant.ward]\nkey_sha256 = ["{hashed}"]\n')
+    here = ("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--tenants", str(tenants))
+    code, _, err = run(*here)
+    assert (code, "dk-" in err) == (0, False)
+    tenants.write_text("[tenant.ward]\n")
+    assert run(*here)[0] == 2

@@ -346,7 +346,9 @@ def _approval(verb: str, action: str, about: str, project: Path, as_json: bool) 
 def serve(
     project: Folder = HERE,
     port: Annotated[int | None, typer.Option(help="Port; default from discreet.toml.")] = None,
-    upstream: Annotated[str | None, typer.Option(help="URL of an OpenAI- or Anthropic-compatible server: the gateway alone, no project needed.")] = None,
+    upstream: Annotated[
+        str | None, typer.Option(help="URL of an OpenAI- or Anthropic-compatible server: the gateway alone, no project needed.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on (with --upstream).")] = "127.0.0.1",
     tenants: Annotated[Path | None, typer.Option(help="TOML file of tenants, keys and quotas (docs/gateway.md); left out, one fresh key.")] = None,
     allow_private: Annotated[list[str] | None, typer.Option(help="Host that may be private, or plain http; may be repeated.")] = None,
@@ -381,10 +383,12 @@ def _serve_upstream(url: str, address: tuple[str, int], tenants: Path | None, pr
     server = Upstream(address=resolve(url, private=private), api_key=os.environ.get(key_env, ""))
     host, port = address
     stderr.print(f"gateway    http://{host}:{port}/v1  ->  {server.address.host}", markup=False)
+    known: tuple[Tenant, ...]
+    metrics_key: str | None = None
     if tenants is None:
         api_key, hashed = asgi.new_api_key()
-        known, metrics_key = (Tenant(name="default", key_hashes=(hashed,)),), None
-        stderr.print(f'key (shown once)  {api_key}\n\nOpenAI(base_url="http://{host}:{port}/v1", api_key="{api_key}")', markup=False)
+        known = (Tenant(name="default", key_hashes=(hashed,)),)
+        stderr.print(f'key (shown once)  {api_key}\n\nOpenAI(base_url="http://{host}:{port}/v1", api_key="{api_key}")', markup=False, soft_wrap=True)
     else:
         known, metrics_key = load(tenants)
         stderr.print(f"tenants    {len(known)}", markup=False)
