@@ -53,6 +53,9 @@ _RELATION: Relation = "add_remove"
 _TOLERANCE = 2e-4
 """Relative width at which a search for the noise multiplier stops, on its private side."""
 
+_ROUGH = 1e-2
+"""Grid on which noise is bracketed for events that only PLD knows."""
+
 _TINY_EPSILON = 0.05
 _LARGEST_NOISE = 1e6
 _SMALLEST_NOISE = 1e-2
@@ -408,15 +411,17 @@ def noise_for(*, epsilon: float, delta: float, sampling_probability: float, step
 def _noise_for_target(event: Callable[[float], DpEvent], *, epsilon: float, delta: float, steps: int) -> float:
     """The smallest noise multiplier whose PLD epsilon meets the target: bracketed by the quickest accountant that knows the event."""
     grid = COARSE if epsilon > _TINY_EPSILON else FINE
+    has_rdp = entry_of(event(1.0)) == "rdp"
 
     def quick(noise: float) -> float:
-        if entry_of(event(noise)) != "rdp":
-            return pld_epsilon(event(noise), delta=delta, grid=grid)
+        if not has_rdp:
+            return pld_epsilon(event(noise), delta=delta, grid=min(_ROUGH, epsilon / 100))
         return min(_rdp_epsilon(event(noise), delta), _pld_if_tiny(event(noise), epsilon, delta))
 
     bracket = _smallest(lambda noise: quick(noise) <= epsilon, tolerance=1e-2)
     noise_multiplier = _least_noise(lambda noise: pld_epsilon(event(noise), delta=delta, grid=grid), epsilon, low=0.85 * bracket, high=bracket)
-    while pld_epsilon(event(noise_multiplier), delta=delta, grid=FINE if steps <= MANY_STEPS else COARSE) > epsilon:
+    finest = FINE if has_rdp and steps <= MANY_STEPS else grid  # mixtures take half a minute on the fine grid; a coarse one errs to the safe side
+    while pld_epsilon(event(noise_multiplier), delta=delta, grid=finest) > epsilon:
         noise_multiplier *= 1 + _TOLERANCE
     return noise_multiplier
 
