@@ -32,7 +32,7 @@ from discreet.deid.policy import Policy, builtin, protect
 from discreet.deid.vault import ALPHABET, CODE_CHARS, MAX_PLACEHOLDER_CHARS, PLACEHOLDER, Vault
 from discreet.errors import RequestInvalid
 from discreet.keys import Key
-from discreet.record import Digest
+from discreet.record import Digest, Sensitive
 from discreet.serve.engine import Role, Turn
 from discreet.serve.wire import Message
 
@@ -71,8 +71,8 @@ class Conversation:
         self._name = Key.random().mac(b"conversation").hex()
         self._vault = Vault(key, self._name)
         self._policy = policy
-        self._known: dict[str, tuple[str, ...]] = {}
-        self._words: frozenset[str] = frozenset()
+        self._known: Sensitive[Mapping[str, Sequence[str]]] = Sensitive({})
+        self._words: Sensitive[frozenset[str]] = Sensitive(frozenset())
         self.counts: Counter[str] = Counter()
 
     def deidentify(self, messages: Sequence[Message]) -> Prompt:
@@ -92,14 +92,15 @@ class Conversation:
         Raises:
             RequestInvalid: when there are more than `MAX_VALUES` different ones.
         """
-        self._known = _known(texts)
-        people = (part for name in self._known.get(Label.PERSON, ()) for part in name.split())
-        values = [*people, *(value for values in self._known.values() for value in values)]
-        self._words = frozenset(word for value in values if len(word := canonical(value)) >= _SHORTEST_WORD)
+        known = _known(texts)
+        people = (part for name in known.get(Label.PERSON, ()) for part in name.split())
+        values = [*people, *(value for values in known.values() for value in values)]
+        self._known = Sensitive(known)
+        self._words = Sensitive(frozenset(word for value in values if len(word := canonical(value)) >= _SHORTEST_WORD))
 
     def text(self, text: str) -> str:
         """Returns the text with placeholders in place of identifiers; call `learn` first."""
-        redacted = protect(text, self._vault, policy=self._policy, known=self._known)
+        redacted = protect(text, self._vault, policy=self._policy, known=self._known.reveal())
         self.counts.update(str(span.label) for span in redacted.spans)
         return redacted.text
 
@@ -107,7 +108,7 @@ class Conversation:
         """Returns the name of a tool or a field, or, where an identifier is part of it, a placeholder for the whole name in the letters that names may have."""
         same = canonical(name)
         spoken = _JOINTS.sub(" ", name)
-        if not any(word in same for word in self._words) and self.text(name) == name and self.text(spoken) == spoken:
+        if not any(word in same for word in self._words.reveal()) and self.text(name) == name and self.text(spoken) == spoken:
             return name
         return self._vault.issue(Label.PERSON, name).strip("<>")
 
