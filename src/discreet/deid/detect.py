@@ -33,6 +33,7 @@ from discreet.deid import patterns
 from discreet.deid.decode import BREAK, MAX_DEPTH, hidden
 from discreet.deid.normalise import OPAQUE, View, fold, normalise
 from discreet.deid.patterns import GUARDS, ISSUERS, PATTERNS, SHAPE, STRONG, WEAK, Label, Pattern
+from discreet.deid.scan import searcher
 from discreet.deid.tagging import Reader
 from discreet.errors import RequestInvalid
 
@@ -273,11 +274,19 @@ def _within(expression: re.Pattern[str], text: str, regions: Regions) -> Iterato
         yield from expression.finditer(text, start, end)
 
 
+def _anchored(lowered: str) -> frozenset[str]:
+    """Returns the anchors of rows that occur in the text, in one pass."""
+    return searcher(_ANCHORS)(lowered)
+
+
+_ANCHORS = frozenset(anchor for row in _ROWS for anchor in row.anchors)
+
+
 def _rows(text: str, regions: Regions) -> Iterator[Span]:
-    lowered = text.lower()
+    anchors = _anchored(text.lower())
     near_digits = _meet(_around((match.span() for match in _DIGITS.finditer(text)), text), regions)
     for index, row in enumerate(_ROWS):
-        if row.anchors and not any(anchor in lowered for anchor in row.anchors):
+        if row.anchors and anchors.isdisjoint(row.anchors):
             continue
         for start, end in _scan(row, _compiled(index), text, near_digits if row.digits else regions):
             if _plausible(row, text, start, end):
