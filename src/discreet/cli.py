@@ -552,10 +552,9 @@ def _json_line(line: str, number: int) -> object:
 
 
 def _redacted(text: str, policy: str) -> dict[str, Any]:
-    from discreet.deid.policy import BUILTIN
     from discreet.deid.policy import redact as redact_text
 
-    done = redact_text(text, policy=BUILTIN[policy])
+    done = redact_text(text, policy=policy)
     return {"text": done.text, "spans": [{"start": s.start, "end": s.end, "label": s.label, "score": s.score} for s in done.spans]}
 
 

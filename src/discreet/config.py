@@ -25,6 +25,7 @@ MAX_CONFIG_BYTES = 1_000_000
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
 
 
@@ -124,7 +125,8 @@ class DeidSection(_Section):
     policy: Literal["surrogate", "label", "redact"] = Field(
         "surrogate", description="surrogate: consistent stand-ins per subject; label: [PERSON]; redact: removed"
     )
-    thresholds: dict[str, Probability] = Field(
+    names: Literal["rules", "model"] = Field("rules", description="rules: lists and cues alone; model: the tagger of names as well (extra: ner)")
+    thresholds: dict[str, Share] = Field(
         default_factory=dict,
         description="label -> least score that counts, from `discreet redact calibrate`; on public or separately charged samples only",
     )

@@ -230,7 +230,7 @@ def _source_documents(house: House, section: SourceSection, observer: Observer, 
         _refuse_mislabelled(house, source, records)
     admitted, refused = house.consent.admit_all(records, house.project.purpose)
     keys = house.keyring.subjects([each.record.subject for each in admitted])
-    policy = deid.configured(house.project.deid.policy, house.project.deid.thresholds)
+    policy = _policy(house)
     kept = []
     for number, each in enumerate(admitted, start=1):
         kept.append(deid.deidentify(each, policy, keys[each.record.subject]))
@@ -267,6 +267,11 @@ def confirm_public(house: House, name: str, *, by: str, reason: str) -> None:
     fields: dict[str, JSON] = {"rule": "the sample of a public source holds no personal data", "reason": reason, "name": name, "by": by}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(source.digest,), fields=fields))
+
+
+def _policy(house: House) -> deid.Policy:
+    section = house.project.deid
+    return deid.configured(section.policy, section.thresholds, names=section.names)
 
 
 def _log_deidentified(house: House, source: str, documents: Sequence[Deidentified], policy: Digest) -> None:
@@ -1196,7 +1201,7 @@ def _rank_among_twins(
     twins: int,
 ) -> int | None:
     """Returns how many of `twins` the module prefers to the subject's own text; None when stand-ins make no difference."""
-    policy = deid.BUILTIN[house.project.deid.policy]
+    policy = _policy(house)
 
     def frozen(key: Key) -> list[str]:
         return [deid.redact(text, policy, known=known, key=key).text for text, known in own]
