@@ -157,6 +157,7 @@ class PrivacySection(_Section):
         None, description="public estimate of the number of units, canaries included; required to train"
     )
     cap: Count = Field(1, description="documents of one unit used in one step, chosen by keyed hash")
+    combine: Literal["sum", "mean"] = Field("sum", description="what of a unit's documents is clipped: their sum or their mean")
     clip_norm: Positive = 0.5
     steps: Count = 25
     expected_batch: Count = Field(64, description="expected number of units in a step (Poisson)")
