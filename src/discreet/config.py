@@ -11,6 +11,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
@@ -26,6 +27,17 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+@final
+class Optimizer(StrEnum):
+    """The optimisers that a run may use."""
+
+    ADAM = "adam"
+    ADAMW = "adamw"
+    ADAM_CORRECTED = "adam_corrected"
+    """Adam whose second moment is corrected for the variance of the noise (DP-AdamBC)."""
+    SGD = "sgd"
 
 
 class _Section(BaseModel):
@@ -171,7 +183,7 @@ class TrainSection(_Section):
     """Optimisation. Public choices; they do not change the guarantee."""
 
     learning_rate: Positive = 2e-3
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Optimizer = Optimizer.ADAM
     warmup_steps: int = Field(0, ge=0)
     public_steps: int = Field(0, ge=0, description="steps of the non-private track on public sources, before the DP track")
 
