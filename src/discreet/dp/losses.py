@@ -21,8 +21,9 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
+Vector = NDArray[np.float64]
 
 _TAIL = 1e-15
 """Mass that composition may leave out; it counts as certain loss."""
@@ -85,7 +86,7 @@ def _loss(x: float, probability: float, noise: float) -> float:
 def _one_step(probability: float, noise: float, reach: float, grid: float) -> tuple[_Losses, _Losses]:
     """The loss of removing a unit, log of the mixture (1 - q) N(0, s^2) + q N(1, s^2) over N(0, s^2), and of adding one, its negative."""
     first, last = math.floor(math.log1p(-probability) / grid), math.ceil(reach / grid)
-    losses = np.arange(first, last + 1) * grid
+    losses = np.arange(first, last + 1, dtype=np.float64) * grid
     above = np.expm1(losses) + probability
     with np.errstate(divide="ignore", invalid="ignore"):
         places = np.where(above > 0, noise**2 * np.log(np.maximum(above, 0) / probability) + 0.5, -np.inf)
@@ -139,7 +140,7 @@ def _reached(masses: Vector, losses: Vector, steps: int, grid: float) -> int:
     for slope in _SLOPES:
         log_moment = slope * top + math.log(float(np.exp(log_masses + slope * (losses - top)).sum()))
         bounds.append((steps * log_moment - math.log(_TAIL)) / slope)
-    return math.ceil(min(bounds) / grid)
+    return int(math.ceil(min(bounds) / grid))
 
 
 def _epsilon_of(losses: _Losses, delta: float, grid: float) -> float:
