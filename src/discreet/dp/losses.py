@@ -119,9 +119,10 @@ def _at_ends(masses_P: Vector, masses_Q: Vector, low: Vector, grid: float) -> Ve
 
 def _composed(one: _Losses, steps: int, grid: float) -> _Losses | None:
     """The sum of independent losses; None where its window is too large."""
-    places = one.lowest + np.arange(len(one.masses))
-    highest = min(steps * (one.lowest + len(one.masses) - 1), _reached(one.masses, places * grid, steps, grid))
-    lowest = max(steps * one.lowest, -_reached(one.masses, -places * grid, steps, grid))
+    places = np.arange(one.lowest, one.lowest + len(one.masses), dtype=np.int64)
+    losses = places.astype(np.float64) * grid
+    highest = min(steps * (one.lowest + len(one.masses) - 1), _reached(one.masses, losses, steps, grid))
+    lowest = max(steps * one.lowest, -_reached(one.masses, -losses, steps, grid))
     size = 1 << (highest - lowest).bit_length()
     if size > _MOST_CELLS:
         return None
@@ -140,7 +141,7 @@ def _reached(masses: Vector, losses: Vector, steps: int, grid: float) -> int:
     for slope in _SLOPES:
         log_moment = slope * top + math.log(float(np.exp(log_masses + slope * (losses - top)).sum()))
         bounds.append((steps * log_moment - math.log(_TAIL)) / slope)
-    return int(math.ceil(min(bounds) / grid))
+    return math.ceil(float(min(bounds)) / grid)
 
 
 def _epsilon_of(losses: _Losses, delta: float, grid: float) -> float:
