@@ -201,7 +201,7 @@ def test_a_model_folder_with_a_pickle_is_refused(run: Run, project: Path):
     assert (code, document("error", out)["error"]["code"]) == (2, "model.unsafe")
 
 
-def test_privacy_commands(run: Run):
+def test_privacy_commands(run: Run, tmp_path: Path):
     # Golden row q=0.01, sigma=1, T=10000, delta=1e-5: PLD 6.1877, RDP 6.7128 (dp_accounting 0.6, prv_accountant).
     arguments = ["--sampling-probability", "0.01", "--noise-multiplier", "1", "--steps", "10000", "--delta", "1e-5"]
     code, out, _ = run("privacy", "epsilon", *arguments, "--accountant", "pld,rdp", "--json")
@@ -212,6 +212,11 @@ def test_privacy_commands(run: Run):
     code, out, _ = run("privacy", "noise", "--epsilon", "8", "--sampling-probability", "0.01", "--steps", "10000", "--delta", "1e-5", "--json")
     assert code == 0
     assert document("privacy-noise", out)["noise_multiplier"] == pytest.approx(0.8826, abs=0.002)
+    code, out, _ = run("privacy", "curve", *arguments[:-2], "--svg", str(tmp_path / "curve.svg"), "--json")
+    assert code == 0
+    curve = document("privacy-curve", out)
+    assert {round(point["delta"], 12): point["epsilon"] for point in curve["points"]}[1e-5] == pytest.approx(6.188, abs=0.01)
+    assert "<polyline" in (tmp_path / "curve.svg").read_text()
     for bad in (["--delta", "1"], ["--noise-multiplier", "nan"], ["--sampling-probability", "2"], ["--steps", "-1"]):
         merged = dict(zip(arguments[::2], arguments[1::2], strict=True)) | {bad[0]: bad[1]}
         code, out, err = run("privacy", "epsilon", *[part for pair in merged.items() for part in pair], "--json")

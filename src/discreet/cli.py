@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_args
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 from rich.console import Console
@@ -588,14 +588,11 @@ def privacy_epsilon(
     as_json: Json = False,
 ) -> None:
     """The epsilon of Poisson-sampled Gaussian steps."""
-    from discreet.dp import accounting, mechanism
-
     wanted = accountant.split(",")
-    if not set(wanted) <= {"pld", "rdp"} or relation not in get_args(accounting.Relation):
+    if not set(wanted) <= {"pld", "rdp"} or relation not in ("add_remove", "replace_one"):
         raise PlanInvalid("an accountant out of pld, rdp and a relation out of add_remove, replace_one", value=f"{accountant}, {relation}")
-    event = mechanism.event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
-    price = _math(lambda: accounting.guarantee(event, delta=delta, relation=cast("accounting.Relation", relation)))
-    epsilons = {which: price.epsilon if which == "pld" else price.epsilon_rdp for which in wanted}
+    quick = _quick_epsilon(sampling_probability, noise_multiplier, steps, delta) if (accountant, relation) == ("pld", "add_remove") else None
+    epsilons = {"pld": quick} if quick is not None else _epsilons(wanted, relation, sampling_probability, noise_multiplier, steps, delta)
     document = {
         "epsilon": _finite(epsilons[wanted[0]]),
         "accountants": {which: _finite(value) for which, value in epsilons.items()},
@@ -607,6 +604,61 @@ def privacy_epsilon(
         "relation": relation,
     }
     _print(as_json, document, [f"epsilon = {_finite(value)} ({which}), delta = {delta:g}, {relation}" for which, value in epsilons.items()])
+
+
+def _quick_epsilon(sampling_probability: float, noise_multiplier: float, steps: int, delta: float) -> float | None:
+    """The same figure without the libraries, whose import alone takes longer than a second; None where it is not covered."""
+    from discreet.dp import losses
+
+    figures = {"sampling_probability": sampling_probability, "noise_multiplier": noise_multiplier, "delta": delta}
+    return losses.epsilon(**figures, steps=steps, grid=1e-4) if steps <= 20_000 else None
+
+
+def _epsilons(
+    wanted: Iterable[str], relation: str, sampling_probability: float, noise_multiplier: float, steps: int, delta: float
+) -> dict[str, float | None]:
+    from discreet.dp import accounting, mechanism
+
+    event = mechanism.event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
+    price = _math(lambda: accounting.guarantee(event, delta=delta, relation=cast("accounting.Relation", relation)))
+    return {which: price.epsilon if which == "pld" else price.epsilon_rdp for which in wanted}
+
+
+@privacy.command("curve")
+def privacy_curve(
+    sampling_probability: Q,
+    noise_multiplier: Annotated[float, typer.Option("--noise-multiplier")],
+    steps: Steps,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Also draw the curve into this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The whole (epsilon, delta) curve of Poisson-sampled Gaussian steps, and what the best attack on one unit reaches."""
+    from discreet.dp import accounting, mechanism
+
+    event = mechanism.event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
+    trade_off = _math(lambda: accounting.trade_off(event))
+    deltas = [10 ** (-half / 2) for half in range(2, 21)]
+    points = list(zip(deltas, trade_off.epsilons(deltas), strict=True))
+    attacks = [(fpr, trade_off.tpr(fpr)) for fpr in (0.001, 0.01, 0.05, 0.1, 0.5)]
+    if svg:
+        from discreet import plot
+
+        title = f"{steps} steps, q = {sampling_probability:g}, noise multiplier {noise_multiplier:g}"
+        svg.write_text(_math(lambda: plot.curve_svg(points, title=title, x_title="delta", y_title="epsilon")), encoding="utf-8")
+    document = {
+        "points": [{"delta": delta, "epsilon": _finite(epsilon)} for delta, epsilon in points],
+        "attacks": [{"fpr": fpr, "tpr": tpr} for fpr, tpr in attacks],
+        "advantage": trade_off.advantage,
+        "accountant": "pld",
+        "sampling_probability": sampling_probability,
+        "noise_multiplier": noise_multiplier,
+        "steps": steps,
+        "relation": "add_remove",
+        **({"svg": str(svg)} if svg else {}),
+    }
+    lines = [f"delta = {delta:<9.2g} epsilon = {_finite(epsilon)}" for delta, epsilon in points]
+    lines += [f"best attack at a false positive rate of {fpr:g}: true positive rate {tpr:.4f}" for fpr, tpr in attacks]
+    _print(as_json, document, [*lines, f"largest advantage of an attack: {trade_off.advantage:.4f}", *([f"drawn: {svg}"] if svg else [])])
 
 
 @privacy.command("noise")

@@ -38,6 +38,7 @@ from discreet.audit.canaries import Canaries
 from discreet.config import ModelSection, Project, SourceSection, TrainSection, digest_of
 from discreet.deid import policy as deid
 from discreet.dp import accounting, mechanism
+from discreet.dp.combine import Combine
 from discreet.errors import (
     BudgetExhausted,
     ConfigInvalid,
@@ -457,6 +458,7 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
             clip_norm=privacy.clip_norm,
             unit=privacy.unit,
             cap=privacy.cap,
+            combine=Combine(privacy.combine),
             budget=budget,
             allow_large_delta=privacy.allow_large_delta,
         )
