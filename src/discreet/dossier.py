@@ -157,10 +157,11 @@ def verify(folder: Path, *, public_key: str, pinned: bytes | None = None) -> Ver
     payload = statement.open_envelope(_read(folder / MANIFEST), payload_type=MANIFEST_TYPE, public_key=key.ed25519, key_id=key.label)
     signed = parse_json(payload)
     verified = verify_bundle(folder / LOG, public_key=public_key, pinned=pinned)
-    expected = {"files": _described(folder), "format": FORMAT, "origin": key.name, "public": verified.public}
+    described = _described(folder)
+    expected = {"files": described, "format": FORMAT, "origin": key.name, "public": verified.public}
     if signed != expected:
         found = signed.get("files", {}) if isinstance(signed, dict) else {}
-        changed = [name for name, what in expected["files"].items() if found.get(name) != what] or ["manifest.json"]
+        changed = [name for name, what in described.items() if found.get(name) != what] or ["manifest.json"]
         raise _broken(*(f"{name}: differs from what was signed" for name in changed))
     _check_answers(json.loads(_read(folder / "dossier.json")), verified, public_key=public_key)
     return verified
@@ -186,8 +187,8 @@ def _canonical(name: str) -> str:
 def _component(name: str, found: metadata.Distribution) -> dict[str, Any]:
     purl = f"pkg:pypi/{name}@{found.version}"
     made: dict[str, Any] = {"type": "library", "bom-ref": purl, "name": name, "version": found.version, "purl": purl}
-    said = found.metadata.get("License-Expression")
-    named = (found.metadata.get("License") or "").strip().split("\n")[0][:120]
+    fields = found.metadata.json
+    said, named = fields.get("license_expression"), str(fields.get("license") or "").strip().split("\n")[0][:120]
     if said:
         made["licenses"] = [{"expression": said}]
     elif named:
@@ -200,7 +201,7 @@ def _trained(entries: Sequence[Logged]) -> Logged | None:
     return max((e for e in entries if e.predicate == "trained" and e.fields.get("guarantee")), key=lambda e: e.index, default=None)
 
 
-def _origins(store: Store, trained: Logged | None, *, namespace: str) -> tuple[list[dict[str, Any]], list[str]]:
+def _origins(store: Store, trained: Logged | None, *, namespace: str) -> tuple[list[dict[str, Any]], list[Digest]]:
     if trained is None:
         return [], []
     wanted = [Digest(str(trained.fields[name])) for name in ("adapter", "base")]

@@ -341,8 +341,8 @@ class _Account:
 
     def charged(self, cost: _Cost) -> _Account:
         spent = tuple(before + more for before, more in zip(self.spent, cost.vector, strict=True))
-        exact = {"pure": _EXACT.add(self.pure, cost.pure), "delta": _EXACT.add(self.delta, cost.delta)}
-        return replace(self, spent=spent, reserve=self.reserve + cost.reserve, **exact)
+        pure, delta = _EXACT.add(self.pure, cost.pure), _EXACT.add(self.delta, cost.delta)
+        return replace(self, spent=spent, pure=pure, delta=delta, reserve=self.reserve + cost.reserve)
 
     def rolled(self, at: float) -> _Account:
         """The account in the period that `at` lies in; each boundary carries over what the rule says."""
