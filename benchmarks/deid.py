@@ -375,7 +375,11 @@ def main() -> None:
     parser.add_argument("--misses", type=int, default=0, help="print so many misses and false alarms (dev only)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    systems: dict[str, System] = {"discreet": discreet_system, "discreet, without the model": discreet_rules, "discreet, patterns only": discreet_patterns}
+    systems: dict[str, System] = {
+        "discreet": discreet_system,
+        "discreet, without the model": discreet_rules,
+        "discreet, patterns only": discreet_patterns,
+    }
     peer = presidio_system() if options.peer else None
     if peer is not None:
         systems["presidio 2.2.366, en_core_web_sm"] = peer

@@ -22,7 +22,7 @@ from sqlalchemy import select
 from discreet import cohorts
 from discreet import store as store_module
 from discreet.dp.accounting import RdpFilter
-from discreet.dp.mechanism import calibrate, event_of
+from discreet.dp.mechanism import Mechanism, Sampling, calibrate, event_of
 from discreet.errors import BudgetExhausted, ClockBackwards, NotFound, OperationFailed, PlanInvalid, ReservationRefused
 from discreet.evidence.log import Log
 from discreet.evidence.statement import Predicate
@@ -721,3 +721,38 @@ def test_sigkill_never_spends_twice(url, plan, moment, state):
     assert house.ledger.filter("main") == once
     assert [len(house.log.select(p)) for p in (Predicate.RESERVED, Predicate.SPENT)] == [1, 1]
     house.store.close()
+
+
+@pytest.mark.parametrize("rare", ["truncated_poisson", "poisson_documents"])
+def test_a_sampler_that_rdp_does_not_know_is_admitted_and_takes_the_reserve(house, rare):
+    """As an (epsilon, delta) query: half of what is left of the filter's own reserve each time, and never more than all of it."""
+    more = {"batch_limit": 60} if rare == "truncated_poisson" else {"cap": 2}
+    event = Mechanism(sampling_probability=0.02, noise_multiplier=4.0, clip_norm=1.0, steps=2, sampling=Sampling(rare), population=1000, **more).event
+    house.ledger.open("b", epsilon=EPSILON, delta=DELTA, unit="patient")
+    before = house.ledger.filter("b")
+    house.ledger.charge("b", [Spend(kind=Kind.TRAINING, event=event)])
+    once = house.ledger.filter("b")
+    assert once.spent_delta == before.next_delta
+    assert once.spent[0] == pytest.approx(before.vector(event)[0])
+    house.ledger.charge("b", [Spend(kind=Kind.TRAINING, event=event)])
+    twice = house.ledger.filter("b")
+    assert once.spent_delta < twice.spent_delta < twice.reserve
+    house.ledger.open("later", epsilon=EPSILON, delta=DELTA, unit="patient")
+    assert house.ledger.filter("later").spent_delta == twice.spent_delta, "a new name is no fresh budget"
+
+
+def test_what_is_affordable_is_admitted_and_one_step_more_is_not(house):
+    house.ledger.open("b", epsilon=TIGHT, delta=DELTA, unit="patient", period=Period(days=30, count=4))
+    house.ledger.reserve_epsilon("b", 0.05)
+    steps = house.ledger.affordable("b", sampling_probability=0.05, noise_multiplier=2.0)
+    assert 0 < steps < affordable_steps(house.ledger.filter("b"), sampling_probability=0.05, noise_multiplier=2.0), "a period holds back"
+
+    def spend(count):
+        return [Spend(kind=Kind.TRAINING, event=event_of(sampling_probability=0.05, noise_multiplier=2.0, steps=count))]
+
+    with pytest.raises(BudgetExhausted):
+        house.ledger.charge("b", spend(steps + 1))
+    house.ledger.charge("b", spend(steps))
+    assert house.ledger.affordable("b", sampling_probability=0.05, noise_multiplier=2.0) == 0
+    with pytest.raises(PlanInvalid):
+        house.ledger.affordable("b", sampling_probability=0.0, noise_multiplier=2.0)

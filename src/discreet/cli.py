@@ -708,14 +708,23 @@ def budget_open(
     epsilon: Annotated[float, typer.Option("--epsilon")],
     delta: Delta,
     unit: Annotated[str, typer.Option("--unit")] = "record",
+    query_delta: Annotated[float, typer.Option("--query-delta", help="The part of delta kept for queries with a delta of their own.")] = 0.0,
+    periods: Annotated[int, typer.Option("--periods", help="Number of periods, each of which unlocks an equal share; 0: all from the start.")] = 0,
+    period_days: Annotated[float, typer.Option("--period-days", help="Length of a period.")] = 91.0,
+    carry_over: Annotated[str, typer.Option("--carry-over", help="What becomes of an unused share: none, one (period more) or all.")] = "none",
     project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
     """Opens a budget; it can never be refilled."""
     from discreet import pipeline
+    from discreet.ledger import CarryOver, Period
 
+    if carry_over not in set(CarryOver):
+        raise RequestInvalid(f"--carry-over out of {', '.join(CarryOver)}", value=carry_over)
+    period = Period(days=period_days, count=periods, carry_over=CarryOver(carry_over)) if periods else None
     with pipeline.open_house(project) as house:
-        opened = pipeline.budget_fields(house.ledger.open(name, epsilon=epsilon, delta=delta, unit=unit))
+        held = house.ledger.open(name, epsilon=epsilon, delta=delta, unit=unit, query_delta=query_delta, period=period)
+        opened = pipeline.budget_fields(held) | ({"period": held.period.to_json(), "unlocked": held.unlocked} if held.period else {})
     _print(as_json, opened, [f"{k}: {v}" for k, v in _flat(opened)])
 
 
@@ -734,14 +743,73 @@ def budget_show(name: Annotated[str | None, typer.Argument()] = None, project: F
 
 
 @budget.command("reserve")
-def budget_reserve(name: str, epsilon: Annotated[float, typer.Option("--epsilon")], project: Folder = HERE, as_json: Json = False) -> None:
-    """Charges a pure epsilon-DP query, or refuses it (exit 3)."""
+def budget_reserve(
+    name: str,
+    epsilon: Annotated[float, typer.Option("--epsilon")],
+    delta: Annotated[float, typer.Option("--delta", help="Of the query; taken from what the budget kept for queries.")] = 0.0,
+    kind: Annotated[str, typer.Option("--kind", help="training, search, statistics, retrieval or synthetic.")] = "statistics",
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Charges an (epsilon, delta)-DP query to everyone, or refuses it (exit 3)."""
     from discreet import pipeline
+    from discreet.ledger import Kind, Spend
 
+    if kind not in set(Kind):
+        raise RequestInvalid(f"--kind out of {', '.join(Kind)}", value=kind)
     with pipeline.open_house(project) as house:
-        held = house.ledger.reserve_epsilon(name, epsilon)
+        held = house.ledger.charge(name, [Spend(kind=Kind(kind), epsilon=epsilon, delta=delta)])[0]
     document = {"reservation": held.id, "remaining": held.remaining_epsilon}
     _print(as_json, document, [f"reserved {held.id}; epsilon left: {held.remaining_epsilon:.4f}"])
+
+
+@budget.command("plan")
+def budget_plan(
+    name: str,
+    sampling_probability: Annotated[float, typer.Option("--sampling-probability", help="Chance of a unit to take part in a step.")],
+    noise_multiplier: Annotated[
+        float, typer.Option("--noise-multiplier", help="The utility you need: noise over clip norm (`discreet plan` shows it).")
+    ],
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write the trade-off of noise against steps as an SVG file.")] = None,
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Says what can still be trained now at this utility, and what more noise would buy. Charges nothing."""
+    from discreet import pipeline
+    from discreet import report as reports
+    from discreet.store import write_atomically
+
+    with pipeline.open_house(project) as house:
+        held = house.ledger.show(name)
+        factors = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
+        curve = [
+            {"noise_multiplier": sigma, "steps": house.ledger.affordable(name, sampling_probability=sampling_probability, noise_multiplier=sigma)}
+            for sigma in (noise_multiplier * factor for factor in factors)
+        ]
+    steps = curve[factors.index(1.0)]["steps"]
+    document = {
+        "budget": name,
+        "remaining": held.remaining_epsilon,
+        "unlocked": held.unlocked,
+        "sampling_probability": sampling_probability,
+        "noise_multiplier": noise_multiplier,
+        "steps": steps,
+        "epochs": steps * sampling_probability,
+        "curve": curve,
+        **({"plot": str(plot)} if plot else {}),
+    }
+    if plot:
+        drawn = reports.affordable_chart([(row["noise_multiplier"], int(row["steps"])) for row in curve], chosen=noise_multiplier)
+        write_atomically(plot, drawn.encode())
+    _print(
+        as_json,
+        document,
+        [
+            f"{name}: epsilon {held.remaining_epsilon:.3f} of {held.epsilon:g} left, {held.unlocked:.0%} unlocked",
+            f"at noise multiplier {noise_multiplier:g}: {steps} more steps ({steps * sampling_probability:.1f} epochs)",
+            *(f"  noise multiplier {row['noise_multiplier']:6.3g}: {row['steps']:>8} steps" for row in curve),
+        ],
+    )
 
 
 # --- governance -------------------------------------------------------------------------------------------------------------------------------------
@@ -865,6 +933,43 @@ def evidence_export(
     _print(as_json, document, [f"bundle: {bundle}", f"key:    {key}"])
 
 
+@evidence.command("dossier")
+def evidence_dossier(
+    out: Annotated[Path, typer.Option("--out", help="New folder for the dossier.")] = Path("dossier"),
+    public: Annotated[bool, typer.Option("--public", help="Only public and DP-released answers, and the public log.")] = False,
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Writes what a privacy officer needs as one signed folder, and the public key beside it; verifies it once."""
+    from discreet import dossier, pipeline
+    from discreet.store import write_atomically
+
+    with pipeline.open_house(project) as house:
+        folder = dossier.write(house.log, house.store, out, public=public, namespace=house.log.origin)
+        key = out.with_name(out.name + ".pub")
+        write_atomically(key, (house.log.public_key() + "\n").encode())
+        verified = dossier.verify(folder, public_key=key.read_text())
+    document = {"dossier": str(folder), "key": str(key), "public": public, "entries": len(verified.entries), "checkpoint": verified.note.decode()}
+    _print(as_json, document, [f"dossier: {folder}", f"key:     {key}"])
+
+
+@evidence.command("witness")
+def evidence_witness(
+    bundle: Path,
+    key: Annotated[Path, typer.Option("--key", help="File with the log's public key.")],
+    name: Annotated[str, typer.Option("--name", help="Name of your key, by convention a URL without a scheme.")],
+    state: Annotated[Path, typer.Option("--state", help="Your folder: your key, and the last checkpoint of each log.")] = Path("witness"),
+    as_json: Json = False,
+) -> None:
+    """Verifies a bundle, refuses a rollback or fork since you last saw the log (exit 4), and cosigns its checkpoint. For anyone: needs no project."""
+    from discreet.evidence import witness
+
+    if not key.is_file():
+        raise SourceMissing("a file with the log's public key", value=str(key))
+    signed = witness.cosign(bundle, public_key=key.read_text(), name=name, state=state)
+    _print(as_json, signed, [signed["checkpoint"], f"witness key: {signed['key']}"])
+
+
 @evidence.command("verify")
 def evidence_verify(
     bundle: Path,
@@ -872,13 +977,15 @@ def evidence_verify(
     as_json: Json = False,
 ) -> None:
     """Verifies a bundle with a public key alone: no network, no database (exit 4 when anything is broken)."""
+    from discreet import dossier
     from discreet.errors import EvidenceInvalid
     from discreet.evidence.log import verify_bundle
 
     if not key.is_file():
         raise SourceMissing("a file with the log's public key", value=str(key))
+    check = dossier.verify if dossier.is_dossier(bundle) else verify_bundle
     try:
-        verified = verify_bundle(bundle, public_key=key.read_text().strip())
+        verified = check(bundle, public_key=key.read_text().strip())
     except EvidenceInvalid as error:
         _print(as_json, {"valid": False, "failed": error.failed, "checkpoint": None}, ["BROKEN", *error.failed])
         raise typer.Exit(error.exit_code) from None

@@ -35,10 +35,11 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Context, Decimal
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, final
 
 from dp_accounting import ComposedDpEvent, DpEvent, SelfComposedDpEvent
@@ -46,7 +47,7 @@ from sqlalchemy import Column, Connection, Float, Integer, String, Table, Text, 
 
 from discreet import cohorts
 from discreet.config import digest_of
-from discreet.dp.accounting import RdpFilter, Relation, event_from_json, event_to_json, guarantee, rdp, rdp_of_pure
+from discreet.dp.accounting import RdpFilter, Relation, entry_of, event_from_json, event_to_json, guarantee, rdp, rdp_of_pure
 from discreet.dp.mechanism import Plan, event_of
 from discreet.errors import BudgetExhausted, NotFound, OperationFailed, PlanInvalid, ReservationRefused
 from discreet.evidence.log import Log
@@ -282,11 +283,12 @@ class _Terms:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Cost:
-    """A charge as one budget counts it: RDP at the filter's orders, epsilon at order infinity (infinite with a Gaussian), delta."""
+    """A charge as one budget counts it: RDP at the filter's orders, epsilon at order infinity (infinite with a Gaussian), delta, and delta from the filter's reserve."""
 
     vector: tuple[float, ...]
     pure: Decimal
-    delta: Decimal
+    delta: Decimal = Decimal(0)
+    reserve: float = 0.0
 
 
 @final
@@ -308,6 +310,7 @@ class _Account:
     spent: tuple[float, ...]
     pure: Decimal = Decimal(0)
     delta: Decimal = Decimal(0)
+    reserve: float = 0.0
     pace: _Pace | None = None
 
     @staticmethod
@@ -320,7 +323,7 @@ class _Account:
 
     @property
     def filter(self) -> RdpFilter:
-        return _filter_of(self.terms, self.spent)
+        return _filter_of(self.terms, self.spent, self.reserve)
 
     @property
     def _limits(self) -> tuple[float, ...]:
@@ -338,7 +341,8 @@ class _Account:
 
     def charged(self, cost: _Cost) -> _Account:
         spent = tuple(before + more for before, more in zip(self.spent, cost.vector, strict=True))
-        return replace(self, spent=spent, pure=_EXACT.add(self.pure, cost.pure), delta=_EXACT.add(self.delta, cost.delta))
+        pure, delta = _EXACT.add(self.pure, cost.pure), _EXACT.add(self.delta, cost.delta)
+        return replace(self, spent=spent, pure=pure, delta=delta, reserve=self.reserve + cost.reserve)
 
     def rolled(self, at: float) -> _Account:
         """The account in the period that `at` lies in; each boundary carries over what the rule says."""
@@ -378,14 +382,15 @@ class _Account:
 
     def to_json(self) -> str:
         pace = None if self.pace is None else {"period": self.pace.period, "start": self.pace.start, "allowance": self.pace.allowance}
-        return json.dumps({"spent": self.spent, "pure": str(self.pure), "delta": str(self.delta), "pace": pace})
+        return json.dumps({"spent": self.spent, "pure": str(self.pure), "delta": str(self.delta), "reserve": self.reserve, "pace": pace})
 
     @staticmethod
     def from_json(stored: str, terms: _Terms) -> _Account:
         fields = json.loads(stored)
         kept = fields["pace"]
         pace = None if kept is None else _Pace(period=kept["period"], start=tuple(kept["start"]), allowance=tuple(kept["allowance"]))
-        return _Account(terms=terms, spent=tuple(fields["spent"]), pure=Decimal(fields["pure"]), delta=Decimal(fields["delta"]), pace=pace)
+        kept_back = {"pure": Decimal(fields["pure"]), "delta": Decimal(fields["delta"]), "reserve": fields.get("reserve", 0.0)}
+        return _Account(terms=terms, spent=tuple(fields["spent"]), pace=pace, **kept_back)
 
 
 @final
@@ -489,7 +494,8 @@ class Ledger:
             else:
                 held = _accounts(tx, name, _cohorts_without_enrolling(tx, self._keyring, snapshot))
                 standing = [account for (_, budget), account in held.items() if budget == name]
-            return _filter_of(terms, tuple(max(column) for column in zip(*(account.spent for account in standing), strict=True)))
+            most = tuple(max(column) for column in zip(*(account.spent for account in standing), strict=True))
+            return _filter_of(terms, most, max(account.reserve for account in standing))
 
     def reserve(self, name: str, plan: Plan, snapshot: Snapshot, run: str, *, kind: Kind = Kind.TRAINING) -> Reservation:
         """Charges a plan's whole event to every person of a snapshot, for one run. Idempotent for the same run, plan and snapshot.
@@ -576,6 +582,31 @@ class Ledger:
             delta=terms.delta,
             num_charges=sum(times for _, times in history),
         )
+
+    def affordable(self, name: str, *, sampling_probability: float, noise_multiplier: float, most: int = 1 << 20) -> int:
+        """Returns how many Poisson-sampled Gaussian steps this budget admits now for everyone whom it has charged, its period included: 0 to `most`.
+
+        Args:
+            name: of an open budget; other budgets that bind the same people are not asked.
+            sampling_probability: in (0, 1].
+            noise_multiplier: > 0.
+
+        Raises:
+            PlanInvalid: when a number breaks its rule.
+            NotFound: when the budget was not opened.
+        """
+        if not (0 < sampling_probability <= 1 and math.isfinite(noise_multiplier) and noise_multiplier > 0):
+            raise PlanInvalid("0 < sampling_probability <= 1 and a finite noise_multiplier > 0", value=(sampling_probability, noise_multiplier))
+        with self._store.transaction() as tx:
+            at = now(tx)
+            standing = [account.rolled(at) for account in _standing(tx, name).values()]
+
+        def fits(steps: int) -> bool:
+            event = event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
+            cost = _cost({"event": event_to_json(event)}, standing[0])  # RDP knows the event: the same for all
+            return all(account.charged(cost).is_within for account in standing)
+
+        return _largest(fits, most=most)
 
     def has_run(self, run: str) -> bool:
         """Returns whether a run has a reservation."""
@@ -670,11 +701,16 @@ def affordable_steps(budget: RdpFilter, *, sampling_probability: float, noise_mu
         sampling_probability: in (0, 1].
         noise_multiplier: > 0.
     """
-    low, high = 0, 1
 
     def fits(steps: int) -> bool:
         return budget.admits(event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps))
 
+    return _largest(fits, most=most)
+
+
+def _largest(fits: Callable[[int], bool], *, most: int) -> int:
+    """The largest number from 0 to `most` up to which all fit."""
+    low, high = 0, 1
     while high <= most and fits(high):
         low, high = high, high * 2
     while high - low > 1:
@@ -807,7 +843,11 @@ def _replayed(tx: Connection, cohort: int, terms: _Terms) -> _Account:
     """The account that a cohort would have, had it been under this budget from the start."""
     account = _Account.fresh(terms)
     for content, times in cohorts.history(tx, cohort):
-        cost = _cost(content, terms)
+        if _takes_reserve(content):  # each takes half of what the one before it left
+            for _ in range(times):
+                account = account.charged(_cost(content, account))
+            continue
+        cost = _cost(content, account)
         many = _Cost(
             vector=tuple(value * times for value in cost.vector), pure=_EXACT.multiply(cost.pure, times), delta=_EXACT.multiply(cost.delta, times)
         )
@@ -817,7 +857,7 @@ def _replayed(tx: Connection, cohort: int, terms: _Terms) -> _Account:
 
 def _judged(account: _Account, want: _Wanted, *, asked: str) -> _Account:
     """The account after the spend, or the refusal."""
-    cost = _cost(want.spend.content, account.terms)
+    cost = _cost(want.spend.content, account)
     after = account.charged(cost)
     if not all(value > 0 for value in cost.vector) or not account.shows(after):
         raise PlanInvalid("a spend large enough to be accounted for", value=want.plan, remedy="A mechanism that costs nothing needs no budget.")
@@ -838,16 +878,35 @@ def _judged(account: _Account, want: _Wanted, *, asked: str) -> _Account:
     )
 
 
-def _cost(content: Mapping[str, Any], terms: _Terms) -> _Cost:
-    orders = terms.filter.orders
+def _cost(content: Mapping[str, Any], account: _Account) -> _Cost:
+    """What a charge costs an account as it stands: an event that RDP knows costs the same always; any other takes half of what is left of the filter's reserve of delta."""
+    terms, orders = account.terms, account.terms.filter.orders
     if "event" not in content:
         vector = rdp_of_pure(content["epsilon"], orders)
         return _Cost(vector=tuple(map(float, vector)), pure=_decimal(content["epsilon"]), delta=_decimal(content["delta"]))
     try:
-        vector = rdp(event_from_json(content["event"]), orders, relation=terms.filter.relation)
+        if not _takes_reserve(content):
+            spent = rdp(event_from_json(content["event"]), orders, relation=terms.filter.relation)
+            return _Cost(vector=tuple(map(float, spent)), pure=Decimal("Infinity"))
+        fresh = replace(terms.filter, spent_delta=account.filter.spent_delta)
+        *values, basic, delta = _rare(json.dumps(content["event"], sort_keys=True), fresh)
     except ValueError as error:
         raise PlanInvalid("an event that the budget can account for", value=str(error)) from None
-    return _Cost(vector=tuple(map(float, vector)), pure=Decimal("Infinity"), delta=Decimal(0))
+    return _Cost(vector=tuple(values), pure=_decimal(basic), reserve=delta)
+
+
+def _takes_reserve(content: Mapping[str, Any]) -> bool:
+    """Whether RDP has no bound for a charge's event (truncated Poisson, documents of a unit), so that it is charged as an (epsilon, delta) query."""
+    try:
+        return "event" in content and entry_of(event_from_json(content["event"])) != "rdp"
+    except ValueError as error:
+        raise PlanInvalid("an event that the budget can account for", value=str(error)) from None
+
+
+@lru_cache(maxsize=64)
+def _rare(event: str, fresh: RdpFilter) -> tuple[float, ...]:
+    """`RdpFilter.vector` of an event that takes a second or more; every account that stands alike asks for the same."""
+    return tuple(map(float, fresh.vector(event_from_json(json.loads(event)))))
 
 
 def _composed_pld(history: Sequence[tuple[Mapping[str, Any], int]], terms: _Terms) -> float | None:
@@ -966,6 +1025,7 @@ def _granted(row: Mapping[str, Any], remaining: float) -> Reservation:
     )
 
 
-def _filter_of(terms: _Terms, spent: tuple[float, ...]) -> RdpFilter:
+def _filter_of(terms: _Terms, spent: tuple[float, ...], reserve: float = 0.0) -> RdpFilter:
     """The filter of a budget after what was spent by RDP; from then on nothing is counted by the plain sum of epsilons."""
-    return replace(terms.filter, spent=spent, spent_basic=math.inf if any(spent) else terms.filter.spent_basic)
+    basic = math.inf if any(spent) else terms.filter.spent_basic
+    return replace(terms.filter, spent=spent, spent_basic=basic, spent_delta=min(reserve, terms.filter.reserve))

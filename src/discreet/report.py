@@ -199,6 +199,35 @@ def write(log: Log, folder: Path, *, public: bool = False) -> list[Path]:
     return list(contents)
 
 
+def affordable_chart(points: Sequence[tuple[float, int]], *, chosen: float) -> str:
+    """Returns a stand-alone SVG of how many steps a budget still buys (logarithmic) at each noise multiplier.
+
+    Args:
+        points: (noise multiplier, steps), rising, 2 or more.
+        chosen: the noise multiplier that was asked about.
+    """
+    width, height, left, bottom = 480, 300, 70, 45
+    low, high = math.log(points[0][0]), math.log(points[-1][0])
+    top = math.log1p(max(1, *(steps for _, steps in points)))
+
+    def place(sigma: float, steps: int) -> tuple[float, float]:
+        across = (math.log(sigma) - low) / (high - low)
+        return left + across * (width - left - 20), height - bottom - math.log1p(steps) / top * (height - bottom - 20)
+
+    placed = [(sigma, steps, *place(sigma, steps)) for sigma, steps in points]
+    line = " ".join(f"{x:.1f},{y:.1f}" for _, _, x, y in placed)
+    marks = "".join(
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{6 if sigma == chosen else 3}"/><text x="{x:.1f}" y="{y - 10:.1f}">{steps}</text>'
+        f'<text x="{x:.1f}" y="{height - bottom + 18}">{sigma:.3g}</text>'
+        for sigma, steps, x, y in placed
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="11" text-anchor="middle">'
+        f'<rect width="{width}" height="{height}" fill="white"/><polyline points="{line}" fill="none" stroke="#246"/>{marks}'
+        f'<text x="{width / 2}" y="{height - 8}">noise multiplier</text><text x="14" y="{height / 2}" transform="rotate(-90 14 {height / 2})">steps left</text></svg>\n'
+    )
+
+
 @cache
 def stylesheet() -> str:
     """Returns the one stylesheet of the report and of the pages of `web`."""
@@ -437,7 +466,7 @@ def _training(log: _Log, trained: Logged | None) -> Section:
     facts = _facts(
         ("run", "Run", fields.get("run")),
         ("base", "Base model", fields.get("base")),
-        ("adapter", "Weights", fields.get("adapter")),
+        ("adapter", "Weights", fields.get("adapter"), Exposure.DP_RELEASED),
         ("steps", "Steps run", fields.get("steps")),
         ("loss_before", "Held-out loss before", curve[0][1] if curve else None),
         ("loss_after", "Held-out loss after", curve[-1][1] if curve else None, Exposure.DP_RELEASED),
@@ -496,11 +525,11 @@ def _release(decision: Logged | None) -> Section:
         return Section(name="release", title="", facts=())
     gates = [dict(gate) for gate in decision.fields.get("gates") or [] if isinstance(gate, Mapping)]
     facts = _facts(
-        ("decision", "Decision", str(decision.predicate)),
+        ("decision", "Decision", str(decision.predicate), Exposure.DP_RELEASED),
         ("name", "Name", decision.fields.get("name")),
         ("gates", "Gates", gates, Exposure.DP_RELEASED),
         ("reasons", "Reasons", decision.fields.get("reasons"), Exposure.DP_RELEASED),
-        ("time", "When", decision.time),
+        ("time", "When", decision.time, Exposure.DP_RELEASED),
     )
     return Section(name="release", title="The decision: may it leave?", facts=facts)
 
@@ -509,8 +538,8 @@ def _evidence(log: _Log, checkpoint: str, public_key: str) -> Section:
     destroyed = [f"{entry.predicate.replace('_', ' ')}, {entry.time}" for kind in ("control_destroyed", "key_destroyed") for entry in log.all(kind)]
     facts = _facts(
         ("statements", "Statements read", len(log.entries) or None, Exposure.INTERNAL),
-        ("first", "First statement", log.entries[0].time if log.entries else None),
-        ("last", "Last statement", log.entries[-1].time if log.entries else None),
+        ("first", "First statement", log.entries[0].time if log.entries else None, Exposure.INTERNAL),
+        ("last", "Last statement", log.entries[-1].time if log.entries else None, Exposure.INTERNAL),
         ("destroyed", "Destroyed and logged", destroyed),
         ("checkpoint", "Signed checkpoint", checkpoint),
         ("public_key", "Public key", public_key),

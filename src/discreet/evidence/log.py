@@ -130,6 +130,16 @@ class Log:
         """Returns the C2SP vkey with which anyone verifies this log's bundles, checkpoints and proofs."""
         return str(self._key)
 
+    def seal(self, payload: bytes, *, payload_type: str) -> bytes:
+        """Returns the DSSE envelope of a payload that travels beside the log's bundle, signed by the log's key.
+
+        Args:
+            payload_type: of its own, other than those of entries and manifests, so that no signature can stand for another.
+        """
+        if payload_type in (statement.PAYLOAD_TYPE, MANIFEST_TYPE):
+            raise EvidenceInvalid("a payload type of its own", value=payload_type)
+        return statement.seal_envelope(payload, payload_type=payload_type, signer=self._signer, key_id=self._key.label)
+
     def append(self, tx: Connection, statement_: Statement) -> int:
         """Appends a statement inside the caller's transaction and returns its index.
 

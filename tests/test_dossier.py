@@ -1,0 +1,243 @@
+"""The officer's folder: refused when anything disagrees, equal in public for two corpora that differ in one subject, broken by any byte."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from discreet import dossier
+from discreet.dp import accounting
+from discreet.dp.mechanism import event_of
+from discreet.errors import EvidenceInvalid, NotReleased, OperationFailed
+from discreet.evidence import note, witness
+from discreet.evidence.log import Log
+from discreet.evidence.statement import Predicate, Statement
+from discreet.governance import lineage
+from discreet.governance.lineage import Artifact, Kind
+from discreet.keys import Key, Keyring
+from discreet.record import Digest
+from discreet.report import Exposure, Report
+from discreet.store import Store
+
+ADAPTER, OTHER, BASE = Digest("sha256:" + "ad" * 32), Digest("sha256:" + "ee" * 32), Digest("sha256:" + "ba" * 32)
+SNAPSHOT, RECORD, PLAN = Digest("sha256:" + "50" * 32), Digest("sha256:" + "0e" * 32), Digest("sha256:" + "77" * 32)
+Q, SIGMA, STEPS, DELTA = 0.02, 0.8, 30, 1e-5
+SOFTWARE = {"components": [{"name": "x"}]}
+
+
+@pytest.fixture(scope="module")
+def claim() -> dict[str, Any]:
+    price = accounting.guarantee(event_of(sampling_probability=Q, noise_multiplier=SIGMA, steps=STEPS), delta=DELTA, unit="patient")
+    run = {"sampling_probability": Q, "noise_multiplier": SIGMA, "steps": STEPS, "clip_norm": 0.5, "sampler": "poisson"}
+    return {
+        "epsilon": price.epsilon,
+        "delta": DELTA,
+        "unit": "patient",
+        "relation": "add_remove",
+        "accountant": "pld",
+        "cap": 1,
+        "population": 2000,
+        **run,
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    index: int
+    predicate: str
+    subjects: Sequence[str]
+    fields: Mapping[str, Any]
+    time: str
+
+
+def statements(
+    claim: Mapping[str, Any], *, people: int, run: str = "run-1", adapter: str = ADAPTER, loss: float = 2.2
+) -> list[tuple[str, int, dict[str, Any]]]:
+    paid = {name: claim[name] for name in ("unit", "delta", "relation", "sampling_probability", "noise_multiplier", "clip_norm", "steps", "epsilon")}
+    return [
+        ("collected", people, {"source": "notes", "sensitivity": "special", "controller": "ward"}),
+        ("admitted", people, {"purpose": "note-assistant", "basis": "consent"}),
+        ("deidentified", people, {"policy": "sha256:99", "counts": {"PERSON": people + 3}, "detector": {"precision": 0.9, "recall": 0.8, "corpus": "generated"}}),
+        ("budget_opened", 1, {"budget": "patients", "epsilon": 8.0, "delta": DELTA, "unit": "patient"}),
+        ("reserved", 1, {"reservation": "r1", "run": run, "budget": "patients", "plan": PLAN, "snapshot": SNAPSHOT}),
+        ("spent", 1, {"reservation": "r1", "run": run, "budget": "patients", "plan": PLAN, "kind": "training", **paid}),
+        ("trained", 1, {"run": run, "plan": PLAN, "base": BASE, "adapter": adapter, "guarantee": dict(claim), "track": "dp", "steps": STEPS, "public_loss": [[0, 3.1], [30, loss]]}),
+        ("audited", 1, {"adapter": adapter, "verdict": "PASS", "epsilon_lower": 0.3, "ceiling": 4.2, "detectable": 5.0, "level": 0.05}),
+        ("released", 1, {"name": "notes-1", "adapter": adapter, "base": BASE, "guarantee": dict(claim), "gates": []}),
+        ("erased", 1, {"reason": "request"}),
+    ]  # fmt: skip
+
+
+def entries(rows: Sequence[tuple[str, int, Mapping[str, Any]]]) -> list[Entry]:
+    return [
+        Entry(index=i, predicate=p, subjects=[f"{p}-{k}" for k in range(n)], fields=f, time=f"2026-11-23T10:00:{i:02d}.000000Z")
+        for i, (p, n, f) in enumerate(rows)
+    ]
+
+
+def compiled(rows: Sequence[tuple[str, int, Mapping[str, Any]]], **more: Any) -> Report:
+    return dossier.compile_dossier(entries(rows), public_key="log+key", software=SOFTWARE, **more)
+
+
+def facts(answers: Report) -> dict[str, tuple[Any, Exposure]]:
+    return {f"{s.name}.{f.name}": (f.value, f.exposure) for s in answers.sections for f in s.facts}
+
+
+def test_two_corpora_that_differ_in_one_subject_have_equal_public_answers(claim: dict[str, Any]) -> None:
+    """The weights, and what was measured on them, may differ: they are DP-released. Nothing else may."""
+    one = facts(compiled(statements(claim, people=100)).public())
+    two = facts(compiled(statements(claim, people=101, run="run-2", adapter=OTHER, loss=2.1)).public())
+    assert one.keys() == two.keys()
+    differing = {name for name in one if one[name] != two[name]}
+    assert differing, "the test looks at something"
+    assert {one[name][1] for name in differing} == {Exposure.DP_RELEASED}
+
+
+def test_the_inside_says_more(claim: dict[str, Any]) -> None:
+    inside, outside = facts(compiled(statements(claim, people=100))), facts(compiled(statements(claim, people=100)).public())
+    assert {"records.collected", "erasure.register", "lineage.events"} <= inside.keys() - outside.keys()
+    assert all(exposure is not Exposure.INTERNAL for _, exposure in outside.values())
+
+
+def test_it_answers_what_the_issue_of_privacy_asks(claim: dict[str, Any]) -> None:
+    found = facts(compiled(statements(claim, people=100)))
+    assert found["dp_statement.recomputed_epsilon"][0] == pytest.approx(claim["epsilon"])
+    curve = found["dp_statement.curve"][0]
+    assert [d for d, _ in curve] == sorted((d for d, _ in curve), reverse=True)
+    assert [e for _, e in curve] == sorted(e for _, e in curve)
+    assert found["audit.detectable"][0] == 5.0
+    assert found["controls.GDPR Art. 17"][0]["supports"] == "right to erasure"
+    text = json.dumps(dossier.to_json(compiled(statements(claim, people=100)))).lower()
+    assert "compliant" not in text
+
+
+def test_a_control_without_its_evidence_is_not_claimed(claim: dict[str, Any]) -> None:
+    found = facts(compiled([row for row in statements(claim, people=5) if row[0] not in ("audited", "deidentified")]))
+    assert "controls.GDPR Art. 32(1)(d)" not in found
+    assert "controls.NIST 800-53 SI-19" not in found
+    assert "controls.GDPR Art. 5(2)" in found
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("epsilon", 0.1, "accounted"),
+        ("sampler", "shuffled", "shuffled"),
+        ("sampler", "truncated_poisson", "batch_limit"),
+        ("noise_multiplier", 0.9, "noise_multiplier"),
+        ("steps", STEPS - 1, "steps"),
+    ],
+)
+def test_a_claim_that_disagrees_is_refused(claim: dict[str, Any], field: str, value: Any, says: str) -> None:
+    rows = copy.deepcopy(statements(claim, people=5))
+    rows[6][2]["guarantee"][field] = value
+    with pytest.raises(NotReleased, match=says):
+        compiled(rows)
+
+
+def test_a_run_that_nobody_paid_for_is_refused(claim: dict[str, Any]) -> None:
+    with pytest.raises(NotReleased, match="nothing was charged"):
+        compiled([row for row in statements(claim, people=5) if row[0] != "spent"])
+
+
+def test_an_unknown_parent_is_refused(claim: dict[str, Any]) -> None:
+    with pytest.raises(NotReleased, match="parents are known"):
+        compiled(statements(claim, people=5), unknown=[BASE])
+
+
+def test_a_project_that_trained_nothing_has_a_dossier() -> None:
+    assert "software.sbom" in facts(compiled([]))
+
+
+@pytest.fixture
+def project(tmp_path, claim):
+    """A log with a whole story in it, and its lineage."""
+    store = Store(f"sqlite:///{tmp_path}/discreet.db")
+    log = Log(store, Keyring(store, Key(b"k" * 32)), "example.org/ward")
+    with store.transaction() as tx:
+        lineage.register(tx, [Artifact(digest=RECORD, kind=Kind.RECORD), Artifact(digest=BASE, kind=Kind.BASE)])
+        lineage.derive(tx, Artifact(digest=SNAPSHOT, kind=Kind.SNAPSHOT), parents=[RECORD])
+        lineage.derive(tx, Artifact(digest=ADAPTER, kind=Kind.MODEL), parents=[SNAPSHOT, BASE])
+        rows = statements(claim, people=1)
+        log.append_all(tx, [Statement(predicate=Predicate(p), subjects=(ADAPTER if "adapter" in f else PLAN,), fields=f) for p, _, f in rows])
+    yield log, store, tmp_path
+    store.close()
+
+
+@pytest.mark.parametrize("public", [False, True])
+def test_a_folder_verifies_with_the_key_alone_and_breaks_with_any_file(project, public):
+    log, store, tmp_path = project
+    folder = dossier.write(log, store, tmp_path / "out", public=public, namespace="ward")
+    verified = dossier.verify(folder, public_key=log.public_key())
+    assert verified.public is public
+    assert dossier.is_dossier(folder)
+    assert "PERSON" not in (folder / "dossier.json").read_text() or not public
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        kept = path.read_bytes()
+        path.write_bytes(kept[:-2] + bytes([kept[-2] ^ 1]) + kept[-1:])
+        with pytest.raises(EvidenceInvalid):
+            dossier.verify(folder, public_key=log.public_key())
+        path.write_bytes(kept)
+    (folder / "more").write_text("x")
+    with pytest.raises(EvidenceInvalid, match="other files"):
+        dossier.verify(folder, public_key=log.public_key())
+
+
+def test_answers_that_the_log_does_not_give_are_found_even_when_signed(project):
+    log, store, tmp_path = project
+    folder = dossier.write(log, store, tmp_path / "out", public=True, namespace="ward")
+    said = json.loads((folder / "dossier.json").read_text())
+    said["sections"]["guarantee"]["epsilon"]["value"] = 0.01
+    (folder / "dossier.json").write_text(json.dumps(said))
+    payload = {"files": dossier._described(folder), "format": dossier.FORMAT, "origin": log.origin, "public": True}
+    (folder / "manifest.json").write_bytes(log.seal(dossier.canonical_json(payload), payload_type=dossier.MANIFEST_TYPE))
+    with pytest.raises(EvidenceInvalid) as caught:
+        dossier.verify(folder, public_key=log.public_key())
+    assert caught.value.failed == ["dossier.json: guarantee.epsilon differs from the log"]
+
+
+def test_a_model_whose_origin_was_forgotten_gets_no_dossier(project):
+    log, store, tmp_path = project
+    with store.transaction() as tx:
+        lineage.retire(tx, ADAPTER)
+    with pytest.raises(NotReleased):
+        dossier.write(log, store, tmp_path / "out", public=False, namespace="ward")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_something_in_it_is_left_alone(project):
+    log, store, tmp_path = project
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    with pytest.raises(OperationFailed):
+        dossier.write(log, store, tmp_path / "out", public=False, namespace="ward")
+
+
+def test_the_bill_of_materials_is_cyclonedx_of_what_is_here():
+    bill = dossier.bill_of_materials()
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    named = {c["name"]: c for c in bill["components"]}
+    assert named["numpy"]["purl"] == f"pkg:pypi/numpy@{named['numpy']['version']}"
+    assert len({c["bom-ref"] for c in bill["components"]}) == len(bill["components"])
+    assert "discreet" not in named
+
+
+def test_a_witness_signs_growth_and_nothing_else(project, tmp_path):
+    log, store, _ = project
+    first = log.export(tmp_path / "first", public=True)
+    signed = witness.cosign(first, public_key=log.public_key(), name="witness.example", state=tmp_path / "witness")
+    keys = [note.parse_key(log.public_key()), note.parse_key(signed["key"])]
+    note.open_note(signed["checkpoint"].encode(), keys=keys)
+    assert (tmp_path / "witness" / "witness.key").stat().st_mode & 0o077 == 0
+    with store.transaction() as tx:
+        log.append(tx, Statement(predicate=Predicate.ERASED, subjects=(PLAN,), fields={"reason": "request"}))
+    second = log.export(tmp_path / "second", public=True)
+    again = witness.cosign(second, public_key=log.public_key(), name="witness.example", state=tmp_path / "witness")
+    assert again["key"] == signed["key"]
+    with pytest.raises(EvidenceInvalid, match="rollback"):
+        witness.cosign(first, public_key=log.public_key(), name="witness.example", state=tmp_path / "witness")
