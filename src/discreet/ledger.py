@@ -320,7 +320,7 @@ class _Account:
 
     @property
     def filter(self) -> RdpFilter:
-        return replace(self.terms.filter, spent=self.spent)
+        return _filter_of(self.terms, self.spent)
 
     @property
     def _limits(self) -> tuple[float, ...]:
@@ -489,7 +489,7 @@ class Ledger:
             else:
                 held = _accounts(tx, name, _cohorts_without_enrolling(tx, self._keyring, snapshot))
                 standing = [account for (_, budget), account in held.items() if budget == name]
-            return replace(terms.filter, spent=tuple(max(column) for column in zip(*(account.spent for account in standing), strict=True)))
+            return _filter_of(terms, tuple(max(column) for column in zip(*(account.spent for account in standing), strict=True)))
 
     def reserve(self, name: str, plan: Plan, snapshot: Snapshot, run: str, *, kind: Kind = Kind.TRAINING) -> Reservation:
         """Charges a plan's whole event to every person of a snapshot, for one run. Idempotent for the same run, plan and snapshot.
@@ -964,3 +964,8 @@ def _granted(row: Mapping[str, Any], remaining: float) -> Reservation:
         remaining_epsilon=remaining,
         kind=Kind(row["kind"]),
     )
+
+
+def _filter_of(terms: _Terms, spent: tuple[float, ...]) -> RdpFilter:
+    """The filter of a budget after what was spent by RDP; from then on nothing is counted by the plain sum of epsilons."""
+    return replace(terms.filter, spent=spent, spent_basic=math.inf if any(spent) else terms.filter.spent_basic)

@@ -1110,9 +1110,14 @@ def _refuse_unknown_parents(house: House, released: Release) -> None:
 
 NO_SUBJECTS: Mapping[str, str] = {
     "cohorts": "HMACs of pseudonyms under a key of their own, which have to outlive the erasure: a budget is not refunded",
+    "cli": "text that the operator asked to have redacted, where they said",
     "config": "parameters that the operator wrote",
     "demo": "generated people, written as the project's sources: `sources` is their store",
-    "evidence.log": "salted commitments, the salt under the subject's key; requests under an HMAC",
+    "federate": "the rosters and terms of a fleet",
+    "federated.app": "certificates, a fleet's result: noised sums",
+    "federated.journal": "masked, clipped, noised sums of a site, which name nobody",
+    "federated.site": "rosters, receipts and noised sums; a site's records are in its own project",
+    "evidence.log": "salted commitments; requests under an HMAC",
     "governance.access": "operators, not subjects",
     "governance.erasure": "suppressions as HMACs, which have to outlive the erasure; its scope is emptied by the certificate",
     "governance.lineage": "digests; those of the subject's records are forgotten when the keys are shredded",

@@ -129,7 +129,11 @@ SAMPLERS: dict[Sampling, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(Sampling))
+COMMON = (Sampling.POISSON, Sampling.TRUNCATED_POISSON)
+RARE = pytest.param(Sampling.POISSON_DOCUMENTS, marks=pytest.mark.slow)  # the PLD of a mixture takes seconds
+
+
+@pytest.fixture(scope="module", params=[*COMMON, RARE])
 def sampled(request: pytest.FixtureRequest) -> Plan:
     return calibrate(**HOSPITAL, **SAMPLERS[request.param])
 
@@ -145,7 +149,7 @@ def test_every_sampler_has_its_event(sampled: Plan) -> None:
             plan_from_json({**stored, "sampling": other.value})
 
 
-@pytest.mark.parametrize("sampling", [Sampling.TRUNCATED_POISSON, Sampling.POISSON_DOCUMENTS])
+@pytest.mark.parametrize("sampling", [Sampling.TRUNCATED_POISSON, RARE])
 def test_a_plan_of_pld_alone_is_calibrated_to_a_budget(sampling: Sampling, budget: RdpFilter) -> None:
     plan = calibrate(**HOSPITAL, **SAMPLERS[sampling], budget=budget)
     assert plan.admitted_by(budget)
@@ -172,7 +176,7 @@ def small(sampling: Sampling, **more: Any) -> Plan:
     return calibrate(**{**common, "sampling": sampling, **more})
 
 
-@pytest.mark.parametrize("sampling", [Sampling.POISSON, Sampling.TRUNCATED_POISSON, pytest.param(Sampling.POISSON_DOCUMENTS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sampling", [*COMMON, RARE])
 def test_inclusion_is_what_the_event_says(sampling: Sampling) -> None:
     """Counts of inclusion against the binomial of the event's own probability; false-alarm rate 1e-6 for a fresh key."""
     plan = small(sampling, **({"batch_limit": 300} if sampling is Sampling.TRUNCATED_POISSON else {}))
@@ -226,6 +230,7 @@ def test_a_batch_limit_belongs_to_truncation() -> None:
         mechanism.draw(small(Sampling.POISSON), (1, 2), ("a",), key=run_key(), step=1)
 
 
+@pytest.mark.slow
 def test_sampling_documents_never_costs_more_than_the_worst_group() -> None:
     """ELS of at most one document is plain Poisson sampling; of two, it lies between one participation and a doubled sensitivity."""
     common: dict[str, Any] = {"sampling_probability": 0.01, "noise_multiplier": 1.0, "clip_norm": 1.0, "steps": 100}
