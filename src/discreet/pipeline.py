@@ -814,7 +814,10 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     observer.note(f"verdict {found.verdict}; asking both models to recite")
     result = found.to_json() | {"adapter": trained["adapter"], "run": trained["run"], "canaries": len(canaries)}
     result["recitation"] = _recitation(house, base, private, control, canaries) | {
-        "exposure": {"private": _exposures(scored, canaries), "control": _exposures(controlled, canaries)}
+        "exposure": {
+            "private": extraction.exposure_counts(scored, canaries.included),
+            "control": extraction.exposure_counts(controlled, canaries.included),
+        }
     }
     if found.verdict is not bounds.Verdict.PASS:
         result["recitation"]["example"]["private"] = "(not shown: the audit did not pass)"
@@ -845,13 +848,6 @@ def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module
         "private": sum(each.exact for each in of_private),
         "example": {"prompt": planted[shown].prefix, "control": of_control[shown].continuation, "private": of_private[shown].continuation},
     }
-
-
-def _exposures(scored: NDArray[np.float64], canaries: Canaries) -> list[int]:
-    """Counts the planted canaries by whole bits of exposure, their rank among those that were held out: without memory, half of them have less than one bit."""
-    included_M = np.asarray(canaries.included)
-    bits = [int(extraction.exposure_bits(float(score), scored[~included_M])) for score in scored[included_M]]
-    return [int(count) for count in np.bincount(bits, minlength=int(math.log2(1 + int((~included_M).sum()))) + 1)]
 
 
 def _control(house: House, base: Base, canaries: Canaries, observer: Observer) -> nn.Module:

@@ -667,8 +667,8 @@ def _ceiling(report: Report) -> _Chart | None:
     lines = [("epsilon claimed", "claim", [[float(claimed), 0.0], [float(claimed), float(len(rows))]])]
     for place, row in enumerate(rows):
         height = len(rows) - place - 0.5
-        lines.append((f"{_METHODS.get(row.get('method'), 'bound')}: at most", "chance", [[0.0, height], [float(row["ceiling"]), height]]))
-        lines.append((f"{_METHODS.get(row.get('method'), 'bound')}: proven", "private", [[0.0, height], [float(row["epsilon"]), height]]))
+        lines.append((f"{_METHODS.get(str(row.get('method')), 'bound')}: at most", "chance", [[0.0, height], [float(row["ceiling"]), height]]))
+        lines.append((f"{_METHODS.get(str(row.get('method')), 'bound')}: proven", "private", [[0.0, height], [float(row["epsilon"]), height]]))
     chart = _chart("Lower bounds on epsilon against their ceilings", "epsilon", "", lines, unit_square=False)
     return chart and replace(chart, y_ticks=())
 

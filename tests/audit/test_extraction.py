@@ -149,3 +149,7 @@ def test_identifiers_that_training_held_are_found_in_what_was_written() -> None:
     held = ["Call Dr. Ann Lee at 617-555-0142."]
     leaked = extraction.identifier_leakage(["Please ring 617-555-0142 today.", "Please ring 212-555-0199 today.", "Rest."], held=held)
     assert (leaked.count, leaked.total) == (1, 3)
+
+
+def test_exposure_is_counted_by_whole_bits() -> None:
+    assert extraction.exposure_counts([9.0, 2.5, 0.0, 1.0, 2.0, 3.0], [True, True, True, False, False, False]) == [1, 1, 1]

@@ -119,6 +119,14 @@ def exposure_bits(target: float, references: ArrayLike) -> float:
     return math.log2(len(references_R) + 1) - math.log2(1 + int((references_R >= target).sum()))
 
 
+def exposure_counts(scores: ArrayLike, included: ArrayLike) -> list[int]:
+    """Counts the planted canaries by whole bits of exposure, their rank among those that were held out: without memory, half of them have less than one bit."""
+    scores_M, included_M = np.asarray(scores, dtype=np.float64), np.asarray(included, dtype=np.bool_)
+    held_out = scores_M[~included_M]
+    bits = [int(exposure_bits(float(score), held_out)) for score in scores_M[included_M]]
+    return [int(count) for count in np.bincount(bits, minlength=int(math.log2(1 + len(held_out))) + 1)]
+
+
 def exposure_extrapolated(target: float, references: ArrayLike) -> float:
     """Returns -log2 P[reference >= target] under a skew-normal fitted by moments (Carlini et al. 2019, Sec. 4.3): not capped by the number of references.
 

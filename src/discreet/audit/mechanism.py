@@ -48,7 +48,7 @@ from discreet.train.step import PrivateCorpus, Rows
 
 LEVEL = 0.001
 """Probability that the rehearsal of a correct mechanism fails."""
-CANARIES = 1000
+CANARIES = 2000
 STEPS = 200
 """Steps rehearsed at most: the first of the plan; the claim is that of as many."""
 COORDINATES = 100_000
