@@ -928,11 +928,12 @@ def _decide(house: House, trained: Mapping[str, Any], audited: Mapping[str, Any]
         if holds
         else {"reasons": [gate["gate"] for gate in gates if not gate["holds"]], "verdict": audited["verdict"]}
     )
+    config = _config_of(house, "release")  # it reads the log, which no other transaction may hold open
     with house.store.transaction() as tx:
         kind = Predicate.RELEASED if holds else Predicate.WITHHELD
         house.log.append(tx, Statement(predicate=kind, subjects=(Digest(trained["adapter"]),), fields=fields))
         result = {"decision": "released" if holds else "withheld", **fields}
-        _record(tx, "release", _config_of(house, "release"), result)
+        _record(tx, "release", config, result)
     return result
 
 
