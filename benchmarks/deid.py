@@ -30,6 +30,7 @@ from pathlib import Path
 
 from discreet.deid.detect import detect
 from discreet.deid.patterns import Label
+from discreet.deid.policy import Names, find
 
 Found = tuple[int, int, str]
 System = Callable[[str], list[Found]]
@@ -318,7 +319,11 @@ PATTERNS_ONLY = [label for label in Label if label not in (Label.PERSON, Label.L
 
 
 def discreet_system(text: str) -> list[Found]:
-    return [(s.start, s.end, str(s.label)) for s in detect(text)]
+    return [(s.start, s.end, str(s.label)) for s in find(text, names=Names.MODEL)]
+
+
+def discreet_rules(text: str) -> list[Found]:
+    return [(s.start, s.end, str(s.label)) for s in find(text, names=Names.RULES)]
 
 
 def discreet_patterns(text: str) -> list[Found]:
@@ -370,7 +375,7 @@ def main() -> None:
     parser.add_argument("--misses", type=int, default=0, help="print so many misses and false alarms (dev only)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    systems: dict[str, System] = {"discreet": discreet_system, "discreet, patterns only": discreet_patterns}
+    systems: dict[str, System] = {"discreet": discreet_system, "discreet, without the model": discreet_rules, "discreet, patterns only": discreet_patterns}
     peer = presidio_system() if options.peer else None
     if peer is not None:
         systems["presidio 2.2.366, en_core_web_sm"] = peer

@@ -201,7 +201,7 @@ def test_a_model_folder_with_a_pickle_is_refused(run: Run, project: Path):
     assert (code, document("error", out)["error"]["code"]) == (2, "model.unsafe")
 
 
-def test_privacy_commands(run: Run):
+def test_privacy_commands(run: Run, tmp_path: Path):
     # Golden row q=0.01, sigma=1, T=10000, delta=1e-5: PLD 6.1877, RDP 6.7128 (dp_accounting 0.6, prv_accountant).
     arguments = ["--sampling-probability", "0.01", "--noise-multiplier", "1", "--steps", "10000", "--delta", "1e-5"]
     code, out, _ = run("privacy", "epsilon", *arguments, "--accountant", "pld,rdp", "--json")
@@ -212,6 +212,11 @@ def test_privacy_commands(run: Run):
     code, out, _ = run("privacy", "noise", "--epsilon", "8", "--sampling-probability", "0.01", "--steps", "10000", "--delta", "1e-5", "--json")
     assert code == 0
     assert document("privacy-noise", out)["noise_multiplier"] == pytest.approx(0.8826, abs=0.002)
+    code, out, _ = run("privacy", "curve", *arguments[:-2], "--svg", str(tmp_path / "curve.svg"), "--json")
+    assert code == 0
+    curve = document("privacy-curve", out)
+    assert {round(point["delta"], 12): point["epsilon"] for point in curve["points"]}[1e-5] == pytest.approx(6.188, abs=0.01)
+    assert "<polyline" in (tmp_path / "curve.svg").read_text()
     for bad in (["--delta", "1"], ["--noise-multiplier", "nan"], ["--sampling-probability", "2"], ["--steps", "-1"]):
         merged = dict(zip(arguments[::2], arguments[1::2], strict=True)) | {bad[0]: bad[1]}
         code, out, err = run("privacy", "epsilon", *[part for pair in merged.items() for part in pair], "--json")
@@ -300,3 +305,25 @@ def test_init_makes_projects_that_load(run: Run, tmp_path: Path):
         assert code == 0
         document("init", out)
     assert run("init", str(tmp_path / "plain"), "--example", "plain", "--json")[0] == 2, "an existing project is not overwritten"
+
+
+def test_serve_upstream_refuses_private_hosts_and_bad_tenants(run, tmp_path, monkeypatch):
+    from discreet.serve import asgi
+
+    started: list[dict] = []
+    monkeypatch.setattr(asgi, "run", lambda application, **address: started.append(address))
+    assert run("serve", "--upstream", "http://127.0.0.1:9")[0] == 2
+    assert run("serve", "--upstream", "https://127.0.0.1:9")[0] == 2
+    code, _, err = run("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--port", "9999")
+    assert (code, started) == (0, [{"host": "127.0.0.1", "port": 9999}])
+    assert "dk-" in err
+    code, out, _ = run("serve", "--new-key")
+    key, hashed = (line.split()[1] for line in out.splitlines())
+    assert (code, asgi.hash_api_key(key)) == (0, hashed)
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text(f'[tenant.ward]\nkey_sha256 = ["{hashed}"]\n')
+    here = ("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--tenants", str(tenants))
+    code, _, err = run(*here)
+    assert (code, "dk-" in err) == (0, False)
+    tenants.write_text("[tenant.ward]\n")
+    assert run(*here)[0] == 2

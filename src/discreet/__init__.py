@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from discreet.deid.detect import detect as detect
-    from discreet.deid.policy import redact as redact
+    from discreet.deid import policy
+
+    detect = policy.find
+    redact = policy.redact
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "detect": "discreet.deid.detect",
-    "redact": "discreet.deid.policy",
+    "detect": "discreet.deid.policy:find",
+    "redact": "discreet.deid.policy:redact",
 }
 
 
@@ -21,4 +23,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'discreet' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    home, _, called = _HOMES[name].partition(":")
+    return getattr(import_module(home), called)

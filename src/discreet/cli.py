@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_args
+from typing import Annotated, Any, TypeVar, cast
 
 import typer
 from rich.console import Console
@@ -388,18 +388,65 @@ def _approval(verb: str, action: str, about: str, project: Path, as_json: bool) 
 
 
 @app.command()
-def serve(project: Folder = HERE, port: Annotated[int | None, typer.Option(help="Port; default from discreet.toml.")] = None) -> None:
-    """Starts the gateway and the dashboard from the verified release."""
-    _serve(project, port=port)
+def serve(
+    project: Folder = HERE,
+    port: Annotated[int | None, typer.Option(help="Port; default from discreet.toml.")] = None,
+    upstream: Annotated[
+        str | None, typer.Option(help="URL of an OpenAI- or Anthropic-compatible server: the gateway alone, no project needed.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on (with --upstream).")] = "127.0.0.1",
+    tenants: Annotated[Path | None, typer.Option(help="TOML file of tenants, keys and quotas (docs/gateway.md); left out, one fresh key.")] = None,
+    allow_private: Annotated[list[str] | None, typer.Option(help="Host that may be private, or plain http; may be repeated.")] = None,
+    upstream_key_env: Annotated[str, typer.Option(help="Environment variable with the upstream's API key.")] = "OPENAI_API_KEY",
+    cache_salt: Annotated[bool, typer.Option("--cache-salt", help="Send vLLM a cache_salt for each tenant.")] = False,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Print a fresh API key and its hash for the tenants file, and stop.")] = False,
+) -> None:
+    """Starts the gateway and the dashboard from the verified release, or the privacy gateway alone in front of another server."""
+    if new_key:
+        _new_key()
+    elif upstream is None:
+        _serve(project, port=port)
+    else:
+        private = frozenset(allow_private or ())
+        _serve_upstream(upstream, (host, 8765 if port is None else port), tenants, private, upstream_key_env, cache_salt)
+
+
+def _new_key() -> None:
+    from discreet.serve import asgi
+
+    api_key, hashed = asgi.new_api_key()
+    stderr.print("The key goes to the tenant, the hash into the tenants file; the key is not kept.", markup=False)
+    stdout.print(f"key         {api_key}\nkey_sha256  {hashed}", markup=False)
+
+
+def _serve_upstream(url: str, address: tuple[str, int], tenants: Path | None, private: frozenset[str], key_env: str, cache_salt: bool) -> None:
+    from discreet.keys import Key
+    from discreet.serve import asgi, proxy
+    from discreet.serve.tenants import Tenant, load
+    from discreet.serve.upstream import Upstream, resolve
+
+    server = Upstream(address=resolve(url, private=private), api_key=os.environ.get(key_env, ""))
+    host, port = address
+    stderr.print(f"gateway    http://{host}:{port}/v1  ->  {server.address.host}", markup=False)
+    known: tuple[Tenant, ...]
+    metrics_key: str | None = None
+    if tenants is None:
+        api_key, hashed = asgi.new_api_key()
+        known = (Tenant(name="default", key_hashes=(hashed,)),)
+        stderr.print(f'key (shown once)  {api_key}\n\nOpenAI(base_url="http://{host}:{port}/v1", api_key="{api_key}")', markup=False, soft_wrap=True)
+    else:
+        known, metrics_key = load(tenants)
+        stderr.print(f"tenants    {len(known)}", markup=False)
+    asgi.run(proxy.app(server, tenants=known, key=Key.random(), metrics_key_hash=metrics_key, cache_salt=cache_salt), host=host, port=port)
 
 
 def _serve(project: Path, *, port: int | None) -> None:
     from discreet import pipeline
-    from discreet.serve import gateway
+    from discreet.serve import asgi
     from discreet.web import pages
 
     with pipeline.open_house(project, exclusive=False) as house:
-        api_key, hashed = gateway.new_api_key()
+        api_key, hashed = asgi.new_api_key()
         served = pipeline.Served(house)
         application = pipeline.gateway_app(house, served, api_key_hash=hashed)
         application.router.routes.extend(pages.routes(pages.HouseProvider(house)))
@@ -407,7 +454,7 @@ def _serve(project: Path, *, port: int | None) -> None:
         for line in _invitation(f"http://{host}:{chosen}", api_key, pipeline.released_name(house)):
             stderr.print(line, markup=False)
         try:
-            gateway.run(application, host=host, port=chosen)
+            asgi.run(application, host=host, port=chosen)
         finally:
             served.write()
 
@@ -550,10 +597,9 @@ def _json_line(line: str, number: int) -> object:
 
 
 def _redacted(text: str, policy: str) -> dict[str, Any]:
-    from discreet.deid.policy import BUILTIN
     from discreet.deid.policy import redact as redact_text
 
-    done = redact_text(text, policy=BUILTIN[policy])
+    done = redact_text(text, policy=policy)
     return {"text": done.text, "spans": [{"start": s.start, "end": s.end, "label": s.label, "score": s.score} for s in done.spans]}
 
 
@@ -587,14 +633,11 @@ def privacy_epsilon(
     as_json: Json = False,
 ) -> None:
     """The epsilon of Poisson-sampled Gaussian steps."""
-    from discreet.dp import accounting, mechanism
-
     wanted = accountant.split(",")
-    if not set(wanted) <= {"pld", "rdp"} or relation not in get_args(accounting.Relation):
+    if not set(wanted) <= {"pld", "rdp"} or relation not in ("add_remove", "replace_one"):
         raise PlanInvalid("an accountant out of pld, rdp and a relation out of add_remove, replace_one", value=f"{accountant}, {relation}")
-    event = mechanism.event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
-    price = _math(lambda: accounting.guarantee(event, delta=delta, relation=cast("accounting.Relation", relation)))
-    epsilons = {which: price.epsilon if which == "pld" else price.epsilon_rdp for which in wanted}
+    quick = _quick_epsilon(sampling_probability, noise_multiplier, steps, delta) if (accountant, relation) == ("pld", "add_remove") else None
+    epsilons = {"pld": quick} if quick is not None else _epsilons(wanted, relation, sampling_probability, noise_multiplier, steps, delta)
     document = {
         "epsilon": _finite(epsilons[wanted[0]]),
         "accountants": {which: _finite(value) for which, value in epsilons.items()},
@@ -606,6 +649,61 @@ def privacy_epsilon(
         "relation": relation,
     }
     _print(as_json, document, [f"epsilon = {_finite(value)} ({which}), delta = {delta:g}, {relation}" for which, value in epsilons.items()])
+
+
+def _quick_epsilon(sampling_probability: float, noise_multiplier: float, steps: int, delta: float) -> float | None:
+    """The same figure without the libraries, whose import alone takes longer than a second; None where it is not covered."""
+    from discreet.dp import losses
+
+    figures = {"sampling_probability": sampling_probability, "noise_multiplier": noise_multiplier, "delta": delta}
+    return losses.epsilon(**figures, steps=steps, grid=1e-4) if steps <= 20_000 else None
+
+
+def _epsilons(
+    wanted: Iterable[str], relation: str, sampling_probability: float, noise_multiplier: float, steps: int, delta: float
+) -> dict[str, float | None]:
+    from discreet.dp import accounting, mechanism
+
+    event = mechanism.event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
+    price = _math(lambda: accounting.guarantee(event, delta=delta, relation=cast("accounting.Relation", relation)))
+    return {which: price.epsilon if which == "pld" else price.epsilon_rdp for which in wanted}
+
+
+@privacy.command("curve")
+def privacy_curve(
+    sampling_probability: Q,
+    noise_multiplier: Annotated[float, typer.Option("--noise-multiplier")],
+    steps: Steps,
+    svg: Annotated[Path | None, typer.Option("--svg", help="Also draw the curve into this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The whole (epsilon, delta) curve of Poisson-sampled Gaussian steps, and what the best attack on one unit reaches."""
+    from discreet.dp import accounting, mechanism
+
+    event = mechanism.event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
+    trade_off = _math(lambda: accounting.trade_off(event))
+    deltas = [10 ** (-half / 2) for half in range(2, 21)]
+    points = list(zip(deltas, trade_off.epsilons(deltas), strict=True))
+    attacks = [(fpr, trade_off.tpr(fpr)) for fpr in (0.001, 0.01, 0.05, 0.1, 0.5)]
+    if svg:
+        from discreet import plot
+
+        title = f"{steps} steps, q = {sampling_probability:g}, noise multiplier {noise_multiplier:g}"
+        svg.write_text(_math(lambda: plot.curve_svg(points, title=title, x_title="delta", y_title="epsilon")), encoding="utf-8")
+    document = {
+        "points": [{"delta": delta, "epsilon": _finite(epsilon)} for delta, epsilon in points],
+        "attacks": [{"fpr": fpr, "tpr": tpr} for fpr, tpr in attacks],
+        "advantage": trade_off.advantage,
+        "accountant": "pld",
+        "sampling_probability": sampling_probability,
+        "noise_multiplier": noise_multiplier,
+        "steps": steps,
+        "relation": "add_remove",
+        **({"svg": str(svg)} if svg else {}),
+    }
+    lines = [f"delta = {delta:<9.2g} epsilon = {_finite(epsilon)}" for delta, epsilon in points]
+    lines += [f"best attack at a false positive rate of {fpr:g}: true positive rate {tpr:.4f}" for fpr, tpr in attacks]
+    _print(as_json, document, [*lines, f"largest advantage of an attack: {trade_off.advantage:.4f}", *([f"drawn: {svg}"] if svg else [])])
 
 
 @privacy.command("noise")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
@@ -25,7 +26,19 @@ MAX_CONFIG_BYTES = 1_000_000
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+
+
+@final
+class Optimizer(StrEnum):
+    """The optimisers that a run may use."""
+
+    ADAM = "adam"
+    ADAMW = "adamw"
+    ADAM_CORRECTED = "adam_corrected"
+    """Adam whose second moment is corrected for the variance of the noise (DP-AdamBC)."""
+    SGD = "sgd"
 
 
 class _Section(BaseModel):
@@ -124,7 +137,8 @@ class DeidSection(_Section):
     policy: Literal["surrogate", "label", "redact"] = Field(
         "surrogate", description="surrogate: consistent stand-ins per subject; label: [PERSON]; redact: removed"
     )
-    thresholds: dict[str, Probability] = Field(
+    names: Literal["rules", "model"] = Field("rules", description="rules: lists and cues alone; model: the tagger of names as well (extra: ner)")
+    thresholds: dict[str, Share] = Field(
         default_factory=dict,
         description="label -> least score that counts, from `discreet redact calibrate`; on public or separately charged samples only",
     )
@@ -157,6 +171,7 @@ class PrivacySection(_Section):
         None, description="public estimate of the number of units, canaries included; required to train"
     )
     cap: Count = Field(1, description="documents of one unit used in one step, chosen by keyed hash")
+    combine: Literal["sum", "mean"] = Field("sum", description="what of a unit's documents is clipped: their sum or their mean")
     clip_norm: Positive = 0.5
     steps: Count = 25
     expected_batch: Count = Field(64, description="expected number of units in a step (Poisson)")
@@ -170,7 +185,7 @@ class TrainSection(_Section):
     """Optimisation. Public choices; they do not change the guarantee."""
 
     learning_rate: Positive = 2e-3
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Optimizer = Optimizer.ADAM
     warmup_steps: int = Field(0, ge=0)
     public_steps: int = Field(0, ge=0, description="steps of the non-private track on public sources, before the DP track")
 

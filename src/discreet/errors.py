@@ -39,6 +39,7 @@
         |-- NothingLearned                          train.nothing_learned
         |-- KeyUnavailable                          keys.unavailable
         |-- Overloaded                              serve.overloaded (http 429)
+        |-- UpstreamFailed                          serve.upstream   (http 502)
         `-- ErasureIncomplete                       erasure.incomplete
 
 A message states the rule, the value that broke it and the remedy. The value is public by contract: callers never pass text, names or
@@ -237,6 +238,10 @@ class KeyUnavailable(OperationFailed):
 
 class Overloaded(OperationFailed):
     code, http_status = "serve.overloaded", 429
+
+
+class UpstreamFailed(OperationFailed):
+    code, http_status = "serve.upstream", 502
 
 
 class ErasureIncomplete(OperationFailed):

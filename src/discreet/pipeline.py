@@ -39,6 +39,7 @@ from discreet.audit.canaries import Canaries
 from discreet.config import ModelSection, Project, SourceSection, TrainSection, digest_of
 from discreet.deid import policy as deid
 from discreet.dp import accounting, mechanism
+from discreet.dp.combine import Combine
 from discreet.errors import (
     BudgetExhausted,
     ConfigInvalid,
@@ -233,7 +234,7 @@ def _source_documents(house: House, section: SourceSection, observer: Observer, 
         _refuse_mislabelled(house, source, records)
     admitted, refused = house.consent.admit_all(records, house.project.purpose)
     keys = house.keyring.subjects([each.record.subject for each in admitted])
-    policy = deid.configured(house.project.deid.policy, house.project.deid.thresholds)
+    policy = _policy(house)
     kept = []
     for number, each in enumerate(admitted, start=1):
         kept.append(deid.deidentify(each, policy, keys[each.record.subject]))
@@ -270,6 +271,11 @@ def confirm_public(house: House, name: str, *, by: str, reason: str) -> None:
     fields: dict[str, JSON] = {"rule": "the sample of a public source holds no personal data", "reason": reason, "name": name, "by": by}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(source.digest,), fields=fields))
+
+
+def _policy(house: House) -> deid.Policy:
+    section = house.project.deid
+    return deid.configured(section.policy, section.thresholds, names=section.names)
 
 
 def _log_deidentified(house: House, source: str, documents: Sequence[Deidentified], policy: Digest) -> None:
@@ -455,6 +461,7 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
             clip_norm=privacy.clip_norm,
             unit=privacy.unit,
             cap=privacy.cap,
+            combine=Combine(privacy.combine),
             budget=budget,
             allow_large_delta=privacy.allow_large_delta,
         )
@@ -1264,7 +1271,7 @@ def _rank_among_twins(
     twins: int,
 ) -> int | None:
     """Returns how many of `twins` the module prefers to the subject's own text; None when stand-ins make no difference."""
-    policy = deid.BUILTIN[house.project.deid.policy]
+    policy = _policy(house)
 
     def frozen(key: Key) -> list[str]:
         return [deid.redact(text, policy, known=known, key=key).text for text, known in own]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from discreet.deid.operators import Operator, date_offset
 from discreet.deid.patterns import PATTERNS, Label
-from discreet.deid.policy import BUILTIN, Channel, Policy, builtin, deidentify, protect, redact
+from discreet.deid.policy import BUILTIN, Channel, Names, Policy, builtin, configured, deidentify, find, protect, redact
 from discreet.deid.vault import Vault
 from discreet.errors import ConfigInvalid, DiscreetError, RequestInvalid
 from discreet.keys import Key
@@ -199,3 +199,45 @@ def test_nothing_prints_text_or_identifiers(caplog: pytest.LogCaptureFixture, ca
     seen += repr(long.value) + repr(unknown.value) + str(unknown.value) + caplog.text + "".join(capsys.readouterr())
     for original in ("Kelly", "Fuller", "Reed", "E39389873", "0124", "Quorndike"):
         assert original not in seen
+
+
+STRANGE = "I think Brzezicki wrote that report."
+
+
+def test_the_model_reads_names_that_no_list_has_and_keeps_offsets() -> None:
+    more = find(STRANGE, names=Names.MODEL)
+    less = find(STRANGE, names=Names.RULES)
+    assert "Brzezicki" in {STRANGE[s.start : s.end] for s in more}
+    assert "Brzezicki" not in {STRANGE[s.start : s.end] for s in less}
+
+
+def test_redact_uses_the_model_where_its_extra_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Brzezicki" not in redact(STRANGE).text
+    assert "Brzezicki" in redact(STRANGE, names=Names.RULES).text
+    monkeypatch.setattr("discreet.deid.ner.available", lambda: False)
+    assert "Brzezicki" in redact(STRANGE).text
+
+
+def test_the_model_and_its_weights_are_part_of_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules, model = configured("label", {}), configured("label", {}, names="model")
+    assert rules.digest == BUILTIN["label"].digest
+    assert model.digest != rules.digest
+    before = model.digest
+    monkeypatch.setattr("discreet.deid.ner.digest", lambda: "0" * 64)
+    assert model.digest != before
+
+
+def test_the_configured_model_is_used_on_the_training_path() -> None:
+    assert "Brzezicki" not in deidentify(admitted(STRANGE), configured("label", {}, names="model"), KEY).text.reveal()
+    assert "Brzezicki" in deidentify(admitted(STRANGE), configured("label", {}), KEY).text.reveal()
+
+
+def test_thresholds_of_zero_and_one_are_taken() -> None:
+    from discreet.config import DeidSection
+
+    section = DeidSection.model_validate({"thresholds": {"PERSON": 1.0, "DATE": 0.0}, "names": "model"})
+    policy = configured(section.policy, section.thresholds, names=section.names)
+    assert policy.thresholds == {Label.PERSON: 1.0, Label.DATE: 0.0}
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(ValueError):
+            DeidSection.model_validate({"thresholds": {"PERSON": wrong}})

@@ -46,3 +46,14 @@ def test_figures_out_of_range_are_refused(changed: dict[str, float]) -> None:
 def test_only_a_clipped_sum_has_votes() -> None:
     with pytest.raises(TypeError, match="ClippedSum"):
         adaptive.update({}, quantile=0.5, rate=0.2, votes_multiplier=1.0, expected_batch=10.0, key=KEY.stream("noise", 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("start", [0.1, 3.0])
+def test_adaptive_clipping_finds_the_median_from_below_and_from_above(start: float) -> None:
+    """The sign that a published system has reversed: from 0.1 it fell to 2.5e-4, from 3.0 it rose to 1210."""
+    norms, clip = torch.linspace(0.6, 1.6, 101), start
+    for _ in range(60):
+        clip = adaptive.moved(clip, fraction=float((norms <= clip).float().mean()), quantile=0.5, rate=0.2)
+    assert clip == pytest.approx(float(norms.median()), rel=0.06)
+    with pytest.raises(ValueError, match="quantile"):
+        adaptive.moved(1.0, fraction=0.5, quantile=1.0, rate=0.2)

@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from discreet.dp import clipping, rules
-from discreet.dp.clipping import ClippedSum, Combine, Weighing, clipped_sum, clipped_unit, groups_by_block, groups_by_layer
+from discreet.dp.clipping import ClippedSum, Weighing, clipped_sum, clipped_unit, groups_by_block, groups_by_layer
+from discreet.dp.combine import Combine
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft 0.21 reads it from transformers
 
@@ -673,3 +674,25 @@ def test_votes_count_the_units_within_the_bound() -> None:
     assert clipped_sum(model, square_loss, batch, [0, 1, 2, 3], clip_norm=1e6).votes == 2.0
     assert clipped_sum(model, square_loss, batch, [0, 1, 2, 3], clip_norm=1e-6).votes == -2.0
     assert (ClippedSum.zero(model, clip_norm=0.5) + ClippedSum.zero(model, clip_norm=0.5)).votes == 0.0
+
+
+def test_a_layer_without_a_rule_is_checked_once_for_each_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, inputs: Tensor, mixed: bool = False) -> Tensor:
+            return inputs * self.scale + (inputs.mean(0) * self.scale if mixed else 0.0)
+
+    checks: list[int] = []
+    whole = rules.repeats
+    monkeypatch.setattr(rules, "repeats", lambda *given, num_rows: checks.append(num_rows) or whole(*given, num_rows=num_rows))
+    model = Own()
+    for num_rows in (1, 4, 2, 4):
+        batch = torch.randn(num_rows, 3)
+        found = clipped_sum(model, square_loss, batch, list(range(num_rows)), clip_norm=0.5)
+        assert error(found, oracle(model, square_loss, batch, list(range(num_rows)), 0.5)) < 1e-5
+    assert checks == [1, 4]
+    clipped_sum(model, lambda m, x: m(x, mixed=True).square().sum(1), torch.randn(4, 3), [0] * 4, clip_norm=0.5)
+    assert checks == [1, 4, 4], "another way to call the layer is another check"

@@ -14,6 +14,7 @@ from scipy import stats
 
 from discreet.dp import mechanism
 from discreet.dp.accounting import RdpFilter, guarantee
+from discreet.dp.combine import Combine
 from discreet.dp.mechanism import Mechanism, Plan, Sampling, calibrate, noise_for, plan_from_json
 from discreet.keys import Key
 
@@ -297,3 +298,11 @@ def test_bad_mechanisms_are_refused(change: dict[str, Any]) -> None:
 def test_a_budget_under_another_relation_is_refused(budget: RdpFilter) -> None:
     with pytest.raises(ValueError, match="relation"):
         calibrate(**HOSPITAL, budget=dataclasses.replace(budget, relation="replace_one"))
+
+
+def test_how_documents_combine_is_part_of_the_plan_and_costs_nothing(plan: Plan, budget: RdpFilter) -> None:
+    mean = calibrate(**HOSPITAL, budget=budget, combine=Combine.MEAN)
+    assert mean.noise_multiplier == plan.noise_multiplier
+    assert (plan.combine, mean.combine) == (Combine.SUM, Combine.MEAN)
+    assert mean.digest != plan.digest
+    assert plan_from_json(mean.to_json()) == mean

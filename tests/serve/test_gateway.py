@@ -27,7 +27,7 @@ from discreet.evidence.log import Log
 from discreet.evidence.statement import Predicate, Statement
 from discreet.keys import Key, Keyring
 from discreet.record import Digest, Release
-from discreet.serve import filters, gateway
+from discreet.serve import asgi, filters, gateway
 from discreet.serve.engine import LocalEngine, Piece, Sampling, Turn
 from discreet.store import Store
 
@@ -83,7 +83,7 @@ class Served:
 
 @contextlib.contextmanager
 def serving(engine, *, on_served: Callable[..., None] | None = None, **options) -> Iterator[Served]:
-    api_key, api_key_hash = gateway.new_api_key()
+    api_key, api_key_hash = asgi.new_api_key()
     counted: list = []
     application = gateway.app(
         engine,
@@ -95,7 +95,7 @@ def serving(engine, *, on_served: Callable[..., None] | None = None, **options) 
         **options,
     )
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        running = gateway.server(application, host="127.0.0.1", port=0)
+        running = asgi.server(application, host="127.0.0.1", port=0)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
@@ -291,11 +291,11 @@ def test_no_key_and_two_keys_are_401(served):
 
 
 def test_only_the_hash_of_the_key_is_kept():
-    api_key, stored = gateway.new_api_key()
-    assert stored == gateway.hash_api_key(api_key)
+    api_key, stored = asgi.new_api_key()
+    assert stored == asgi.hash_api_key(api_key)
     assert len(api_key) >= 43
     assert api_key not in stored
-    assert gateway.new_api_key()[0] != api_key
+    assert asgi.new_api_key()[0] != api_key
 
 
 @pytest.mark.parametrize(
@@ -638,8 +638,8 @@ def test_a_statement_of_another_key_is_refused(project, tmp_path):
 def test_run_returns_on_a_signal_so_that_what_was_served_can_be_written_down(echo, number, monkeypatch):
     application = gateway.app(echo, model_name=MODEL, adapter=ADAPTER, key=Key(bytes(32)), api_key_hash="", on_served=lambda *_: None)
     made = []
-    original = gateway.server
-    monkeypatch.setattr(gateway, "server", lambda *a, **k: made.append(original(*a, **k)) or made[0])
+    original = asgi.server
+    monkeypatch.setattr(asgi, "server", lambda *a, **k: made.append(original(*a, **k)) or made[0])
     before = signal.getsignal(number)
 
     def stop():

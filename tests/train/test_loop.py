@@ -112,7 +112,7 @@ def test_a_checkpoint_of_another_reservation_is_refused(paid: Paid) -> None:
 
 def test_a_run_that_moved_nothing_is_an_error(paid: Paid, monkeypatch: pytest.MonkeyPatch) -> None:
     """PITFALLS 13."""
-    monkeypatch.setattr(loop, "_optimizer", lambda *_: torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+    monkeypatch.setattr(loop.optimizers, "make", lambda *_, **__: torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
     with pytest.raises(NothingLearned):
         _train(paid)
     assert not (paid.folder / "run-adapter").exists()

@@ -16,7 +16,7 @@ from discreet.train.parallel import ALONE, Ranks
 _WORKER = """
 import os, sys, torch, torch.distributed as dist
 from torch import nn
-from discreet.dp import clipping, noise
+from discreet.dp import adaptive, clipping, noise
 from discreet.dp.clipping import ClippedSum, clipped_sum
 from discreet.keys import Key
 from discreet.train import parallel
@@ -53,6 +53,9 @@ with parallel.joined("cpu") as ranks:
             copies = [torch.empty_like(gradient) for _ in range(2)]
             dist.all_gather(copies, got.gradients[name].contiguous())
             assert torch.equal(*copies), "replicas differ"
+        how = {"quantile": 0.5, "rate": 0.2, "votes_multiplier": 1.0, "expected_batch": 7.0, "key": key.stream("noise", 1)}
+        moved = parallel.next_clip_norm(partial(made, mine), **how, ranks=ranks)
+        assert moved == adaptive.update(partial(made, range(count)), **how), "votes of the other rank are missing"
     ranks.wait()
 print("SAME")
 """

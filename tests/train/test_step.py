@@ -10,6 +10,7 @@ from discreet import model as models
 from discreet.config import ModelSection
 from discreet.dp import noise, sampling
 from discreet.dp.clipping import ClippedSum, clipped_sum
+from discreet.dp.combine import Combine
 from discreet.dp.noise import Noised
 from discreet.keys import Key, Stream
 from discreet.model import Base
@@ -99,8 +100,8 @@ def test_packed_rows_give_the_clipped_sum_of_rows_of_one_document(kind: str, att
     assert any(len(row) > 1 for rows in packed for row in rows)
     assert steps.work(units, packed).padding < steps.work(units, steps.arranged(units, 120, steps.Rows.PADDED)).padding
     alone = [[[(u, d)] for d in range(len(of_unit))] for u, of_unit in enumerate(units)]
-    expected = steps.summed(module, units, alone, clip_norm=0.5)
-    got = steps.summed(module, units, packed, clip_norm=0.5)
+    expected = steps.summed(module, units, alone, clip_norm=0.5, token_budget=10_000)
+    got = steps.summed(module, units, packed, clip_norm=0.5, token_budget=10_000)
     tolerance = 1e-7 if attention == "eager" else 1e-11  # eager Llama takes its softmax in float32, whatever the model
     for name, gradient in expected.gradients.items():
         torch.testing.assert_close(got.gradients[name], gradient, rtol=1e-9, atol=tolerance)
@@ -224,3 +225,25 @@ def test_public_step_learns_public_text(base: Base) -> None:
     for _ in range(8):
         assert public_step(module, optimizer, documents, token_budget=256).tokens == sum(len(document) for document in documents)
     assert mean_loss(module, documents, token_budget=256) < before - 0.05
+
+
+@pytest.mark.parametrize("combine", Combine)
+@pytest.mark.parametrize("rows", steps.Rows)
+def test_a_unit_above_the_token_budget_is_computed_in_parts_and_clipped_once(
+    base: Base, monkeypatch: pytest.MonkeyPatch, combine: Combine, rows: steps.Rows
+) -> None:
+    """A subject of 40 documents with a budget of about 4, beside one that fits."""
+    module = models.attach(base, SECTION)
+    _move(module)
+    units = [tuple(tokenize(NOTES, base, max_tokens=32)), tuple(tokenize(NOTES[:2], base, max_tokens=32))]
+    largest = 4 * max(len(document) for document in units[0])
+    sizes: list[int] = []
+    whole = steps.document_losses
+    unlimited = steps.summed(module, units, steps.arranged(units, 10**6, rows), clip_norm=0.05, token_budget=10**6, combine=combine)
+    monkeypatch.setattr(steps, "document_losses", lambda model, batch: sizes.append(batch["input_ids"].numel()) or whole(model, batch))
+    parts = steps.summed(module, units, steps.arranged(units, largest, rows), clip_norm=0.05, token_budget=largest, combine=combine)
+    assert max(sizes) <= largest
+    assert len(sizes) >= 10
+    for name, gradient in unlimited.gradients.items():
+        torch.testing.assert_close(parts.gradients[name], gradient, rtol=1e-4, atol=1e-7)
+    assert parts.votes == unlimited.votes

@@ -32,7 +32,8 @@ from typing import final
 from discreet.deid import patterns
 from discreet.deid.decode import BREAK, MAX_DEPTH, hidden
 from discreet.deid.normalise import OPAQUE, View, fold, normalise
-from discreet.deid.patterns import GUARDS, PATTERNS, SHAPE, STRONG, WEAK, Label, Pattern
+from discreet.deid.patterns import GUARDS, ISSUERS, PATTERNS, SHAPE, STRONG, WEAK, Label, Pattern
+from discreet.deid.scan import searcher
 from discreet.deid.tagging import Reader
 from discreet.errors import RequestInvalid
 
@@ -210,7 +211,15 @@ def _backwards(text: str, regions: Regions) -> Iterator[Span]:
 
 _OPAQUES = re.compile(OPAQUE + "++")
 _GUARD = re.compile("|".join(f"(?:{guard})" for guard in GUARDS))
-_COMPILED = tuple((row, row.compiled()) for row in PATTERNS)
+_ROWS = (*PATTERNS, *ISSUERS)
+
+
+@cache
+def _compiled(index: int) -> re.Pattern[str]:
+    """Compiled when a text first asks for it: most rows wait for a word that most texts never have."""
+    return _ROWS[index].compiled()
+
+
 _FILLER = r"(?:(?:is|was|are|number|numbers|num|no|nr|id|the|at|to|as|on|my|his|her|their|me|us|new|code|been|reads|below|above|for|with|from|this|your|or|and|home|work|cell)\b[^\w\ufffc]{0,4}){0,4}$"
 
 
@@ -265,13 +274,21 @@ def _within(expression: re.Pattern[str], text: str, regions: Regions) -> Iterato
         yield from expression.finditer(text, start, end)
 
 
+def _anchored(lowered: str) -> frozenset[str]:
+    """Returns the anchors of rows that occur in the text, in one pass."""
+    return searcher(_ANCHORS)(lowered)
+
+
+_ANCHORS = frozenset(anchor for row in _ROWS for anchor in row.anchors)
+
+
 def _rows(text: str, regions: Regions) -> Iterator[Span]:
-    lowered = text.lower()
+    anchors = _anchored(text.lower())
     near_digits = _meet(_around((match.span() for match in _DIGITS.finditer(text)), text), regions)
-    for row, expression in _COMPILED:
-        if row.anchors and not any(anchor in lowered for anchor in row.anchors):
+    for index, row in enumerate(_ROWS):
+        if row.anchors and anchors.isdisjoint(row.anchors):
             continue
-        for start, end in _scan(row, expression, text, near_digits if row.digits else regions):
+        for start, end in _scan(row, _compiled(index), text, near_digits if row.digits else regions):
             if _plausible(row, text, start, end):
                 yield Span(start, end, row.label, row.score)
 
@@ -291,7 +308,7 @@ def _meet(some: Regions, others: Regions) -> list[tuple[int, int]]:
 
 def _plausible(row: Pattern, text: str, start: int, end: int) -> bool:
     """Applies the guards, and asks of an organisation or a place that it is more than ordinary words."""
-    if row.label in (Label.ORG, Label.LOCATION):
+    if row.label in (Label.ORG, Label.LOCATION) and not any(map(str.isdigit, text[start:end])):
         return _is_proper(text[start:end])
     if row.score >= STRONG and row.label is not Label.DATE:
         return True

@@ -16,14 +16,20 @@ the numbers of the countries listed.
 from __future__ import annotations
 
 import ipaddress
+import json
+import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from enum import StrEnum
+from functools import cache
+from importlib import import_module, resources
 from typing import final
 
 import phonenumbers
+import stdnum.bitcoin
 import stdnum.ca.sin
 import stdnum.de.idnr
 import stdnum.es.dni
@@ -39,7 +45,7 @@ import stdnum.pl.pesel
 import stdnum.se.personnummer
 import stdnum.us.ssn
 
-VERSION = "2"
+VERSION = "3"
 """Part of every policy's digest: raised whenever a row or a rule of `detect` changes what is found."""
 
 
@@ -196,6 +202,36 @@ def _is_secret(value: str) -> bool:
     return len(value) >= 6 and kinds >= 2
 
 
+def entropy(value: str) -> float:
+    """Returns the Shannon entropy of the value's characters in bits a character."""
+    counts = Counter(value)
+    return -sum(n / len(value) * math.log2(n / len(value)) for n in counts.values()) if value else 0.0
+
+
+def _at_least_bits(least: float) -> Callable[[str], bool]:
+    return lambda value: entropy(value) >= least
+
+
+def _is_random(value: str) -> bool:
+    """Looks drawn at random: letters and digits well mixed, not a word, a path or a constant."""
+    return (
+        entropy(value) >= 3.7
+        and sum(c.isdigit() for c in value) >= 3
+        and sum(c.isalpha() for c in value) >= 3
+        and value.count("/") + value.count(".") < 4
+    )
+
+
+@cache
+def _national_check(module: str) -> Callable[[str], bool]:
+    is_valid: Callable[[str], bool] = import_module(f"stdnum.{module}").is_valid
+    return is_valid
+
+
+def _national_valid(module: str) -> Callable[[str], bool]:
+    return lambda value: bool(_national_check(module)(value))
+
+
 MONTHS = ("january", "february", "march", "april", "may", "june", "july", "august", "september", "october", "november", "december")
 
 
@@ -265,6 +301,101 @@ _STREET = (
     "valleys?|viaduct|views?|villages?|ville|vista|walks?|wall|ways|wells?"
 )
 _UNIT = r"(?:,? {1,2}(?:apt|apartment|suite|ste|unit|room|rm|floor|fl|no)\b\.? {0,1}#?[A-Z0-9-]{1,6}|,? {0,2}#[A-Z0-9-]{1,6})"
+
+# National numbers, one line each: country, module of python-stdnum that has the check digits, shape, words before it, a right and a wrong example.
+# In a shape 9 is a digit, A a letter, X either, and a space stands for at most two of the usual separators or none.
+
+_NATIONAL: tuple[tuple[str, str, str, tuple[str, ...], str, str], ...] = (
+    ("AR", "ar.cuit", "99 99999999 9", ("cuit", "cuil"), "20-05536168-2", "20-05536168-0"),
+    ("AT", "at.vnr", "9999 999999", ("svnr", "sozialversicherungsnummer", "sv-nummer"), "1237 010180", "1237 010181"),
+    ("AU", "au.tfn", "999 999 999", ("tfn", "tax file number"), "123 456 782", "123 456 780"),
+    ("BE", "be.nn", "99 99 99 999 99", ("rijksregisternummer", "numero national", "insz", "niss"), "85.07.30-033.28", "85.07.30-033.20"),
+    ("BG", "bg.egn", "9999999999", ("egn",), "7523169263", "7523169260"),
+    ("BR", "br.cpf", "999 999 999 99", ("cpf",), "390.533.447-05", "390.533.447-00"),
+    ("CH", "ch.ssn", "999 9999 9999 99", ("ahv", "avs", "ahv-nr", "ahv-nummer"), "756.9217.0769.85", "756.9217.0769.80"),
+    ("CL", "cl.rut", "99 999 999 X", ("rut",), "12.531.909-2", "12.531.909-0"),
+    ("CN", "cn.ric", "99999999999999999X", ("id card", "resident identity", "identity number"), "360426199101010071", "360426199101010070"),
+    ("CO", "co.nit", "999 999 999 9", ("nit",), "213.123.432-1", "213.123.432-0"),
+    ("CU", "cu.ni", "99999999999", ("carne de identidad",), "91021027775", "91020027775"),
+    ("CZ", "cz.rc", "999999 9999", ("rodne cislo",), "710319/2745", "710319/2740"),
+    ("DK", "dk.cpr", "999999 9999", ("cpr", "cpr-nummer", "personnummer"), "211062-5629", "211032-5629"),
+    ("DO", "do.cedula", "999 9999999 9", ("cedula",), "00113918205", "00113918200"),
+    ("EC", "ec.ci", "999999999 9", ("cedula",), "171430710-3", "171430710-0"),
+    ("EE", "ee.ik", "99999999999", ("isikukood",), "36805280109", "36805280100"),
+    ("FI", "fi.hetu", "999999X999X", ("hetu", "henkilotunnus"), "131052-308T", "131052-300T"),
+    ("GR", "gr.amka", "99999999999", ("amka",), "01013099997", "01013099990"),
+    ("HR", "hr.oib", "99999999999", ("oib",), "33392005961", "33392005960"),
+    ("ID", "id.nik", "9999999999999999", ("nik",), "3171011708450001", "3171011700450001"),
+    ("IE", "ie.pps", "9999999AX", ("pps", "ppsn", "pps number"), "6433435F", "6433430F"),
+    ("IL", "il.idnr", "99999999 9", ("teudat zehut", "israeli id"), "3933742-3", "3933742-0"),
+    ("IS", "is_.kennitala", "999999 9999", ("kennitala", "kt"), "120174-3399", "120174-3391"),
+    ("KR", "kr.rrn", "999999 9999999", ("rrn", "resident registration"), "971013-9019902", "971013-9019900"),
+    ("LT", "lt.asmens", "99999999999", ("asmens kodas",), "33309240064", "33309240060"),
+    ("LV", "lv.pvn", "999999 99999", ("personas kods",), "161175-19997", "161175-19990"),
+    ("MX", "mx.curp", "AAAA999999AAAAAAXX", ("curp",), "BOXW310820HNERXN09", "BOXW310820HNERXN00"),
+    ("MY", "my.nric", "999999 99 9999", ("nric", "mykad"), "770305-02-1234", "770305-00-1234"),
+    ("NO", "no.fodselsnummer", "999999 99999", ("fodselsnummer", "fnr", "personnummer"), "151086 95088", "151086 95080"),
+    ("NZ", "nz.ird", "99 999 999 9", ("ird", "ird number"), "49-091-850", "49-091-851"),
+    ("PE", "pe.cui", "99999999 X", ("dni", "cui"), "10117410", "101174"),
+    ("PK", "pk.cnic", "99999 9999999 9", ("cnic",), "34201-0891231-8", "34201-0891231-0"),
+    ("PT", "pt.nif", "999 999 999", ("nif",), "501964843", "501964840"),
+    ("PT", "pt.cc", "99999999 9 XX9", ("cartao de cidadao",), "00000000 0 ZZ4", "00000000 0 ZZ0"),
+    ("RO", "ro.cnp", "9999999999999", ("cnp",), "1630615123457", "1630615123450"),
+    ("SI", "si.emso", "9999999999999", ("emso", "jmbg"), "0101006500006", "0101006500000"),
+    ("SK", "sk.rc", "999999 9999", ("rodne cislo",), "710319/2745", "710319/2740"),
+    ("TH", "th.pin", "9 9999 99999 99 9", ("thai id", "citizen id"), "3100600445635", "3100600445630"),
+    ("TR", "tr.tckimlik", "99999999999", ("tc kimlik", "kimlik no", "tckn"), "17291716060", "17291716061"),
+    ("UA", "ua.rntrc", "9999999999", ("rntrc", "ipn", "rnokpp"), "1759013776", "1759013770"),
+    ("UY", "uy.rut", "99 999999 999 9", ("rut",), "21-100342-001-7", "21-100342-001-0"),
+    ("ZA", "za.idnr", "9999999999999", ("south african id", "sa id", "id number"), "7503305044089", "7503305044080"),
+)
+_SHAPES = {"9": r"\d", "A": "[A-Z]", "X": r"[\dA-Z+-]", " ": "[ ./-]{0,2}"}
+
+
+def _optional_lead(shape: str) -> str:
+    """Some numbers are written without their leading zeros or their last letter."""
+    return {
+        "99 999 999 X": r"\d{1,2}[.]?\d{3}[.]?\d{3}-?[\dK]",
+        "99999999 9": r"\d{5,8}-?\d",
+        "9999999AX": r"\d{7}[A-W][A-IW]?",
+        "99 999 999 9": r"\d{2,3}-?\d{3}-?\d{3}",
+        "99999999 X": r"\d{8}(?:-?[\dA-K])?",
+    }.get(shape, "".join(_SHAPES[mark] for mark in shape))
+
+
+def _national(country: str, module: str, shape: str, words: tuple[str, ...], right: str, wrong: str) -> Pattern:
+    return Pattern(
+        label=Label.NATIONAL_ID,
+        expression=rf"(?<![\w-]){_optional_lead(shape)}(?![\w-])",
+        score=CERTAIN,
+        validator=_national_valid(module),
+        context=words,
+        anchors=words,
+        locale=country,
+        source=f"python-stdnum, {module}",
+        matches=(f"{words[0]}: «{right}»", f"{words[-1]} «{right}» given"),
+        rejects=(f"{words[0]}: {wrong}", f"weight {right}"),
+    )
+
+
+# Secrets by issuer ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _issuers() -> Iterator[Pattern]:
+    """Yields a row for each rule of secret_rules.json: data of gitleaks (MIT, secret_rules.LICENSE.txt), made by benchmarks/import_secret_rules.py."""
+    text = (resources.files("discreet.deid") / "secret_rules.json").read_text(encoding="utf-8")
+    for rule in json.loads(text)["rules"]:
+        yield Pattern(
+            label=Label.SECRET,
+            expression=rule["expression"],
+            score=STRONG,
+            validator=_at_least_bits(rule["entropy"]) if rule["entropy"] else None,
+            anchors=tuple(rule["keywords"]),
+            cased=True,
+            digits=False,
+            source=f"gitleaks: {rule['id']}",
+        )
+
 
 # The table --------------------------------------------------------------------------------------------------------------------------------------------------
 
@@ -1294,6 +1425,91 @@ PATTERNS: tuple[Pattern, ...] = (
         matches=("lives in «Hansenmouth», TX", "«East James», Ohio"),
         rejects=("pain, OR", "nausea, MI"),
     ),
+    *(_national(*row) for row in _NATIONAL),
+    # crypto addresses, places on the globe, cookies, keys of connection strings, and what merely looks drawn at random after a telling word
+    Pattern(
+        label=Label.ACCOUNT,
+        expression=r"(?<![\w])(?:[13][1-9A-HJ-NP-Za-km-z]{25,34}|bc1[02-9ac-hj-np-z]{11,71})(?![\w])",
+        score=CERTAIN,
+        validator=_stdnum(stdnum.bitcoin.is_valid),
+        cased=True,
+        source="BIP 13, BIP 173",
+        matches=("pay «1NEDqZPvTWRaoho48qXuLLsrYomMXPABfD»", "to «bc1qardv855yjngspvxuttq897aqca3lxju2y69jce»."),
+        rejects=("1NEDqZPvTWRaoho48qXuLLsrYomMXPABfE", "bc1qardv855yjngspvxuttq897aqca3lxju2y69jcf"),
+    ),
+    Pattern(
+        label=Label.ACCOUNT,
+        expression=r"(?<![\w])(?:0x[0-9a-fA-F]{40}|4[0-9AB][1-9A-HJ-NP-Za-km-z]{93})(?![\w])",
+        score=STRONG,
+        cased=True,
+        source="ERC-55, Monero standard address",
+        matches=("wallet «0x52908400098527886E0F7030069857D2E4169EE7»",),
+        rejects=("0x52908400098527886E0F70", "0x52908400098527886E0F7030069857D2E4169EE7a"),
+    ),
+    Pattern(
+        label=Label.LOCATION,
+        expression=r"(?<![\w.])[-+]?(?:[1-8]?\d|90)\.\d{3,10},? {0,2}[-+]?(?:1[0-7]\d|[1-9]?\d|180)\.\d{3,10}(?![\w.])",
+        score=STRONG,
+        context=("gps", "coordinates", "coords", "lat/lon", "lat/long", "latlon", "latlng", "geo", "location", "position", "ll", "q"),
+        anchors=("gps", "coord", "lat", "geo", "location", "position", "ll=", "q="),
+        source="ISO 6709",
+        matches=("GPS: «52.5200, 13.40495»", "coordinates «-33.8688,151.2093»"),
+        rejects=("loss 0.1234, 0.5678", "GPS 95.1234, 13.4049"),
+    ),
+    Pattern(
+        label=Label.LOCATION,
+        expression=r"(?<![\w.])(?:[1-8]?\d|90)\.\d{3,10} ?[NS],? {0,2}(?:1[0-7]\d|[1-9]?\d|180)\.\d{3,10} ?[EW](?![\w])",
+        score=STRONG,
+        cased=True,
+        source="ISO 6709",
+        matches=("at «52.5200 N, 13.40495 E»",),
+        rejects=("52.5200 N", "52.5 N, 13.4 E"),
+    ),
+    Pattern(
+        label=Label.SECRET,
+        expression=r"(?<![\w-])(?:set-)?cookie[\"']?\s{0,3}:\s{0,3}[\"']?(?P<value>[\w.$!%-]{1,64}=[^\s;\"'￼]{1,2000}(?:; {0,2}[\w.$!%-]{1,64}=[^\s;\"'￼]{1,2000}){0,40})",
+        digits=False,
+        score=CERTAIN,
+        anchors=("cookie",),
+        source="RFC 6265",
+        matches=("Cookie: «sid=31d4d96e407aad42; lang=en»", "Set-Cookie: «id=a3fWa»; Secure"),
+        rejects=("the cookie: a biscuit", "cookies=on"),
+    ),
+    Pattern(
+        label=Label.SECRET,
+        expression=r"(?<![\w])(?:phpsessid|jsessionid|sessionid|session_id|connect\.sid|csrftoken|xsrf-token|asp\.net_sessionid|sid)=(?P<value>[\w.%:+/-]{8,500})",
+        digits=False,
+        score=STRONG,
+        validator=_is_secret,
+        anchors=("sess", "sid=", "csrf", "xsrf", ".sid"),
+        source="RFC 6265",
+        matches=("JSESSIONID=«0000A1b2C3d4E5»; x", "?sid=«9f8e7d6c5b4a»"),
+        rejects=("sid=on", "sessionid=undefined"),
+    ),
+    Pattern(
+        label=Label.SECRET,
+        expression=r"(?<![\w])(?:AccountKey|SharedAccessKey|SharedSecretValue|sig)=(?P<value>[A-Za-z0-9+/%_-]{20,300}={0,2})",
+        digits=False,
+        score=CERTAIN,
+        validator=_is_secret,
+        anchors=("key=", "value=", "sig="),
+        source="Azure connection strings",
+        matches=("AccountName=a;AccountKey=«" + "Ab1+" * 11 + "==»;",),
+        rejects=("AccountKey=short", "design=abcdefghijklmnopqrstuvwxyz"),
+    ),
+    Pattern(
+        label=Label.SECRET,
+        expression=(
+            r"(?<![a-z])(?:access|auth|api|credentials?|creds|key|secret|token|signature|passcode)(?:[_.-]?[a-z]{2,12}){0,2}[\"']?\s{0,3}(?::=|=>|[:=])\s{0,3}[\"'`]?"
+            r"(?P<value>[A-Za-z0-9+/_.-]{16,150}={0,2})(?![\w])"
+        ),
+        score=SHAPE,
+        validator=_is_random,
+        anchors=("access", "auth", "api", "cred", "key", "secret", "token", "signature", "passcode"),
+        source="entropy after a telling word",
+        matches=("service_credentials = '«q9Zt4Lw0xVb7Ns2KfR8u»'", "signature: «Zx81kQm40pLr77Tbn2Wc»"),
+        rejects=("access: the_department_of_things", "key = aaaaaaaaaaaaaaaa111"),
+    ),
     # organisations
     Pattern(
         label=Label.ORG,
@@ -1347,6 +1563,9 @@ PATTERNS: tuple[Pattern, ...] = (
         rejects=("works at night", "works for him"),
     ),
 )
+
+ISSUERS: tuple[Pattern, ...] = tuple(_issuers())
+"""Rows of the secret scanners' public data: run like those of the table; a test makes their examples from their expressions."""
 
 # What is never an identifier: values inside these are kept unless a cue or a check digit says otherwise (score >= STRONG).
 GUARDS: tuple[str, ...] = (

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
@@ -22,10 +22,11 @@ from types import MappingProxyType
 from typing import final
 
 from discreet.config import digest_of
-from discreet.deid import operators, patterns
+from discreet.deid import ner, operators, patterns
 from discreet.deid.detect import Span, detect, parse_label
 from discreet.deid.operators import Operator, Surrogates
 from discreet.deid.patterns import Label
+from discreet.deid.tagging import Reader
 from discreet.deid.vault import Vault
 from discreet.errors import ConfigInvalid, RequestInvalid
 from discreet.keys import Key
@@ -39,6 +40,14 @@ class Channel(StrEnum):
     TRAINING = "training"
     PROMPT = "prompt"
     LOG = "log"
+
+
+@final
+class Names(StrEnum):
+    """What finds names: lists, cues and propagation alone, or the tagger of `ner` as well (extra: ner)."""
+
+    RULES = "rules"
+    MODEL = "model"
 
 
 _KEYED = frozenset((Operator.SURROGATE, Operator.SHIFT, Operator.TOKEN))
@@ -56,6 +65,7 @@ class Policy:
         operators: one operator for each label.
         version: raised when the policy of that name changes.
         thresholds: label -> least score at which a span counts, in [0, 1]; 0 for the others. On the training path from public or separately charged samples only.
+        names: what finds names beside the table.
 
     Raises:
         ConfigInvalid: when a label has no operator, dates alone are not the ones that shift, or placeholders would leave the prompt channel.
@@ -66,6 +76,7 @@ class Policy:
     operators: Mapping[Label, Operator]
     version: int = 1
     thresholds: Mapping[Label, float] = field(default_factory=dict)
+    names: Names = Names.RULES
 
     def __post_init__(self) -> None:
         missing = [label for label in Label if label not in self.operators]
@@ -85,7 +96,7 @@ class Policy:
 
     @property
     def digest(self) -> Digest:
-        """SHA-256 over the policy, the version of the detector and the bytes of its lists."""
+        """SHA-256 over the policy, the version of the detector, the bytes of its lists and, where names are read by the model, its weights."""
         chosen = {label: self.operators[label] for label in Label}
         return digest_of(
             {
@@ -96,6 +107,7 @@ class Policy:
                 "detector": patterns.VERSION,
                 "lists": _lists_digest(),
                 **({"thresholds": {str(label): self.thresholds[label] for label in Label if label in self.thresholds}} if self.thresholds else {}),
+                **({"model": ner.digest(), "least": dict(ner.LEAST)} if self.names is Names.MODEL else {}),
             }
         )
 
@@ -150,7 +162,12 @@ class Redacted:
 
 
 def redact(
-    text: str, policy: Policy | str = "label", *, known: Mapping[str, Sequence[str]] = MappingProxyType({}), key: Key | None = None
+    text: str,
+    policy: Policy | str = "label",
+    *,
+    known: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    key: Key | None = None,
+    names: Names | None = None,
 ) -> Redacted:
     """Replaces the identifiers of a text as a policy says.
 
@@ -159,16 +176,44 @@ def redact(
         policy: a policy, or the name of a built-in one.
         known: identifiers that the text is known to be about, label -> values.
         key: the subject's key, for surrogates, shifted dates and tokens; left out, they are consistent within this call only.
+        names: what finds names, where the policy is given by its name; None for the model where its extra is installed, rules elsewhere. A `Policy` says it itself.
 
     Raises:
         ConfigInvalid: when there is no such policy, or it wants a vault (use `protect`).
         RequestInvalid: when the text is too long or a label unknown.
     """
-    chosen = builtin(policy) if isinstance(policy, str) else policy
+    chosen = replace(builtin(policy), names=names or _best()) if isinstance(policy, str) else policy
     if chosen.channel is Channel.PROMPT:
         raise ConfigInvalid("a policy of the channel training or log", value=chosen.name, remedy="Prompts need a vault: use deid.policy.protect.")
-    spans = _chosen(detect(text, known=known), chosen)
+    spans = _chosen(_found(text, chosen, known), chosen)
     return Redacted(text=_rewrite(text, spans, _renderer(text, spans, chosen, known=known, key=key)), spans=tuple(spans))
+
+
+def find(
+    text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({}), labels: Iterable[str] | None = None, names: Names | None = None
+) -> list[Span]:
+    """Returns what `detect.detect` finds, with the tagger of names beside the table. Known to callers as `discreet.detect`.
+
+    Args:
+        text: at most `detect.MAX_CHARS` code points.
+        known: identifiers that the text is known to be about, label -> values.
+        labels: only these labels; None for all.
+        names: what finds names; None for the model where its extra is installed, rules elsewhere.
+
+    Raises:
+        MissingExtra: when the model is asked for and its extra is not installed.
+        RequestInvalid: when the text is too long or a label unknown.
+    """
+    return detect(text, known=known, labels=labels, reader=_reader(names or _best()))
+
+
+def _best() -> Names:
+    return Names.MODEL if ner.available() else Names.RULES
+
+
+def _reader(names: Names) -> Reader | None:
+    """The reader lives for one call: nobody can time what another one's text left in its cache (PITFALLS 29)."""
+    return Reader(ner.Names()) if names is Names.MODEL else None
 
 
 def protect(
@@ -190,7 +235,7 @@ def protect(
     if policy.channel is not Channel.PROMPT:
         raise ConfigInvalid("a policy of the channel prompt", value=policy.name)
     typed = [Span(start, end, Label.PLACEHOLDER, 1.0) for start, end in vault.typed(text)]
-    spans = _chosen(_around(detect(text, known=known), typed), policy)
+    spans = _chosen(_around(_found(text, policy, known), typed), policy)
     plain = _renderer(text, spans, policy, known=known, key=key)
 
     def render(span: Span) -> str:
@@ -238,17 +283,24 @@ def builtin(name: str) -> Policy:
     return BUILTIN[name]
 
 
-def configured(name: str, thresholds: Mapping[str, float]) -> Policy:
-    """Returns the built-in policy of that name with the thresholds of a configuration.
+def configured(name: str, thresholds: Mapping[str, float], *, names: Names | str = Names.RULES) -> Policy:
+    """Returns the built-in policy of that name with the thresholds and the finder of names of a configuration.
 
     Raises:
         ConfigInvalid: when there is no such policy or label.
+        MissingExtra: when the model is asked for and its extra is not installed.
     """
+    if names == Names.MODEL:
+        ner.installed()
     try:
         least = {parse_label(label): value for label, value in thresholds.items()}
     except RequestInvalid as error:
         raise ConfigInvalid("labels of docs/labels.md in [deid.thresholds]", remedy=str(error)) from None
-    return replace(builtin(name), thresholds=least)
+    return replace(builtin(name), thresholds=least, names=Names(names))
+
+
+def _found(text: str, policy: Policy, known: Mapping[str, Sequence[str]]) -> list[Span]:
+    return detect(text, known=known, reader=_reader(policy.names))
 
 
 def _chosen(spans: Sequence[Span], policy: Policy) -> list[Span]:

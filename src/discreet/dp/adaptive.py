@@ -62,7 +62,25 @@ def update(clipped: ClippedSum, *, quantile: float, rate: float, votes_multiplie
         raise ValueError(f"Expected 0 < quantile={quantile} < 1.")
     noise = float(csprng.normal(key.fork("votes"), (1,))) * votes_multiplier
     fraction = (clipped.votes + noise) / expected_batch + 0.5
-    return clipped.clip_norm * math.exp(-rate * (min(1.0, max(0.0, fraction)) - quantile))
+    return moved(clipped.clip_norm, fraction=fraction, quantile=quantile, rate=rate)
+
+
+def moved(clip_norm: float, *, fraction: float, quantile: float, rate: float) -> float:
+    """Moves a clip norm against the noised fraction: up when fewer than `quantile` are within it, down when more are (algorithm 1).
+
+    Args:
+        clip_norm: of this step, > 0.
+        fraction: noised share of units, or of clients, whose norm was at most `clip_norm`; beyond [0, 1] it is cut.
+        quantile: the share that should be within, in (0, 1); 0.5 is the median.
+        rate: > 0.
+
+    Raises:
+        ValueError: when a figure is out of range.
+    """
+    _check_positive(clip_norm=clip_norm, rate=rate)
+    if not 0.0 < quantile < 1.0 or math.isnan(fraction):
+        raise ValueError(f"Expected 0 < quantile={quantile} < 1 and a fraction that is a number.")
+    return clip_norm * math.exp(-rate * (min(1.0, max(0.0, fraction)) - quantile))
 
 
 def _check_positive(**figures: float) -> None:

@@ -48,6 +48,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._pytree import tree_map
 
 from discreet.dp import rules
+from discreet.dp.combine import Combine
 from discreet.dp.rules import MARGIN, Kept, Rule, Use
 
 _LOG = logging.getLogger(__name__)
@@ -61,13 +62,6 @@ class Weighing(Enum):
 
     CLIP = "min(1, clip_norm / norm)"
     NORMALISE = "clip_norm / (norm + 0.01): automatic clipping, in which clip_norm only scales the step"
-
-
-class Combine(Enum):
-    """What the gradient of a unit with several documents is, before it is clipped."""
-
-    SUM = "the sum over its documents"
-    MEAN = "the mean over its documents"
 
 
 @final
@@ -337,7 +331,7 @@ class _Call(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """What earlier calls learned about a model: rules by layer, layers that passed the probe, layers whose calls did not fit the batch."""
+    """What earlier calls learned about a model: rules by layer, layers that passed the probe, layers whose calls did not fit the batch, calls that were checked."""
 
     rules: WeakKeyDictionary[nn.Module, Rule]
     probes_left: dict[str, int]
@@ -407,7 +401,7 @@ class _Recorder:
         rule = self._seen.rules[module]
         if not torch.is_grad_enabled() or name in self._seen.shared:
             return
-        found = self._row_by_row(module, args, kwargs) if rule is _ROW_BY_ROW else self._read(name, module, rule, args, kwargs)
+        found = self._row_by_row(name, module, args, kwargs) if rule is _ROW_BY_ROW else self._read(name, module, rule, args, kwargs)
         if found is None:
             self._seen.shared.add(name)
             return
@@ -431,14 +425,19 @@ class _Recorder:
             self._seen.checked.add(name)
         return inputs, place, None
 
-    def _row_by_row(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[None, _Place, _Call] | None:
+    def _row_by_row(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[None, _Place, _Call] | None:
         """The call of a layer without a rule, if `torch.func` repeats it for each row with the same answer and nothing else in it is trained."""
         own = {id(p) for p in module._parameters.values()}
         if len(self._layout.leading) != 1 or any(p.requires_grad and id(p) not in own for p in module.parameters()):
             return None
         detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, (args, dict(kwargs)))
-        if not rules.repeats(module, *detached, num_rows=self._layout.leading[0]):
-            return None
+        num_rows = self._layout.leading[0]
+        kind = f"{name} {rules.call_kind(module, *detached, num_rows=num_rows)}"
+        if kind not in self._seen.checked:
+            if not rules.repeats(module, *detached, num_rows=num_rows):
+                return None
+            if num_rows > 1:  # one row alone cannot show that rows mix
+                self._seen.checked.add(kind)
         return None, _Place.OWN, _Call(*detached)
 
     def _after(self, name: str, module: nn.Module, output: Tensor) -> Tensor | None:

@@ -375,23 +375,3 @@ def _refined(exact: tuple[int, ...], word: int, stream: Stream) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if exact[middle] > value else (middle + 1, high)
     return low
-
-
-# Clipping that adapts
-
-
-def adapt_clip(clip_norm: float, *, unclipped: float, target: float, rate: float) -> float:
-    """Returns the next clip norm: larger when fewer than `target` of the clients are *un*clipped, smaller when more are (Andrew et al. 2021, Algorithm 1).
-
-    Args:
-        clip_norm: of this round, > 0.
-        unclipped: the noised share of clients whose norm was at most `clip_norm`; beyond [0, 1] it is cut.
-        target: the quantile that the clip norm is to reach, in (0, 1); 0.5 is the median.
-        rate: > 0, 0.2 in the paper.
-
-    Raises:
-        ValueError: when a parameter is out of range.
-    """
-    if not (clip_norm > 0 and 0 < target < 1 and rate > 0 and math.isfinite(clip_norm) and not math.isnan(unclipped)):
-        raise ValueError(f"Expected clip_norm={clip_norm} > 0, 0 < target={target} < 1, rate={rate} > 0.")
-    return clip_norm * math.exp(-rate * (min(1.0, max(0.0, unclipped)) - target))

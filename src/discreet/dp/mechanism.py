@@ -13,7 +13,7 @@ Source: Abadi et al. 2016 (mechanism); the division by a public expected batch f
 
 A sampler and its event stand in one row of `_PAIRS`; `draw` and `Mechanism.event` both read that row, so neither can be changed without the other (PITFALLS 1).
 
-Does not cover: adaptive clipping, correlated noise, the mean over a unit's documents (its clipped sum is taken).
+Does not cover: adaptive clipping, correlated noise.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from discreet.dp.accounting import (
     pld_epsilon,
     rdp,
 )
+from discreet.dp.combine import Combine
 from discreet.record import Digest
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ class Mechanism:
         population: number of units, >= 1; what truncation is accounted for.
         cap: largest number of documents of one unit, >= 1.
         batch_limit: largest number of units in a step under TRUNCATED_POISSON, >= 1; None under every other sampler.
+        combine: whether the documents of a unit are added or averaged before they are clipped as one; the price is the same.
     """
 
     sampling_probability: float
@@ -99,6 +101,7 @@ class Mechanism:
     population: int = 1
     cap: int = 1
     batch_limit: int | None = None
+    combine: Combine = Combine.SUM
 
     def __post_init__(self) -> None:
         if not 0 < self.sampling_probability <= 1:
@@ -182,6 +185,10 @@ class Plan:
         return self.mechanism.sampling
 
     @property
+    def combine(self) -> Combine:
+        return self.mechanism.combine
+
+    @property
     def digest(self) -> Digest:
         """SHA-256 of `to_json` in canonical JSON (sorted keys, no spaces, UTF-8)."""
         canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -205,6 +212,7 @@ class Plan:
             "expected_batch": self.expected_batch,
             "unit": self.unit,
             "cap": self.cap,
+            "combine": self.combine.value,
             "relation": self.relation,
             "delta": self.delta,
             "epsilon": self.guarantee.epsilon,
@@ -331,6 +339,7 @@ def calibrate(
     allow_large_delta: str = "",
     sampling: Sampling = Sampling.POISSON,
     batch_limit: int | None = None,
+    combine: Combine = Combine.SUM,
 ) -> Plan:
     """Finds the least noise that keeps the promise.
 
@@ -347,6 +356,7 @@ def calibrate(
         allow_large_delta: a reason to accept delta >= 1/population; it is recorded in the plan.
         sampling: who takes part in a step.
         batch_limit: largest number of units in a step, for TRUNCATED_POISSON only.
+        combine: whether the documents of a unit are added or averaged before they are clipped as one.
 
     Returns:
         the plan with the smallest noise multiplier, to 0.02 %.
@@ -367,6 +377,7 @@ def calibrate(
         "population": population,
         "cap": cap,
         "batch_limit": batch_limit,
+        "combine": combine,
     }
     fixed["sampling_probability"] = _probability(sampling, expected_batch, population, cap)
 
@@ -438,7 +449,7 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
     try:
         fields = ("sampling_probability", "noise_multiplier", "clip_norm", "steps", "population", "cap", "batch_limit")
         plan = _plan(
-            Mechanism(sampling=Sampling(value["sampling"]), **{key: value[key] for key in fields}),
+            Mechanism(sampling=Sampling(value["sampling"]), combine=Combine(value["combine"]), **{key: value[key] for key in fields}),
             **{key: value[key] for key in ("expected_batch", "unit", "delta", "filter_epsilon", "allow_large_delta")},
         )
     except (KeyError, TypeError) as error:

@@ -489,6 +489,24 @@ def repeats(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
             return False
 
 
+def call_kind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, num_rows: int) -> str:
+    """Names what of a call decides whether it can be repeated row by row: two calls of one kind differ only in sizes and values of tensors.
+
+    Returns:
+        a name made of the layer's mode, the arguments' structure, their numbers of dimensions, which of them have a row each, and of flags; of no content.
+    """
+    leaves, spec = tree_flatten((args, dict(kwargs)))
+    kinds = [
+        f"{leaf.dim()}d {leaf.dtype} {is_rowwise(leaf, num_rows)}"
+        if isinstance(leaf, Tensor)
+        else repr(leaf)
+        if isinstance(leaf, bool)
+        else type(leaf).__name__
+        for leaf in leaves
+    ]
+    return f"{module.training} {spec} {kinds}"
+
+
 def _first_row(module: nn.Module, held: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_Bx: Tensor) -> dict[str, Tensor]:
     """The gradients of the first row inside the whole batch, by autograd."""
     with torch.enable_grad():

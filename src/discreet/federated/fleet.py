@@ -40,7 +40,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from discreet.config import ModelSection, digest_of
-from discreet.dp import csprng, discrete
+from discreet.dp import adaptive, csprng, discrete
 from discreet.dp.accounting import RdpFilter, guarantee
 from discreet.dp.discrete import Encoding
 from discreet.dp.mechanism import Plan, calibrate, event_of
@@ -331,7 +331,8 @@ class Worker:
             raise TermsRefused("the clip norm of the plan", value=clip_norm)
         plan = self.agreement.plan
         units = drawn(self.corpus, plan, run_key=self.run_key, step=step)
-        total = summed(self.module, units, arranged(units, self.token_budget, Rows.PADDED), clip_norm=plan.clip_norm)
+        batches = arranged(units, self.token_budget, Rows.PADDED)
+        total = summed(self.module, units, batches, clip_norm=plan.clip_norm, token_budget=self.token_budget, combine=plan.combine)
         return flatten(total.gradients) / np.float32(clip_norm)
 
     def _site_update(self, step: int, start: Reals, clip_norm: float) -> Reals:
@@ -389,7 +390,7 @@ class Trainer:
         mean = np.median(np.stack(totals), axis=0).astype(np.float32) / np.float32(expected)
         if fleet.adaptive_quantile is not None:
             unclipped = float(mean[-1]) / BIT_WIDTH + 0.5
-            next_clip = discrete.adapt_clip(self.clip_norm, unclipped=unclipped, target=fleet.adaptive_quantile, rate=0.2)
+            next_clip = adaptive.moved(self.clip_norm, fraction=unclipped, quantile=fleet.adaptive_quantile, rate=0.2)
             mean = mean[:-1]
         else:
             next_clip = self.clip_norm

@@ -18,6 +18,7 @@ Does not cover: what no detector finds; placeholders that the model misspells (t
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,12 +26,13 @@ from dataclasses import dataclass
 from typing import final
 
 from discreet.deid.detect import detect
+from discreet.deid.operators import canonical
 from discreet.deid.patterns import Label
-from discreet.deid.policy import builtin, protect
+from discreet.deid.policy import Policy, builtin, protect
 from discreet.deid.vault import ALPHABET, CODE_CHARS, MAX_PLACEHOLDER_CHARS, PLACEHOLDER, Vault
 from discreet.errors import RequestInvalid
 from discreet.keys import Key
-from discreet.record import Digest
+from discreet.record import Digest, Sensitive
 from discreet.serve.engine import Role, Turn
 from discreet.serve.wire import Message
 
@@ -40,6 +42,9 @@ MAX_VALUES = 1000
 """Most different identifiers in one conversation."""
 
 POLICY = builtin("prompt")
+
+_SHORTEST_WORD = 4
+_JOINTS = re.compile(r"[_.\-/]+|(?<=[a-z])(?=[A-Z])")
 
 
 @final
@@ -56,14 +61,19 @@ class Prompt:
 class Conversation:
     """One request's table of placeholders, in memory, under a key of its own that nothing else ever derives again."""
 
-    def __init__(self, key: Key) -> None:
+    def __init__(self, key: Key, *, policy: Policy = POLICY) -> None:
         """Opens an empty table.
 
         Args:
-            key: of the gateway; the table's key is derived from it and a fresh random name.
+            key: of the gateway, or of one of its tenants; the table's key is derived from it and a fresh random name.
+            policy: of the channel prompt.
         """
         self._name = Key.random().mac(b"conversation").hex()
         self._vault = Vault(key, self._name)
+        self._policy = policy
+        self._known: Sensitive[Mapping[str, Sequence[str]]] = Sensitive({})
+        self._words: Sensitive[frozenset[str]] = Sensitive(frozenset())
+        self.counts: Counter[str] = Counter()
 
     def deidentify(self, messages: Sequence[Message]) -> Prompt:
         """Returns the conversation as the model may see it.
@@ -72,14 +82,39 @@ class Conversation:
             RequestInvalid: when it holds more than `MAX_VALUES` different identifiers.
         """
         texts = [message.text for message in messages]
+        self.learn(texts)
+        turns = tuple(Turn(role=_ROLES[message.role], text=self.text(text)) for message, text in zip(messages, texts, strict=True))
+        return Prompt(turns=turns, policy=self._policy.digest, counts=dict(self.counts))
+
+    def learn(self, texts: Sequence[str]) -> None:
+        """Finds the identifiers of all texts of the request, so that each is replaced in all of them.
+
+        Raises:
+            RequestInvalid: when there are more than `MAX_VALUES` different ones.
+        """
         known = _known(texts)
-        counts: Counter[str] = Counter()
-        turns = []
-        for message, text in zip(messages, texts, strict=True):
-            redacted = protect(text, self._vault, policy=POLICY, known=known)
-            counts.update(str(span.label) for span in redacted.spans)
-            turns.append(Turn(role=_ROLES[message.role], text=redacted.text))
-        return Prompt(turns=tuple(turns), policy=POLICY.digest, counts=dict(counts))
+        people = (part for name in known.get(Label.PERSON, ()) for part in name.split())
+        values = [*people, *(value for values in known.values() for value in values)]
+        self._known = Sensitive(known)
+        self._words = Sensitive(frozenset(word for value in values if len(word := canonical(value)) >= _SHORTEST_WORD))
+
+    def text(self, text: str) -> str:
+        """Returns the text with placeholders in place of identifiers; call `learn` first."""
+        redacted = protect(text, self._vault, policy=self._policy, known=self._known.reveal())
+        self.counts.update(str(span.label) for span in redacted.spans)
+        return redacted.text
+
+    def name(self, name: str) -> str:
+        """Returns the name of a tool or a field, or, where an identifier is part of it, a placeholder for the whole name in the letters that names may have."""
+        same = canonical(name)
+        spoken = _JOINTS.sub(" ", name)
+        if not any(word in same for word in self._words.reveal()) and self.text(name) == name and self.text(spoken) == spoken:
+            return name
+        return self._vault.issue(Label.PERSON, name).strip("<>")
+
+    def restore(self, text: str) -> str:
+        """Returns a text of the answer with the values of this conversation, in one pass."""
+        return self._vault.restore(text)
 
     def restorer(self) -> Restorer:
         """Returns what restores the answer; call it after `deidentify`."""
@@ -155,3 +190,70 @@ class Restorer:
         """The first place from `start` on at which a placeholder may have begun that more text could complete or prolong; the end where there is none."""
         begun = None if ended else _BEGINNING.search(self._held, max(start, len(self._held) - MAX_PLACEHOLDER_CHARS))
         return len(self._held) if begun is None else begun.start()
+
+
+_PLAIN, _ESCAPE, _HALF_ESCAPE = (
+    re.compile(r'[^"\\]+'),
+    re.compile(r"\\(?:u[0-9a-fA-F]{4}|[^u]|u(?![0-9a-fA-F]{0,3}\Z))", re.DOTALL),
+    re.compile(r"\\(?:u[0-9a-fA-F]{0,3})?\Z"),
+)
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+@final
+class JsonRestorer:
+    """Restores the strings of JSON that arrives in pieces (the arguments of a tool call): values are escaped, so that the JSON stays the JSON it was.
+
+    Only what stands within quotes is restored. Escapes are read before a placeholder is looked for (`\\u003cPERSON_...`), and half an escape waits for its rest. JSON that
+    is not valid stays as it is outside its strings.
+    """
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+        self._inner: Restorer | None = None
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """Returns what is certain by now."""
+        self._held += text
+        out: list[str] = []
+        at = 0
+        while at < len(self._held):
+            if self._inner is None:
+                quote = self._held.find('"', at)
+                end = len(self._held) if quote < 0 else quote + 1
+                out.append(self._held[at:end])
+                self._inner = None if quote < 0 else self._conversation.restorer()
+                at = end
+            elif _HALF_ESCAPE.match(self._held, at):
+                break
+            elif self._held[at] == '"':
+                out.append(_quoted(self._inner.close()) + '"')
+                self._inner, at = None, at + 1
+            else:
+                match = _PLAIN.match(self._held, at) or _ESCAPE.match(self._held, at)
+                unit = self._held[at] if match is None else match.group()
+                out.append(_quoted(self._inner.feed(_unescaped(unit))))
+                at += len(unit)
+        self._held = self._held[at:]
+        return "".join(out)
+
+    def close(self) -> str:
+        """Returns what was held back, at the end of the stream."""
+        rest = "" if self._inner is None else _quoted(self._inner.close())
+        rest, self._held, self._inner = rest + self._held, "", None
+        return rest
+
+
+def _unescaped(unit: str) -> str:
+    if not unit.startswith("\\"):
+        return unit
+    try:
+        return str(json.loads(f'"{unit}"', strict=False))
+    except ValueError:
+        return unit
+
+
+def _quoted(text: str) -> str:
+    """Returns the text as it stands between the quotes of a JSON string."""
+    return _SURROGATE.sub(lambda match: f"\\u{ord(match.group()):04x}", json.dumps(text, ensure_ascii=False)[1:-1])

@@ -18,43 +18,35 @@ Does not cover: TLS (bind to loopback, or put a proxy that terminates it in fron
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import hmac
-import logging
 import shutil
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar, final
+from typing import Any, final
 
 from discreet import model
-from discreet.errors import AccessDenied, DigestMismatch, DiscreetError, NotFound, NotReleased, OperationFailed, RequestInvalid, missing_extra
+from discreet.errors import AccessDenied, DigestMismatch, DiscreetError, NotFound, NotReleased, RequestInvalid, missing_extra
 from discreet.evidence import note, statement
 from discreet.evidence.statement import Entry, Predicate
 from discreet.keys import Key
 from discreet.record import Digest, Release
 from discreet.serve import filters, wire
+from discreet.serve.asgi import EventStream, frame, hash_api_key, read_body, run, unexpected, unless_gone
 from discreet.serve.engine import Engine, LocalEngine, Piece, Sampling, StopAt
 
 try:
-    import uvicorn
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
-    from starlette.types import Receive, Scope, Send
 except ImportError as error:
     raise missing_extra("serve", str(error.name)) from None
-
-T = TypeVar("T")
 
 OnServed = Callable[[Digest, Digest, Mapping[str, int]], None]
 """Called with the adapter's digest, the policy's digest and the number of identifiers by label; must be quick, and whatever it raises refuses the request."""
@@ -63,13 +55,7 @@ STATEMENT_FILE, ADAPTER_FOLDER = "release.json", "adapter"
 """A release folder: the signed `released` statement, and the PEFT adapter whose digest it names."""
 
 ADAPTER_HEADER = "x-discreet-adapter"
-READ_TIMEOUT_S = 30.0
-GRACE_S = 10
-MAX_CONNECTIONS = 128
-
 _CLIENT_GONE = 499  # nobody is there to read it
-
-_log = logging.getLogger("discreet.serve")
 
 
 @final
@@ -185,17 +171,6 @@ def serve(
         engine.close()
 
 
-def new_api_key() -> tuple[str, str]:
-    """Returns a fresh API key, to be shown once, and its hash, to be kept. The key has 256 bits, so one SHA-256 is enough."""
-    secret = base64.urlsafe_b64encode(Key.random().mac(b"api key")).decode().rstrip("=")
-    return f"dk-{secret}", hash_api_key(f"dk-{secret}")
-
-
-def hash_api_key(api_key: str) -> str:
-    """Returns what is stored in place of an API key: its SHA-256, in hex."""
-    return hashlib.sha256(api_key.encode()).hexdigest()
-
-
 def app(
     engine: Engine, *, model_name: str, adapter: Digest, key: Key, api_key_hash: str, on_served: OnServed, limits: Limits | None = None
 ) -> Starlette:
@@ -219,58 +194,6 @@ def app(
         Route("/readyz", gateway.endpoint(gateway.health)),
     ]
     return Starlette(routes=routes, exception_handlers={HTTPException: gateway.no_route})
-
-
-def server(application: Starlette, *, host: str, port: int) -> uvicorn.Server:
-    """Returns the server for `run`, for those who start and stop it themselves (`should_exit`)."""
-    config = uvicorn.Config(
-        application,
-        host=host,
-        port=port,
-        access_log=False,
-        log_config=None,
-        log_level=logging.WARNING,
-        server_header=False,
-        proxy_headers=False,
-        ws="none",
-        lifespan="off",
-        limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=GRACE_S,
-    )
-    logging.getLogger("uvicorn.error").addFilter(_without_traceback)  # adding the same function twice adds it once
-    return uvicorn.Server(config)
-
-
-def run(application: Starlette, *, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM, lets running answers finish for at most ten seconds, and returns.
-
-    The server raises the signal again once it has stopped, which would end the process before its owner has written down what was served; here it then does nothing.
-    """
-    with _signals_end_here():
-        server(application, host=host, port=port).run()
-
-
-@contextmanager
-def _signals_end_here() -> Iterator[None]:
-    """Gives the two signals a handler that does nothing, in the thread that can; the server puts its own in front while it runs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    """Keeps the kind of an unexpected error, and drops its words and its traceback."""
-    if record.exc_info:
-        kind = record.exc_info[0]
-        record.msg, record.args = "%s", ("unexpected error" if kind is None else kind.__name__,)
-        record.exc_info = record.exc_text = record.stack_info = None
-    return True
 
 
 @final
@@ -298,7 +221,7 @@ class _Gateway:
             except DiscreetError as error:
                 return self._refuse(error)
             except Exception as error:
-                return self._refuse(_unexpected(error))
+                return self._refuse(unexpected(error))
 
         return guarded
 
@@ -320,13 +243,13 @@ class _Gateway:
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
         self._authorize(request)
-        body = await _read_body(request, max_bytes=self._limits.max_request_bytes)
+        body = await read_body(request, max_bytes=self._limits.max_request_bytes)
         asked = wire.parse_request(body, max_bytes=self._limits.max_request_bytes)
         self._check_model(asked.model)
         if sum(len(message.text) for message in asked.messages) > self._limits.max_prompt_chars:
             rule = f"a conversation of at most {self._limits.max_prompt_chars} characters"
             raise RequestInvalid(rule, value="messages", remedy="Send a shorter conversation.")
-        return await _unless_gone(request.receive, self._answer(asked))
+        return await unless_gone(request.receive, self._answer(asked))
 
     async def no_route(self, _request: Request, error: Exception) -> Response:
         """Answers what the router refuses: no such path, or another method."""
@@ -345,7 +268,7 @@ class _Gateway:
             label = _Label(model=self._model_name, adapter=self._adapter)
             if asked.stream:
                 stack.pop_all()  # the stream closes the pieces
-                return _EventStream(_events(pieces, first, label, asked), headers=self._headers())
+                return EventStream(_events(pieces, first, label, asked), headers=self._headers())
             return self._json(await _whole(pieces, first, label))
 
     async def _pieces(self, asked: wire.ChatRequest, prompt: filters.Prompt, restorer: filters.Restorer) -> AsyncGenerator[Piece, None]:
@@ -413,33 +336,6 @@ class _Label:
         return {"id": f"chatcmpl-{number}", "created": int(time.time()), "model": self.model, "system_fingerprint": self.adapter}
 
 
-@final
-class _EventStream(Response):
-    """Server-sent events that stop, and close their source, when the caller goes away."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[str, None], *, headers: Mapping[str, str]) -> None:
-        super().__init__(headers=headers)
-        del self.headers["content-length"]
-        self._events = events
-
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._events):
-            try:
-                await _unless_gone(receive, self._send(send))
-            except ClientDisconnect:
-                return
-            except Exception as error:  # the server would log its words
-                _unexpected(error)
-
-    async def _send(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": f"data: {event}\n\n".encode(), "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-
 async def _events(pieces: AsyncGenerator[Piece, None], first: Piece, label: _Label, asked: wire.ChatRequest) -> AsyncGenerator[str, None]:
     """Yields the chunks of an answer as JSON; an error ends the stream as an error event, without `[DONE]`."""
     fields, with_usage = label.fields(), bool(asked.stream_options and asked.stream_options.include_usage)
@@ -450,22 +346,22 @@ async def _events(pieces: AsyncGenerator[Piece, None], first: Piece, label: _Lab
 
     async with aclosing(pieces):
         try:
-            yield chunk(wire.Delta(role="assistant", content=""))
+            yield frame(chunk(wire.Delta(role="assistant", content="")))
             piece = first
             while True:
                 if piece.text:
-                    yield chunk(wire.Delta(content=piece.text))
+                    yield frame(chunk(wire.Delta(content=piece.text)))
                 if piece.finish_reason is not None:
                     break
                 piece = await anext(pieces)
-            yield chunk(wire.Delta(), piece.finish_reason)
+            yield frame(chunk(wire.Delta(), piece.finish_reason))
             if with_usage:
-                yield wire.ChatCompletionChunk(**fields, choices=[], usage=_usage(piece)).to_json(with_usage=True)
-            yield "[DONE]"
+                yield frame(wire.ChatCompletionChunk(**fields, choices=[], usage=_usage(piece)).to_json(with_usage=True))
+            yield frame("[DONE]")
         except DiscreetError as error:
-            yield wire.to_json(wire.error_body(error))
+            yield frame(wire.to_json(wire.error_body(error)))
         except Exception as error:
-            yield wire.to_json(wire.error_body(_unexpected(error)))
+            yield frame(wire.to_json(wire.error_body(unexpected(error))))
 
 
 async def _whole(pieces: AsyncGenerator[Piece, None], first: Piece, label: _Label) -> dict[str, Any]:
@@ -481,46 +377,3 @@ async def _whole(pieces: AsyncGenerator[Piece, None], first: Piece, label: _Labe
 def _usage(last: Piece) -> wire.Usage:
     total = last.prompt_tokens + last.completion_tokens
     return wire.Usage(prompt_tokens=last.prompt_tokens, completion_tokens=last.completion_tokens, total_tokens=total)
-
-
-def _unexpected(error: Exception) -> OperationFailed:
-    """Returns the error that stands for any other: its words may quote the conversation, so only its kind is kept, here and in the log."""
-    _log.error("request failed: %s", type(error).__name__)
-    return OperationFailed("the request to be answered", value=type(error).__name__, remedy="Try again.")
-
-
-async def _read_body(request: Request, *, max_bytes: int) -> bytes:
-    """Reads a body of bounded size in bounded time. A compressed one is refused: its size is known too late."""
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise RequestInvalid("a request that is not compressed", value="content-encoding")
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise RequestInvalid("content-type application/json", value="content-type")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(READ_TIMEOUT_S):
-            async for part in request.stream():
-                body += part
-                if len(body) > max_bytes:
-                    raise RequestInvalid(f"a request of at most {max_bytes} bytes", remedy="Send a shorter conversation.")
-    except TimeoutError:
-        raise RequestInvalid(f"a request that arrives within {READ_TIMEOUT_S:.0f} s") from None
-    return bytes(body)
-
-
-async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Returns the result of `work`, or cancels it, waits for its end and raises `ClientDisconnect` when the caller goes away."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for unfinished in (task, gone):
-            unfinished.cancel()  # no effect on a finished one
-        await asyncio.wait({task, gone})
-    if task.cancelled():
-        raise ClientDisconnect
-    return task.result()
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

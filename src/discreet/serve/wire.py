@@ -203,20 +203,30 @@ def parse_request(body: bytes, *, max_bytes: int) -> ChatRequest:
         RequestInvalid: when the bytes are too many, not UTF-8, not JSON, nested too deep, say a key twice, hold an unknown field or a value out of range. Its `value` is
             the path of the field ("messages.0.content"), never what the field holds.
     """
-    if len(body) > max_bytes:
-        raise RequestInvalid(f"a request of at most {max_bytes} bytes", remedy="Send a shorter conversation.")
-    try:
-        text = body.decode()
-        _check_depth(text)
-        parsed = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        json.dumps(parsed, ensure_ascii=False).encode()  # a lone surrogate has no UTF-8: refused here, not halfway through a model
-    except (ValueError, RecursionError):
-        raise RequestInvalid("a request that is JSON in UTF-8") from None
+    parsed = parse_json(body, max_bytes=max_bytes)
     try:
         return ChatRequest.model_validate(parsed)
     except ValidationError as error:
         finding = _explain(error)
     raise finding
+
+
+def parse_json(body: bytes, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> Any:
+    """Reads JSON that a stranger sent.
+
+    Raises:
+        RequestInvalid: when the bytes are too many, not UTF-8, not JSON, nested deeper than `max_depth`, or say a key twice.
+    """
+    if len(body) > max_bytes:
+        raise RequestInvalid(f"a request of at most {max_bytes} bytes", remedy="Send a shorter conversation.")
+    try:
+        text = body.decode()
+        _check_depth(text, max_depth)
+        parsed = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        json.dumps(parsed, ensure_ascii=False).encode()  # a lone surrogate has no UTF-8: refused here, not halfway through a model
+    except (ValueError, RecursionError):
+        raise RequestInvalid("a request that is JSON in UTF-8") from None
+    return parsed
 
 
 def to_json(body: Mapping[str, Any]) -> str:
@@ -240,7 +250,7 @@ def _error_type(error: DiscreetError) -> str:
     return "rate_limit_error" if isinstance(error, OperationFailed) and error.http_status == 429 else "server_error"
 
 
-def _check_depth(text: str) -> None:
+def _check_depth(text: str, max_depth: int) -> None:
     """Counts brackets outside strings, in one pass that does not recurse."""
     depth, in_string = 0, False
     for match in _BRACKETS_AND_QUOTES.finditer(text):
@@ -249,15 +259,15 @@ def _check_depth(text: str) -> None:
             in_string = not in_string
         elif not in_string and len(mark) == 1:
             depth += 1 if mark in "[{" else -1
-            if depth > MAX_DEPTH:
-                raise RequestInvalid(f"JSON nested at most {MAX_DEPTH} deep")
+            if depth > max_depth:
+                raise RequestInvalid(f"JSON nested at most {max_depth} deep")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise RequestInvalid("every key of an object once", value=_field(key), remedy="Leave out the duplicate.")
+            raise RequestInvalid("every key of an object once", value=field_name(key), remedy="Leave out the duplicate.")
         found[key] = value
     return found
 
@@ -266,7 +276,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _field(name: str | int) -> str:
+def field_name(name: str | int) -> str:
     """Returns a field's name if it looks like one: a key of the caller's own making could be an identifier of a person."""
     return str(name) if isinstance(name, int) or _FIELD_NAME.fullmatch(name) else "(unprintable name)"
 
@@ -298,7 +308,7 @@ def _explain(error: ValidationError) -> RequestInvalid:
     found = error.errors(include_url=False, include_input=False)
     order = {"literal_error": 0, "extra_forbidden": 1}
     first = min(found, key=lambda finding: order.get(finding["type"], 2))
-    path = ".".join(_field(part) for part in first["loc"])
+    path = ".".join(field_name(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return RequestInvalid("known fields only", value=path, remedy="This gateway does not support it; leave it out.")
     rule = _RULES.get(first["type"], "a valid value").format_map(first.get("ctx", {}))

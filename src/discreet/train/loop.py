@@ -36,15 +36,13 @@ from discreet.keys import Key, Stream
 from discreet.ledger import Reservation, State
 from discreet.model import Base, PublicText, trained_parameters
 from discreet.record import Digest, Snapshot
-from discreet.train import parallel
+from discreet.train import optimizers, parallel
 from discreet.train.checkpoint import Checkpoints
 from discreet.train.parallel import ALONE, Ranks
 from discreet.train.step import PrivateCorpus, Rows, Work, mean_loss, public_step, tokenize
 
 Curve = tuple[tuple[int, float], ...]
 """(step, cross entropy per token on public held-out text), from step 0."""
-
-_MOMENTUM = 0.9
 
 
 @final
@@ -186,7 +184,15 @@ def train(
     _check_paid(plan, snapshot, reservation)
     corpus = PrivateCorpus.of(snapshot, texts, setup.base, max_tokens=setup.model.max_tokens)
     subject = {"plan": plan.digest, "base": setup.base.digest, "snapshot": snapshot.root, "reservation": reservation.id}
-    run = _begin(setup, steps=plan.steps, epsilon_of=_rdp_epsilon(plan), on_step=on_step, checkpoints=checkpoints, subject=subject)
+    run = _begin(
+        setup,
+        steps=plan.steps,
+        epsilon_of=_rdp_epsilon(plan),
+        on_step=on_step,
+        checkpoints=checkpoints,
+        subject=subject,
+        noise_std=plan.noise_std_of_mean,
+    )
     run.ranks, rows = ranks, Rows(setup.run.rows)
 
     def step(number: int) -> Work:
@@ -271,13 +277,14 @@ def _begin(
     on_step: OnStep,
     checkpoints: Checkpoints | None,
     subject: dict[str, str],
+    noise_std: float = 0.0,
 ) -> _Run:
     torch.set_num_threads(setup.run.threads or os.cpu_count() or 1)
     module = models.attach(setup.base, setup.model, start=setup.start)
     return _Run(
         setup=setup,
         module=module.to(setup.run.device),
-        optimizer=_optimizer(module, setup.train),
+        optimizer=optimizers.make(trained_parameters(module).values(), setup.train, noise_std=noise_std),
         held_out=tokenize(setup.held_out.texts, setup.base, max_tokens=setup.model.max_tokens),
         steps=steps,
         epsilon_of=epsilon_of,
@@ -328,13 +335,6 @@ def _report(run: _Run, *, seconds: float, taken: int, done: Work) -> StepReport:
         padding=done.padding / max(done.tokens, 1),
         seconds_left=seconds / taken * (run.steps - run.step),
     )
-
-
-def _optimizer(module: nn.Module, section: TrainSection) -> torch.optim.Optimizer:
-    parameters = list(trained_parameters(module).values())
-    if section.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=section.learning_rate)
-    return torch.optim.SGD(parameters, lr=section.learning_rate, momentum=_MOMENTUM)
 
 
 def _set_learning_rate(run: _Run) -> None:

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from discreet.dp import noise
+from discreet.dp import adaptive, noise
 from discreet.dp.clipping import ClippedSum
 from discreet.dp.mechanism import Plan
 from discreet.dp.noise import Noised
@@ -113,7 +113,8 @@ def private_step(
     units = drawn(corpus, plan, run_key=run_key, step=step)
     batches = arranged(units, token_budget, rows)
     mine = shares([padded_size(units, batch) for batch in batches], ranks.size)[ranks.rank]
-    total = summed(model, units, [batches[index] for index in mine], clip_norm=plan.clip_norm)
+    chosen = [batches[index] for index in mine]
+    total = summed(model, units, chosen, clip_norm=plan.clip_norm, token_budget=token_budget, combine=plan.combine)
     noised = add_noise(total, noise_multiplier=plan.noise_multiplier, key=run_key.stream("noise", step), ranks=ranks)
     update(model, optimizer, noised.gradients, divisor=plan.expected_batch)
     return work(units, batches)
@@ -150,6 +151,24 @@ def add_noise(partial: ClippedSum, *, noise_multiplier: float, key: Stream, rank
     own = dataclasses.replace(partial, gradients={name: partial.gradients[name] for name in names if name in owned})
     noised = noise.add(own, noise_multiplier=noise_multiplier, key=key)
     return dataclasses.replace(noised, gradients=_all_reduced({**partial.gradients, **noised.gradients}, ranks))
+
+
+def next_clip_norm(
+    partial: ClippedSum, *, quantile: float, rate: float, votes_multiplier: float, expected_batch: float, key: Stream, ranks: Ranks
+) -> float:
+    """Gives the clip norm of the next step from the votes of all ranks, noised once: the same figure on every rank (`adaptive.update`).
+
+    Args:
+        partial: the sum over this rank's units; zero for none.
+        key: this step's stream, the same on every rank.
+    """
+    if not isinstance(partial, ClippedSum):
+        raise TypeError(f"Expected a ClippedSum, got {type(partial).__name__}.")
+    votes = torch.tensor([partial.votes], dtype=torch.float64, device=next(iter(partial.gradients.values())).device)
+    if ranks.size > 1:
+        dist.all_reduce(votes)
+    everyone = dataclasses.replace(partial, votes=float(votes))
+    return adaptive.update(everyone, quantile=quantile, rate=rate, votes_multiplier=votes_multiplier, expected_batch=expected_batch, key=key)
 
 
 def _all_reduced(parts: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ Ragged text costs what its tokens cost. Padded rows (one document each) are grou
 several documents that do not see each other: attention is block-diagonal and positions start again in each, so a document has the loss and gradient it has alone.
 Small narrow micro-batches suit a CPU, where work is proportional to tokens; few wide ones suit a GPU, where a call has a price of its own.
 
-Guarantees: a step whose sample is empty is noised and counted like any other; the realised batch is never divided by; documents of one unit are in one micro-batch.
+Guarantees: a step whose sample is empty is noised and counted like any other; the realised batch is never divided by; documents of one unit are in one micro-batch, or,
+where the unit is above the token budget, in parts that are added up before they are clipped once.
 
 Sources: Abadi et al. 2016, arXiv 1607.00133; micro-batching after Li et al. 2022, arXiv 2110.05679; packing after Krell et al. 2021, arXiv 2107.02027.
 
@@ -21,7 +22,7 @@ Legend: D documents of a micro-batch, B rows, T tokens of the longest row, V voc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, NamedTuple, final
@@ -33,6 +34,7 @@ from torch.nn import functional
 
 from discreet.dp import clipping, mechanism, noise, sampling
 from discreet.dp.clipping import ClippedSum
+from discreet.dp.combine import Combine
 from discreet.dp.mechanism import Plan
 from discreet.keys import Key
 from discreet.model import Base
@@ -134,9 +136,8 @@ def private_step(
     """
     units = drawn(corpus, plan, run_key=run_key, step=step)
     batches = arranged(units, token_budget, rows)
-    noised = noise.add(
-        summed(model, units, batches, clip_norm=plan.clip_norm), noise_multiplier=plan.noise_multiplier, key=run_key.stream("noise", step)
-    )
+    total = summed(model, units, batches, clip_norm=plan.clip_norm, token_budget=token_budget, combine=plan.combine)
+    noised = noise.add(total, noise_multiplier=plan.noise_multiplier, key=run_key.stream("noise", step))
     update(model, optimizer, noised.gradients, divisor=plan.expected_batch)
     return work(units, batches)
 
@@ -181,14 +182,33 @@ def _place(lengths: Sequence[Sequence[int]], unit: int, width: int, rows: list[l
     return True
 
 
-def summed(model: nn.Module, units: Units, batches: Sequence[MicroBatch], *, clip_norm: float) -> ClippedSum:
-    """Adds up the clipped gradients of the micro-batches; zero when there are none."""
+def summed(
+    model: nn.Module, units: Units, batches: Sequence[MicroBatch], *, clip_norm: float, token_budget: int, combine: Combine = Combine.SUM
+) -> ClippedSum:
+    """Adds up the clipped gradients of the micro-batches; zero when there are none.
+
+    Args:
+        batches: as `arranged` made them for the same budget.
+        token_budget: largest padded size of what is computed at once, >= 1; a unit above it is computed in parts, of whole documents, and clipped once.
+        combine: whether the documents of a unit are added or averaged.
+    """
     total = ClippedSum.zero(model, clip_norm=clip_norm)
     for rows in batches:
-        batch = laid_out([[units[unit][d] for unit, d in row] for row in rows])
         owners = [unit for row in rows for unit, _ in row]
-        total = total + clipping.clipped_sum(model, document_losses, batch, owners, clip_norm=clip_norm, documents=batch.get("documents"))
+        if padded_size(units, rows) > token_budget and len(owners) > 1 and len(set(owners)) == 1:
+            parts = _parts([units[unit][d] for row in rows for unit, d in row], token_budget)
+            total = total + clipping.clipped_unit(model, document_losses, parts, clip_norm=clip_norm, combine=combine)
+            continue
+        batch = laid_out([[units[unit][d] for unit, d in row] for row in rows])
+        documents = batch.get("documents")
+        total = total + clipping.clipped_sum(model, document_losses, batch, owners, clip_norm=clip_norm, documents=documents, combine=combine)
     return total
+
+
+def _parts(documents: Documents, token_budget: int) -> Iterator[dict[str, Tensor]]:
+    """The documents of one unit in padded parts within the budget; a single document above it is a part."""
+    for group in sampling.micro_batches([[len(document)] for document in documents], token_budget):
+        yield padded([documents[index] for index in group])
 
 
 def work(units: Units, batches: Sequence[MicroBatch]) -> Work:

@@ -1,0 +1,209 @@
+"""The one server that the gateway may call: named once, resolved once, never followed elsewhere.
+
+The URL is an allowlist of one host. Its name is resolved when the gateway starts; addresses that are not global (loopback, private, link-local, metadata services) are refused
+unless the operator lists that host, and every later connection goes to the address that was checked, under the host's name for TLS and for `Host`, so that a name that
+resolves differently later (DNS rebinding) reaches nobody. Redirects are not followed, proxies of the environment are not used, certificates are verified against the host's name, plain HTTP is
+for listed hosts only, and only the paths of the gateway's own routes exist.
+
+Whatever the upstream says when it fails stays here: its words may echo a prompt. The caller gets a status and our words.
+
+Does not cover: several upstreams behind one gateway, failover, HTTP/2.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import socket
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, final
+from urllib.parse import urlsplit
+
+from discreet.errors import ConfigInvalid, DiscreetError, Overloaded, RequestInvalid, UpstreamFailed, missing_extra
+
+try:
+    import httpx
+except ImportError as error:
+    raise missing_extra("serve", str(error.name)) from None
+
+CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, MODELS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/models",
+)
+PATHS = frozenset((CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, MODELS))
+ANTHROPIC_VERSION = "2023-06-01"
+
+_DEFAULT_PORTS = {"https": 443, "http": 80}
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where the upstream is, checked. `base` has the address in place of the host."""
+
+    base: str
+    host: str
+    authority: str
+
+
+def resolve(url: str, *, private: frozenset[str] = frozenset()) -> Address:
+    """Returns the address of an upstream after checking it; the only place where its name is looked up.
+
+    Args:
+        url: `https://host[:port][/prefix]`, with or without `/v1` at its end.
+        private: hosts that may have addresses that are not global, and may be spoken to in plain HTTP.
+
+    Raises:
+        ConfigInvalid: when the URL is not of that form, its host is not listed but private, or it would travel unencrypted.
+        UpstreamFailed: when the name cannot be resolved.
+    """
+    parts = urlsplit(url)
+    try:
+        port = parts.port or _DEFAULT_PORTS[parts.scheme]
+    except (ValueError, KeyError):
+        raise ConfigInvalid("an upstream of the form https://host[:port][/prefix]") from None
+    host = parts.hostname or ""
+    if not host or parts.username or parts.password or parts.query or parts.fragment:
+        raise ConfigInvalid("an upstream of the form https://host[:port][/prefix]", remedy="Keys belong into the environment, not into the URL.")
+    if parts.scheme == "http" and host not in private:
+        raise ConfigInvalid("an upstream that is spoken to over TLS", value=host, remedy=f"Use https, or say --allow-private {host}.")
+    address = _look_up(host, port, private)
+    numeric = f"[{address}]" if ":" in address else address
+    prefix = parts.path.rstrip("/").removesuffix("/v1")
+    shown = f"[{host}]" if ":" in host else host
+    authority = shown if port == _DEFAULT_PORTS[parts.scheme] else f"{shown}:{port}"
+    return Address(base=f"{parts.scheme}://{numeric}:{port}{prefix}", host=host, authority=authority)
+
+
+def _look_up(host: str, port: int, private: frozenset[str]) -> str:
+    try:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    except OSError:
+        raise UpstreamFailed("an upstream whose name resolves", value=host) from None
+    if host not in private and not all(_is_global(address) for address in found):
+        remedy = f"If it is yours, say --allow-private {host}."
+        raise ConfigInvalid("an upstream with global addresses alone", value=host, remedy=remedy)
+    return found[0]
+
+
+def _is_global(address: str) -> bool:
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    inner = getattr(parsed, "ipv4_mapped", None) or getattr(parsed, "sixtofour", None) or parsed
+    return bool(inner.is_global and parsed.is_global and not inner.is_multicast)
+
+
+@final
+@dataclass(slots=True, kw_only=True)
+class Upstream:
+    """A client of the one server.
+
+    Args:
+        address: as `resolve` gives it.
+        api_key: the gateway's own key there; callers never send one through.
+        max_answer_bytes: largest answer that is read, >= 1.
+        timeout_s: for a connection, and for each silence within an answer, > 0.
+        transport: for tests; None for the network.
+    """
+
+    address: Address
+    api_key: str = field(default="", repr=False)
+    max_answer_bytes: int = 32_000_000
+    timeout_s: float = 120.0
+    transport: httpx.AsyncBaseTransport | None = None
+    _client: httpx.AsyncClient | None = field(default=None, init=False, repr=False)
+
+    async def open(self) -> None:
+        """Opens the pool of connections, in the loop that will use it."""
+        self._client = httpx.AsyncClient(
+            transport=self.transport,
+            follow_redirects=False,
+            trust_env=False,
+            timeout=httpx.Timeout(self.timeout_s, connect=10.0),
+            limits=httpx.Limits(max_connections=512, max_keepalive_connections=64),
+        )
+
+    async def close(self) -> None:
+        """Closes it."""
+        if self._client is not None:
+            await self._client.aclose()
+
+    async def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """Returns the JSON that the upstream answers.
+
+        Raises:
+            Overloaded, RequestInvalid, UpstreamFailed: as `stream`, and when the answer is not JSON.
+        """
+        received = bytearray()
+        async with self.stream(path, body) as chunks:
+            async for chunk in chunks:
+                received += chunk
+                if len(received) > self.max_answer_bytes:
+                    raise UpstreamFailed(f"an answer of at most {self.max_answer_bytes} bytes")
+        try:
+            return json.loads(received)
+        except (ValueError, RecursionError):
+            raise UpstreamFailed("an answer that is JSON") from None
+
+    @asynccontextmanager
+    async def stream(self, path: str, body: Mapping[str, Any] | None = None) -> AsyncGenerator[AsyncGenerator[bytes, None], None]:
+        """Gives the bytes of the answer while they come.
+
+        Args:
+            path: one of `PATHS`.
+            body: what is posted; None asks with GET.
+
+        Raises:
+            Overloaded: when the upstream says 429.
+            RequestInvalid: when it says that the request is wrong.
+            UpstreamFailed: when it cannot be reached, redirects, or answers any other status.
+        """
+        if path not in PATHS or self._client is None:
+            raise UpstreamFailed("a path of this gateway, on an open connection")
+        method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+        try:
+            async with self._client.stream(
+                method,
+                self.address.base + path,
+                content=content,
+                headers=self._headers(path),
+                extensions={"sni_hostname": self.address.host},
+            ) as response:
+                _check(response.status_code)
+                yield self._bytes(response)
+        except httpx.HTTPError as error:
+            failed: DiscreetError = UpstreamFailed("the upstream to answer", value=type(error).__name__)
+        else:
+            return
+        raise failed
+
+    async def _bytes(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
+        async for chunk in response.aiter_bytes():
+            yield chunk
+
+    def _headers(self, path: str) -> dict[str, str]:
+        headers = {"host": self.address.authority, "accept-encoding": "identity", "user-agent": "discreet"}
+        headers["content-type"] = "application/json"
+        if self.api_key and path != MESSAGES:
+            headers["authorization"] = f"Bearer {self.api_key}"
+        if path in (MESSAGES, MODELS):
+            headers["anthropic-version"] = ANTHROPIC_VERSION
+            headers.update({"x-api-key": self.api_key} if self.api_key else {})
+        return headers
+
+
+def _check(status: int) -> None:
+    if status == 200:
+        return
+    if status == 429:
+        raise Overloaded("an upstream with room for another request", value=status, remedy="Try again shortly.")
+    if status in (400, 404, 413, 422):
+        raise RequestInvalid(
+            "a request that the upstream accepts", value=status, remedy="Its own words are not repeated: they may quote the request."
+        )
+    raise UpstreamFailed("the upstream to answer with status 200", value=status)
