@@ -83,10 +83,10 @@ def noise_reused(patch: pytest.MonkeyPatch) -> None:
 def noise_a_micro_batch(patch: pytest.MonkeyPatch) -> None:
     summed, number = step.summed, count()
 
-    def noisy(model, units, batches, *, clip_norm):
-        total = summed(model, units, [], clip_norm=clip_norm)
+    def noisy(model, units, batches, *, clip_norm, **how):
+        total = summed(model, units, [], clip_norm=clip_norm, **how)
         for batch in batches:
-            part = summed(model, units, [batch], clip_norm=clip_norm)
+            part = summed(model, units, [batch], clip_norm=clip_norm, **how)
             drawn = noise.add(part, noise_multiplier=1.0, key=Key(bytes(32)).stream("m", next(number)))
             total = total + dataclasses.replace(part, gradients=drawn.gradients)
         return total

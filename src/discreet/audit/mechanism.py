@@ -291,6 +291,6 @@ def _corpus(planted: NDArray[Any], plan: Plan) -> PrivateCorpus:
 
 def _norms(probe: _Probe, drawn: step.Units, plan: Plan, budget: int) -> list[float]:
     """Norm of what each canary of a step contributes before noise, in clip norms: canaries are orthogonal, so each is its own coordinate."""
-    total = step.summed(probe, drawn, step.arranged(drawn, budget, Rows.PADDED), clip_norm=plan.clip_norm)
+    total = step.summed(probe, drawn, step.arranged(drawn, budget, Rows.PADDED), clip_norm=plan.clip_norm, token_budget=budget, combine=plan.combine)
     along_M = total.gradients["canaries.weight"][:, 0].abs() / plan.clip_norm
     return [float(along_M[position]) for position in sorted({int(documents[0][0]) for documents in drawn})]
