@@ -223,6 +223,24 @@ def test_what_was_spent_is_a_promise_before_the_model_is_there() -> None:
     assert report.sentence.startswith("The run in progress is (epsilon = 7.61")
 
 
+def test_the_audit_is_drawn_with_its_forbidden_region_exposure_and_ceiling() -> None:
+    certified = {"name": "certified bound", "verdict": "PASS", "figures": {"method": "f_dp_one_run", "epsilon": 0.3, "ceiling": 4.2}}
+    drawn = AUDIT | {
+        "layers": [*AUDIT["layers"], certified],
+        "roc": [[0.0, 0.02], [0.5, 0.6], [1.0, 1.0]],
+        "recitation": AUDIT["recitation"] | {"exposure": {"private": [10, 6, 3, 1], "control": [0, 0, 0, 20]}},
+    }
+    entries = [
+        Entry(index=e.index, predicate=e.predicate, subjects=e.subjects, fields=drawn if e.predicate == "audited" else e.fields, time=e.time)
+        for e in story()
+    ]
+    page = render_html(build(entries))
+    assert '<polygon class="forbidden"' in page
+    assert page.index("Exposure of planted canaries") < page.index("Lower bounds on epsilon against their ceilings")
+    plain = render_html(build(story()))
+    assert "Exposure of planted canaries" not in plain
+
+
 def test_a_withheld_model_says_why() -> None:
     entries = [*story()[:-1], *log(*[("refused", 0, {})] * 11, ("withheld", 1, {"adapter": ADAPTER, "reasons": ["audit verdict FAIL"], "gates": [{"gate": "verdicts", "required": ["PASS"], "got": "FAIL", "holds": False}]}))[-1:]]  # fmt: skip
     report = build(entries)

@@ -22,6 +22,7 @@ from discreet.errors import (
     NotAdmitted,
     NotFound,
     NotReleased,
+    PlanInvalid,
     RunInProgress,
     SourceChanged,
     TrackRefused,
@@ -222,6 +223,28 @@ def test_a_tampered_release_is_not_loaded(copied: House):
         gateway.open_engine(released, base, public_key=copied.log.public_key(), key=copied.keyring.purpose("gateway"))
     with pytest.raises(NotReleased):
         pipeline.load_release(copied.project.root, public_key=copied.log.public_key())
+
+
+def test_the_rehearsal_of_the_mechanism_lands_in_the_log(house: House):
+    layers = {layer["name"]: layer["verdict"] for layer in house.log.select(Predicate.AUDITED)[-1].fields["layers"]}
+    assert {layers[f"mechanism: {name}"] for name in ("steps", "noise", "reuse", "clipping", "inclusion")} == {"PASS"}
+
+
+def test_an_inconclusive_audit_leaves_in_the_name_of_a_person_only(copied: House):
+    changes = {
+        "release": copied.project.release.model_copy(update={"verdicts": ("PASS",)}),
+        "audit": copied.project.audit.model_copy(update={"level": 1e-12}),  # at which so few canaries see nothing
+    }
+    fields = {name: getattr(copied, name) for name in copied.__dataclass_fields__}
+    strict = House(**{**fields, "project": copied.project.model_copy(update=changes)})
+    assert pipeline.audit(strict, Silent())["verdict"] == "INCONCLUSIVE"
+    with pytest.raises(NotReleased, match="audit verdict"):
+        pipeline.release(strict, Silent())
+    with pytest.raises(PlanInvalid, match="name"):
+        pipeline.override_inconclusive(strict, by=" ", reason="too few canaries")
+    pipeline.override_inconclusive(strict, by="Ada Okoro", reason="too few canaries")
+    assert pipeline.release(strict, Silent())["decision"] == "released"
+    assert copied.log.select(Predicate.OVERRIDDEN)[-1].fields["by"] == "Ada Okoro"
 
 
 def test_a_failed_gate_withholds_the_model(copied: House):

@@ -165,14 +165,59 @@ def train(project: Folder = HERE, as_json: Json = False) -> None:
 
 
 @app.command()
-def audit(project: Folder = HERE, as_json: Json = False) -> None:
-    """Attacks the trained model and gives PASS, FAIL or INCONCLUSIVE."""
-    _one_stage("audit", project, as_json)
+def audit(
+    project: Folder = HERE,
+    model: Annotated[str, typer.Option("--model", help="Audit this model folder instead of a project: no project is needed.")] = "",
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Folder of an adapter on --model; its base becomes the reference.")] = None,
+    members: Annotated[
+        Path | None, typer.Option("--members", help="Texts it was trained on: one a line, or JSON lines with text and subject.")
+    ] = None,
+    non_members: Annotated[Path | None, typer.Option("--non-members", help="Texts of the same kind that it never saw.")] = None,
+    epsilon: Annotated[float | None, typer.Option("--epsilon", help="What the model claims; with --delta.")] = None,
+    delta: Annotated[float | None, typer.Option("--delta")] = None,
+    gaussian: Annotated[bool, typer.Option("--gaussian", help="The claim is a Gaussian mechanism's: a sharper curve.")] = False,
+    level: Annotated[float, typer.Option("--level", help="Probability of a false FAIL.")] = 0.05,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page with the curves here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Attacks the trained model and gives PASS, FAIL or INCONCLUSIVE; with --model any causal language model."""
+    if not model:
+        _one_stage("audit", project, as_json)
+        return
+    from discreet import report as reports
+    from discreet.audit import external
+
+    if members is None or non_members is None:
+        raise RequestInvalid("--members and --non-members beside --model", remedy="One text a line, at least 20 in each.")
+    if (epsilon is None) != (delta is None):
+        raise RequestInvalid("--epsilon and --delta together, or neither")
+    missing = next((path for path in (members, non_members) if not path.is_file()), None)
+    if missing is not None:
+        raise SourceMissing("a file of texts", value=missing.name)
+    loose = None if epsilon is None or delta is None else external.LooseTradeOff(epsilon=epsilon, delta=delta)
+    claim = external.gaussian(loose) if loose is not None and gaussian else loose
+    found = external.audit(
+        model, adapter=adapter, members=members, non_members=non_members, cache=Path.home() / ".cache" / "discreet", claim=claim, level=level
+    )
+    if html is not None:
+        reports.write_attack(found, html)
+    lines = [f"{layer['name']}: AUC {layer['figures']['auc']:.3f}  {layer['verdict']}" for layer in found["layers"]]
+    _print(as_json, found, [f"verdict: {found['verdict']}", *(f"because: {reason}" for reason in found["because"]), *lines])
 
 
 @app.command()
-def release(project: Folder = HERE, as_json: Json = False) -> None:
+def release(
+    project: Folder = HERE,
+    by: Annotated[str, typer.Option("--by", help="Override an INCONCLUSIVE audit in this person's name; the log keeps it.")] = "",
+    reason: Annotated[str, typer.Option("--reason", help="Why the model may leave although its audit could see nothing.")] = "",
+    as_json: Json = False,
+) -> None:
     """Signs the model out through its gates, or withholds it (exit 3)."""
+    if by or reason:
+        from discreet import pipeline
+
+        with pipeline.open_house(project) as house:
+            pipeline.override_inconclusive(house, by=by, reason=reason)
     _one_stage("release", project, as_json)
 
 

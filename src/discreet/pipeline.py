@@ -34,6 +34,7 @@ from sqlalchemy import Column, Connection, String, Table, Text, delete, insert, 
 from discreet import config, corpus, model
 from discreet.audit import bounds, extraction, membership
 from discreet.audit import canaries as canary
+from discreet.audit import mechanism as rehearsal
 from discreet.audit.canaries import Canaries
 from discreet.config import ModelSection, Project, SourceSection, TrainSection, digest_of
 from discreet.deid import policy as deid
@@ -47,6 +48,7 @@ from discreet.errors import (
     NotAdmitted,
     NotFound,
     NotReleased,
+    OperationFailed,
     PlanInvalid,
     RecordInvalid,
     RunInProgress,
@@ -84,6 +86,7 @@ STAGES = ("ingest", "train", "audit", "release")
 BATCH = 512
 CONSENT_S = 30.0
 """How often a run asks whether its records may still be used."""
+INCONCLUSIVE_RULE = "an audit that could have seen a violation"
 CANARY_SOURCE = "audit-canaries-{count}"
 CONTROL_BATCH = 16
 RECITED = 40
@@ -546,6 +549,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     )
     base = load_base(house, frozen.public, observer)
     folder = house.project.state / "runs" / run
+    rehearsed = _rehearsed(house, plan, run)
     start = _public_track(house, base, frozen, folder, observer)
     began = time.monotonic()
     trained = loop.train(
@@ -573,9 +577,24 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
         "guarantee": guarantee_fields(plan) | {"privacy_digest": house.project.privacy_digest()},
         "curve": _rounded(trained.curve),
+        "mechanism": rehearsed,
     }
     _record_training(house, result, reservation)
     return _close_run(house, result)
+
+
+def _rehearsed(house: House, plan: mechanism.Plan, run: str) -> list[dict[str, Any]]:
+    """Takes the plan's first steps on planted gradients before anything is spent; the layers go into the audit's statement.
+
+    Raises:
+        OperationFailed: when the loop is not the mechanism that was accounted for. No budget was spent.
+    """
+    layers = rehearsal.layers(plan, key=house.keyring.purpose("rehearsal").derive(run))
+    failed = [layer.name for layer in layers if layer.verdict is bounds.Verdict.FAIL]
+    if failed:
+        remedy = "Nothing was spent. The training code is not the mechanism that its epsilon is computed for."
+        raise OperationFailed("a rehearsal that passes", value=", ".join(failed), remedy=remedy)
+    return [layer.to_json() for layer in layers]
 
 
 def _public_track(house: House, base: Base, frozen: Corpus, folder: Path, observer: Observer) -> Path | None:
@@ -788,16 +807,25 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
         delta=plan.delta,
         trade_off=accounting.trade_off(plan.event),
         fpr=house.project.audit.false_positive_rate,
-        level=house.project.audit.level,
+        level=bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))),
         mechanism=[
             bounds.mechanism_layer(
                 accounted_steps=plan.steps, executed_steps=trained["steps"], trainable=trained["parameters"], moved=trained["moved"]
-            )
+            ),
+            *(
+                bounds.Layer(name=each["name"], verdict=bounds.Verdict(each["verdict"]), figures=each["figures"])
+                for each in trained.get("mechanism", ())
+            ),
         ],
     )
     observer.note(f"verdict {found.verdict}; asking both models to recite")
     result = found.to_json() | {"adapter": trained["adapter"], "run": trained["run"], "canaries": len(canaries)}
-    result["recitation"] = _recitation(house, base, private, control, canaries)
+    result["recitation"] = _recitation(house, base, private, control, canaries) | {
+        "exposure": {
+            "private": extraction.exposure_counts(scored, canaries.included),
+            "control": extraction.exposure_counts(controlled, canaries.included),
+        }
+    }
     if found.verdict is not bounds.Verdict.PASS:
         result["recitation"]["example"]["private"] = "(not shown: the audit did not pass)"
     del control
@@ -861,6 +889,8 @@ def _audit_fields(result: Mapping[str, Any]) -> dict[str, Any]:
         "layers",
         "canaries",
         "recitation",
+        "roc",
+        "control_roc",
     )
     return {name: result[name] for name in names}
 
@@ -905,11 +935,12 @@ def _decide(house: House, trained: Mapping[str, Any], audited: Mapping[str, Any]
         if holds
         else {"reasons": [gate["gate"] for gate in gates if not gate["holds"]], "verdict": audited["verdict"]}
     )
+    config = _config_of(house, "release")  # it reads the log, which no other transaction may hold open
     with house.store.transaction() as tx:
         kind = Predicate.RELEASED if holds else Predicate.WITHHELD
         house.log.append(tx, Statement(predicate=kind, subjects=(Digest(trained["adapter"]),), fields=fields))
         result = {"decision": "released" if holds else "withheld", **fields}
-        _record(tx, "release", _config_of(house, "release"), result)
+        _record(tx, "release", config, result)
     return result
 
 
@@ -926,10 +957,47 @@ def _publish(house: House, released: Mapping[str, Any]) -> None:
 def _gates(house: House, guarantee: Mapping[str, Any], audited: Mapping[str, Any]) -> list[dict[str, Any]]:
     rules = house.project.release
     return [
-        _gate("audit verdict", " or ".join(rules.verdicts), audited["verdict"], audited["verdict"] in rules.verdicts),
+        _verdict_gate(house, audited),
         _gate("epsilon (PLD)", f"<= {rules.max_epsilon:g}", guarantee["epsilon"], guarantee["epsilon"] <= rules.max_epsilon),
         _gate("certified lower bound", "<= epsilon", audited["epsilon_lower"], audited["epsilon_lower"] <= guarantee["epsilon"]),
     ]
+
+
+def _verdict_gate(house: House, audited: Mapping[str, Any]) -> dict[str, Any]:
+    """The audit's verdict is one of those that may leave, or it saw nothing and a named person answers for that."""
+    verdicts = house.project.release.verdicts
+    by = _answered_for(house) if audited["verdict"] == "INCONCLUSIVE" else None
+    got = f"{audited['verdict']}, overridden by {by}" if by else audited["verdict"]
+    return _gate("audit verdict", " or ".join(verdicts), got, by is not None or audited["verdict"] in verdicts)
+
+
+def override_inconclusive(house: House, *, by: str, reason: str) -> None:
+    """Lets a model leave whose audit could have seen nothing, in the name of a person, in the log. A FAIL cannot be overridden.
+
+    Raises:
+        NotFound: when nothing was audited.
+        PlanInvalid: when the audit was not INCONCLUSIVE, or nobody is named.
+    """
+    audited = _needed(house, "audit")
+    if audited["verdict"] != "INCONCLUSIVE":
+        raise PlanInvalid("an INCONCLUSIVE audit to override", value=audited["verdict"], remedy="PASS needs no override, FAIL admits none.")
+    if not by.strip() or not reason.strip():
+        raise PlanInvalid("the name and the reason of whoever overrides", remedy="Give --by and --reason.")
+    fields: dict[str, JSON] = {"rule": INCONCLUSIVE_RULE, "value": audited["verdict"], "reason": reason, "run": audited["run"], "by": by}
+    with house.store.transaction() as tx:
+        house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(Digest(audited["adapter"]),), fields=fields))
+
+
+def _answered_for(house: House) -> str | None:
+    """Who answered for the last audit's silence: an override about its adapter that was logged after it."""
+    audited = house.log.select(Predicate.AUDITED)
+    if not audited:
+        return None
+    last, adapter = audited[-1].index, Digest(str(audited[-1].fields["adapter"]))
+    found = [
+        e for e in house.log.entries(adapter) if e.predicate is Predicate.OVERRIDDEN and e.index > last and e.fields["rule"] == INCONCLUSIVE_RULE
+    ]
+    return str(found[-1].fields["by"]) if found else None
 
 
 def _basis_gate(house: House, trained: Mapping[str, Any]) -> dict[str, Any]:
@@ -1559,8 +1627,10 @@ def _config_of(house: House, name: str) -> str:
     if name.startswith("plan/"):
         return ""
     after = {"audit": (house.project.audit, None), "release": (house.project.audit, house.project.release)}.get(name, ())
-    later = [section for section in after if section is not None]
-    return digest_of([_run_config(house), *(section.model_dump(mode="json") for section in later)]) if later else _run_config(house)
+    later = [section.model_dump(mode="json") for section in after if section is not None]
+    if name == "release" and (by := _answered_for(house)):
+        later.append({"overridden": by})
+    return digest_of([_run_config(house), *later]) if later else _run_config(house)
 
 
 def _result(house: House, name: str, config_digest: str) -> dict[str, Any] | None:

@@ -176,7 +176,9 @@ def build(entries: Iterable[Logged], *, run: str | None = None, checkpoint: str 
 def render_html(report: Report) -> str:
     """Returns the report as one HTML page: one inline stylesheet, inline SVG, no script, nothing loaded from elsewhere."""
     page = _templates().get_template("report.html")
-    return page.render(report=report, style=Markup(stylesheet()), curves=_curves(report), roc=_attack(report))  # noqa: S704 - our own file, no input in it
+    style = Markup(stylesheet())  # noqa: S704 - our own file, no input in it
+    drawn = {"curves": _curves(report), "roc": _attack(report), "exposure": _exposure(report), "ceiling": _ceiling(report)}
+    return page.render(report=report, style=style, **drawn)
 
 
 def of(log: Log, *, run: str | None = None) -> Report:
@@ -226,6 +228,29 @@ def affordable_chart(points: Sequence[tuple[float, int]], *, chosen: float) -> s
         f'<rect width="{width}" height="{height}" fill="white"/><polyline points="{line}" fill="none" stroke="#246"/>{marks}'
         f'<text x="{width / 2}" y="{height - 8}">noise multiplier</text><text x="14" y="{height / 2}" transform="rotate(-90 14 {height / 2})">steps left</text></svg>\n'
     )
+
+
+def write_attack(found: Mapping[str, Any], path: Path) -> None:
+    """Writes the page of an audit of any model (`audit.external.audit`): its verdict, its figures, and a curve for each score.
+
+    Raises:
+        StorageFull: when the disk is full.
+    """
+    style = Markup(stylesheet())  # noqa: S704 - our own file, no input in it
+    allowed = found["allowed"]
+    charts = []
+    for name, points in found["roc"].items():
+        lines = [("most that the claim allows", "claim", allowed)] if allowed else []
+        chart = _chart(
+            name,
+            "false positive rate",
+            "true positive rate",
+            [*lines, ("guessing", "chance", [[0, 0], [1, 1]]), (name, "private", points)],
+            unit_square=True,
+        )
+        charts.append(chart and replace(chart, forbidden=f"{chart.series[0].path} {_LEFT},{_TOP}" if allowed else ""))
+    page = _templates().get_template("audit.html").render(found=found, style=style, charts=charts)
+    write_atomically(path, page.encode())
 
 
 @cache
@@ -569,6 +594,8 @@ class _Chart:
     series: tuple[_Series, ...]
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
+    forbidden: str = ""
+    """Corners of the shaded region, or nothing: what no attack may reach if the claim holds."""
 
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56.0, 548.0, 12.0, 216.0
@@ -637,7 +664,45 @@ def _attack(report: Report) -> _Chart | None:
         ("private model", "private", audit.get("roc") or _operating_point(audit, "curve test")),
         ("non-private control", "control", audit.get("control_roc") or _operating_point(audit, "positive control")),
     ]
-    return _chart("The attack against the claim", "false positive rate", "true positive rate", [line for line in lines if line[2]], unit_square=True)
+    chart = _chart("The attack against the claim", "false positive rate", "true positive rate", [line for line in lines if line[2]], unit_square=True)
+    return chart and replace(chart, forbidden=f"{chart.series[0].path} {_LEFT},{_TOP}")
+
+
+def _exposure(report: Report) -> _Chart | None:
+    """How many planted canaries stand out by how many bits, beside what guessing gives: half of them less than one bit, a quarter one, and so on."""
+    found = (report.section("audit").get("recitation") or {}).get("exposure") or {}
+    total = sum(found.get("private") or [])
+    if not total:
+        return None
+    guessing = [total / 2 ** (bits + 1) for bits in range(len(found["private"]))]
+    lines = [
+        ("guessing", "chance", guessing),
+        ("private model", "private", found["private"]),
+        ("non-private control", "control", found.get("control") or []),
+    ]
+    steps = [
+        (label, style, [[bits + right, count] for bits, count in enumerate(counts) for right in (0, 1)]) for label, style, counts in lines if counts
+    ]
+    return _chart("Exposure of planted canaries", "bits of exposure", "canaries", steps, unit_square=False)
+
+
+def _ceiling(report: Report) -> _Chart | None:
+    """The certified bounds as they are, as they could have been at most, and the claim, on one axis of epsilon."""
+    audit = report.section("audit")
+    certified, claimed = _figures(audit, "certified bound"), audit.get("claimed_epsilon")
+    rows = [each for each in (certified, certified.get("one_run") or {}) if _number(each.get("epsilon")) and _number(each.get("ceiling"))]
+    if not rows or not _number(claimed):
+        return None
+    lines = [("epsilon claimed", "claim", [[float(claimed), 0.0], [float(claimed), float(len(rows))]])]
+    for place, row in enumerate(rows):
+        height = len(rows) - place - 0.5
+        lines.append((f"{_METHODS.get(str(row.get('method')), 'bound')}: at most", "chance", [[0.0, height], [float(row["ceiling"]), height]]))
+        lines.append((f"{_METHODS.get(str(row.get('method')), 'bound')}: proven", "private", [[0.0, height], [float(row["epsilon"]), height]]))
+    chart = _chart("Lower bounds on epsilon against their ceilings", "epsilon", "", lines, unit_square=False)
+    return chart and replace(chart, y_ticks=())
+
+
+_METHODS = {"f_dp_one_run": "f-DP in one run", "one_run": "(epsilon, delta) in one run"}
 
 
 def _figures(audit: Section, layer: str) -> Mapping[str, Any]:

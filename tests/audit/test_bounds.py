@@ -402,3 +402,37 @@ def test_noise_layer_rarely_alarms_and_refuses_nonsense() -> None:
     for noise, scale in (([0.0] * 99, 1.0), ([math.nan] * 100, 1.0), ([0.0] * 100, 0.0)):
         with pytest.raises(ValueError, match="Expected"):
             bounds.noise_layer(noise, scale=scale, level=0.05)
+
+
+def test_an_adapter_that_was_not_loaded_is_inconclusive() -> None:
+    """The audited model scores as its base does, while the control is caught: nothing was audited, whatever the other layers say."""
+    _, included, control = _audit(1.0, 3)
+    report = _judge(np.zeros(500), included, control)
+    assert report.verdict is Verdict.INCONCLUSIVE
+    assert {layer.name: layer.verdict for layer in report.layers}["audited model"] is Verdict.INCONCLUSIVE
+
+
+def test_repeated_audits_share_one_level() -> None:
+    assert bounds.spent_level(0.05, 1) == pytest.approx(0.0304, abs=1e-4)
+    assert sum(bounds.spent_level(0.05, number) for number in range(1, 10_000)) < 0.05
+    with pytest.raises(ValueError, match="number"):
+        bounds.spent_level(0.05, 0)
+
+
+def test_the_first_audit_can_still_see_what_it_must() -> None:
+    """The share of the level that a first audit gets leaves 300 and 500 canaries able to find twice the claim."""
+    for m in (300, 500):
+        scores, included = _leak(m, MU[8], 1)
+        found = bounds.curve_test(scores, included, trade_off=GaussianTradeOff(mu=MU[8]), fpr=0.05, level=bounds.spent_level(0.05, 1) / 2)
+        assert found.detectable <= bounds.MAX_EFFECT * found.claimed
+
+
+def test_the_curve_of_an_attack_rises_from_nought_to_one() -> None:
+    scores, included = _leak(500, 1.5, 1)
+    points = bounds.roc(scores, included)
+    assert points[-1] == (1.0, 1.0)
+    assert points == sorted(points)
+    assert len(points) <= 102
+    found = bounds.curve_test(scores, included, trade_off=GaussianTradeOff(mu=1.0), fpr=0.1, level=0.05)
+    assert min(points, key=lambda point: abs(point[0] - found.fpr))[1] == pytest.approx(found.tpr, abs=0.03)
+    assert bounds.roc([1.0, 1.0], [True, False]) == [(0.0, 0.0), (1.0, 1.0)]

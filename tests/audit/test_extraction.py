@@ -11,7 +11,7 @@ import torch
 from discreet.audit import extraction
 from discreet.audit.canaries import SECRET_WORDS
 from discreet.audit.extraction import exposure_bits
-from discreet.errors import ConfigInvalid, OperationFailed
+from discreet.errors import ConfigInvalid, OperationFailed, RecordInvalid
 from discreet.keys import Stream
 
 
@@ -119,3 +119,37 @@ def test_a_tokenizer_that_appends_or_merges_is_refused(control, canaries) -> Non
 
     with pytest.raises(OperationFailed, match="keeps prefix and secret apart"):
         extraction.recite(module, closing, canaries, token_budget=100)
+
+
+def test_extrapolated_exposure_agrees_with_the_normal_tail_and_is_not_capped() -> None:
+    references = np.random.default_rng(0).standard_normal(20_000)
+    assert extraction.exposure_extrapolated(3.0, references) == pytest.approx(-math.log2(0.00135), abs=0.5)
+    assert extraction.exposure_extrapolated(8.0, references[:100]) > math.log2(101)
+    with pytest.raises(ValueError, match="at least 20"):
+        extraction.exposure_extrapolated(1.0, [0.0] * 30)
+
+
+def test_discoverable_counts_by_the_definition() -> None:
+    found = extraction.discoverable([math.log(0.5), math.log(1e-3), math.log(1e-9), 0.0], samples=1000, probability=0.5)
+    assert (found.count, found.total) == (3, 4)
+    assert extraction.discoverable([-50.0] * 1000, samples=1000, probability=0.5).high == pytest.approx(0.00368, abs=1e-5)
+
+
+def test_suffixes_are_read_in_one_pass(control, canaries) -> None:
+    module, words = control
+    included = [each.text for each in canaries if each.included]
+    held_out = [each.text for each in canaries if not each.included]
+    read = [extraction.suffix_log_probabilities(module, words, texts, prefix=5, suffix=4, token_budget=400) for texts in (included, held_out)]
+    assert np.median(read[0]) > np.median(read[1]) + 5
+    with pytest.raises(RecordInvalid):
+        extraction.suffix_log_probabilities(module, words, included, prefix=500, suffix=4, token_budget=400)
+
+
+def test_identifiers_that_training_held_are_found_in_what_was_written() -> None:
+    held = ["Call Dr. Ann Lee at 617-555-0142."]
+    leaked = extraction.identifier_leakage(["Please ring 617-555-0142 today.", "Please ring 212-555-0199 today.", "Rest."], held=held)
+    assert (leaked.count, leaked.total) == (1, 3)
+
+
+def test_exposure_is_counted_by_whole_bits() -> None:
+    assert extraction.exposure_counts([9.0, 2.5, 0.0, 1.0, 2.0, 3.0], [True, True, True, False, False, False]) == [1, 1, 1]

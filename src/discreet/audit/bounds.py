@@ -20,6 +20,9 @@ equals the Clopper-Pearson limit for j - 1 false positives at a threshold fixed 
 ones, so that *given the threshold* the number of true positives is binomial and Clopper-Pearson holds for it unchanged. Both limits at level / 2 give the pair at
 `level`. j depends on the coins alone, never on a score. No split, no search over thresholds, no loss of canaries.
 
+**Repeated audits.** A house that audits until it passes, or fails by luck every twentieth night, tests at no level at all: `spent_level` gives the k-th audit its
+share of one total level (alpha spending), so that the chance of *any* false FAIL, over however many audits, stays below it.
+
 Every bound states its **ceiling**: the largest epsilon that a perfect attack could have shown with these canaries. Every curve test states its **power** and
 the smallest effect it would have **detected**. An audit that could not have seen a leak is INCONCLUSIVE, never PASS (PITFALLS 35, 42).
 
@@ -46,6 +49,8 @@ MAX_EFFECT = 2.0
 CHANCE_SD = 3.0
 """Standard errors within which an AUC counts as chance (a fair one leaves them once in 370)."""
 
+_CANNOT_BLOCK = ("certified bound", "mechanism: canaries")
+"""Layers that fail a model but need not pass it: a certified ceiling may lie below the claim, and the noise, clipping and inclusion layers decide beside the canaries."""
 _GRID = 0.25
 _MAX_PARAMETER = 64.0
 _QUADRATURE_NODES = 200
@@ -345,7 +350,7 @@ class AuditReport:
     """What the audit found (line 8), built by `verdict` alone. Holds no score of a single canary.
 
     epsilon_lower, ceiling: the certified one-run bound and the most it could have shown. detectable: the epsilon (at the claim's delta) of the smallest Gaussian
-    effect that the curve test finds with probability 0.8, inf if there is none; detectable_mu: the same as mu.
+    effect that the curve test finds with probability 0.8, inf if there is none; detectable_mu: the same as mu. roc, control_roc: the attack's curves, as `roc` gives them.
     """
 
     verdict: Verdict
@@ -357,6 +362,8 @@ class AuditReport:
     claimed_delta: float
     level: float
     layers: tuple[Layer, ...]
+    roc: tuple[tuple[float, float], ...] = ()
+    control_roc: tuple[tuple[float, float], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Returns the report as JSON; an infinite figure is null."""
@@ -407,6 +414,7 @@ def verdict(
     certified = f_dp_one_run(scores, included, delta=delta, level=level / 2)
     layers = (
         *mechanism,
+        _presence_layer(scores),
         _control_layer(caught, area_under_curve(control, included)),
         *(Layer(name=f"negative: {name}", verdict=_when(check.at_chance), figures=check.figures()) for name, check in negatives.items()),
         _curve_layer(curve, area_under_curve(scores, included)),
@@ -422,7 +430,31 @@ def verdict(
         claimed_delta=delta,
         level=level,
         layers=layers,
+        roc=tuple(roc(scores, included)),
+        control_roc=tuple(roc(control, included)),
     )
+
+
+def spent_level(total: float, number: int) -> float:
+    """Returns the level of the number-th audit: total * 6 / (pi^2 number^2), whose sum over all audits is the total (Euler 1735).
+
+    Args:
+        total: probability of any false alarm over all audits, in (0, 0.5].
+        number: from 1.
+    """
+    _require_level(total)
+    if number < 1:
+        raise ValueError(f"Expected number={number} >= 1.")
+    return total * 6 / (math.pi * number) ** 2
+
+
+def roc(scores: ArrayLike, included: ArrayLike) -> list[tuple[float, float]]:
+    """Returns at most 102 points (false-positive rate, true-positive rate) of the attack, from (0, .) to (1, 1), for a plot: it names no canary."""
+    scores_M, included_M = _check(scores, included)
+    n1, n0 = _both_sides(included_M)
+    held_out, planted = np.sort(scores_M[~included_M])[::-1], scores_M[included_M]
+    ranks = sorted({round(n0 * share / 100) for share in range(100)} - {n0})
+    return [*((rank / n0, float((planted > held_out[rank]).sum()) / n1) for rank in ranks), (1.0, 1.0)]
 
 
 def mechanism_layer(*, accounted_steps: int, executed_steps: int, trainable: int, moved: int) -> Layer:
@@ -472,6 +504,12 @@ def noise_layer(noise: ArrayLike, *, scale: float, level: float) -> Layer:
     return Layer(name="mechanism: noise", verdict=Verdict.PASS if min(scale_p, memory_p) > level / 2 else Verdict.FAIL, figures=figures)
 
 
+def _presence_layer(scores: ArrayLike) -> Layer:
+    """A model that scores every canary alike is the base without its adapter: nothing was audited."""
+    spread = float(np.ptp(np.asarray(scores, dtype=np.float64)))
+    return Layer(name="audited model", verdict=_when(spread > 0), figures={"score_range": spread})
+
+
 def _control_layer(caught: CurveTest, area: Chance) -> Layer:
     return Layer(name="positive control", verdict=_when(caught.rejected), figures={**caught.figures(), "auc": area.auc})
 
@@ -492,10 +530,10 @@ def _when(holds: bool) -> Verdict:
 
 
 def _overall(layers: Sequence[Layer]) -> Verdict:
-    """Any FAIL fails; otherwise every layer must PASS, but for the certified bound, whose ceiling may lie below the claim."""
+    """Any FAIL fails; otherwise every layer must PASS, but for the two whose power the plan itself may rule out."""
     if any(layer.verdict is Verdict.FAIL for layer in layers):
         return Verdict.FAIL
-    return _when(all(layer.verdict is Verdict.PASS for layer in layers if layer.name != "certified bound"))
+    return _when(all(layer.verdict is Verdict.PASS for layer in layers if layer.name not in _CANNOT_BLOCK))
 
 
 def _check(scores: ArrayLike, included: ArrayLike) -> tuple[Float, Mask]:

@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import stats
 
 from discreet.audit.canaries import SECRET_BITS, Canaries, Canary, draw_secret
 from discreet.audit.membership import evaluating, micro_batches, pad, token_log_probabilities
-from discreet.errors import ConfigInvalid, OperationFailed
+from discreet.deid.detect import detect
+from discreet.deid.normalise import fold
+from discreet.errors import ConfigInvalid, OperationFailed, RecordInvalid
 from discreet.keys import Stream
 
 if TYPE_CHECKING:
@@ -114,6 +117,108 @@ def exposure_bits(target: float, references: ArrayLike) -> float:
     if references_R.ndim != 1 or not len(references_R) or np.isnan(references_R).any() or math.isnan(target):
         raise ValueError(f"Expected a target and at least one reference that are numbers, got references of shape {references_R.shape}.")
     return math.log2(len(references_R) + 1) - math.log2(1 + int((references_R >= target).sum()))
+
+
+def exposure_counts(scores: ArrayLike, included: ArrayLike) -> list[int]:
+    """Counts the planted canaries by whole bits of exposure, their rank among those that were held out: without memory, half of them have less than one bit."""
+    scores_M, included_M = np.asarray(scores, dtype=np.float64), np.asarray(included, dtype=np.bool_)
+    held_out = scores_M[~included_M]
+    bits = [int(exposure_bits(float(score), held_out)) for score in scores_M[included_M]]
+    return [int(count) for count in np.bincount(bits, minlength=int(math.log2(1 + len(held_out))) + 1)]
+
+
+def exposure_extrapolated(target: float, references: ArrayLike) -> float:
+    """Returns -log2 P[reference >= target] under a skew-normal fitted by moments (Carlini et al. 2019, Sec. 4.3): not capped by the number of references.
+
+    An extrapolation and no test: beyond the references it is as good as the fit.
+
+    Args:
+        target, references: as `exposure_bits`, R >= 20 references that are not all equal.
+    """
+    references_R = np.asarray(references, dtype=np.float64)
+    if len(references_R) < 20 or not np.isfinite(references_R).all() or np.ptp(references_R) == 0 or math.isnan(target):
+        raise ValueError(f"Expected at least 20 finite references that differ, got {len(references_R)}.")
+    skew = float(np.clip(stats.skew(references_R), -0.99, 0.99))  # a skew-normal has |skew| < 0.9953
+    part = abs(skew) ** (2 / 3)
+    delta = math.copysign(math.sqrt(math.pi / 2 * part / (part + ((4 - math.pi) / 2) ** (2 / 3))), skew)
+    width = float(references_R.std()) / math.sqrt(1 - 2 * delta**2 / math.pi)
+    place = float(references_R.mean()) - width * delta * math.sqrt(2 / math.pi)
+    return -float(stats.skewnorm.logsf(target, delta / math.sqrt(1 - delta**2), loc=place, scale=width)) / math.log(2)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """A share of `total` with its exact (Clopper-Pearson) confidence interval."""
+
+    count: int
+    total: int
+    low: float
+    high: float
+
+    @staticmethod
+    def of(count: int, total: int, *, level: float = 0.05) -> Share:
+        """Args: count in [0, total]; total >= 1; level: probability that the interval misses, half on each side."""
+        if not 0 <= count <= total or total < 1 or not 0 < level < 1:
+            raise ValueError(f"Expected 0 <= count={count} <= total={total}, total >= 1, 0 < level={level} < 1.")
+        found = stats.binomtest(count, total).proportion_ci(1 - level, "exact")
+        return Share(count=count, total=total, low=float(found.low), high=float(found.high))
+
+    def figures(self) -> dict[str, Any]:
+        """Returns the share as JSON."""
+        return {"count": self.count, "total": self.total, "share": self.count / self.total, "low": self.low, "high": self.high}
+
+
+def discoverable(log_probabilities: Sequence[float], *, samples: int, probability: float, level: float = 0.05) -> Share:
+    """Counts the (n, p)-discoverable texts: those that `samples` draws say at least once with `probability` (Hayes et al. 2024, Def. 3.1).
+
+    Args:
+        log_probabilities: of each secret given its prefix, in nats, <= 0 (`Recitation.log_probability`, `suffix_log_probabilities`).
+        samples: n >= 1.
+        probability: p in (0, 1).
+        level: of the confidence interval.
+    """
+    if samples < 1 or not 0 < probability < 1:
+        raise ValueError(f"Expected samples={samples} >= 1 and 0 < probability={probability} < 1.")
+    needed = math.log1p(-probability) / samples
+    said = [min(math.exp(each), 1.0) for each in log_probabilities]
+    return Share.of(sum(share >= 1 or math.log1p(-share) <= needed for share in said), len(said), level=level)
+
+
+def suffix_log_probabilities(module: nn.Module, tokenizer: Any, texts: Sequence[str], *, prefix: int, suffix: int, token_budget: int) -> list[float]:
+    """Returns log p(the `suffix` tokens after the first `prefix` | those) of every text that has as many, in nats: one teacher-forced pass.
+
+    Args:
+        prefix, suffix: numbers of tokens, >= 1; 50 and 50 are customary.
+
+    Raises:
+        RecordInvalid: when no text is long enough.
+    """
+    tokens = [list(map(int, tokenizer(text)["input_ids"]))[: prefix + suffix] for text in texts]
+    whole = [ids for ids in tokens if len(ids) == prefix + suffix]
+    if not whole or min(prefix, suffix) < 1:
+        raise RecordInvalid(f"at least one text of {prefix} + {suffix} tokens", value=len(texts))
+    found = np.empty(len(whole))
+    with evaluating(module):
+        for rows in micro_batches([len(ids) for ids in whole], token_budget=token_budget):
+            found[rows] = [float(values[prefix - 1 :].sum()) for values in token_log_probabilities(module, [whole[row] for row in rows])]
+    return [float(value) for value in found]
+
+
+def identifier_leakage(written: Sequence[str], *, held: Sequence[str], level: float = 0.05) -> Share:
+    """Counts generated texts in which the detectors of `deid` read an identifier that the training text holds.
+
+    Args:
+        written: what the model wrote; run it on a model that was never trained on `held` for the control: identifiers are guessed, too.
+        held: the training texts whose identifiers are looked for. Values are compared folded and stay in memory.
+        level: of the confidence interval.
+    """
+    known = {fold(value) for text in held for value in _identifiers(text)}
+    return Share.of(sum(any(fold(value) in known for value in _identifiers(text)) for text in written), len(written), level=level)
+
+
+def _identifiers(text: str) -> list[str]:
+    return [text[span.start : span.end] for span in detect(text)]
 
 
 def _split(tokenizer: Any, prefix: str, secret: str) -> tuple[list[int], list[int]]:

@@ -125,7 +125,7 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.TRAINED: _public("run track base adapter plan guarantee", "reservation budget steps parameters public_loss kind"),
         Predicate.AUDITED: _public(
             "adapter verdict epsilon_lower ceiling",
-            "run level detectable detectable_mu claimed_epsilon claimed_delta layers canaries recitation report",
+            "run level detectable detectable_mu claimed_epsilon claimed_delta layers canaries recitation roc control_roc report",
         ),
         Predicate.CONTROL_DESTROYED: _public("control", "run kind reason"),
         Predicate.KEY_DESTROYED: _public("run", "reason kind"),
