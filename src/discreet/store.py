@@ -34,6 +34,9 @@ MIGRATIONS: list[Migration] = []
 """Applied in order to databases of older versions; never edited once released."""
 
 _ADVISORY_LOCK = 0x0D15C8EE7
+_PATIENCE_S = 5.0
+"""How long compacting waits for readers of the moment."""
+
 CLOCK_TOLERANCE_S = 5.0
 
 
@@ -94,13 +97,15 @@ class Store:
         """Rewrites SQLite's file without its free pages and empties the write-ahead log: what was deleted is in no byte of either.
 
         Raises:
-            OperationFailed: when another process is reading, so that the write-ahead log could not be emptied. Nothing is lost; call it again.
+            OperationFailed: when another process keeps reading, so that the write-ahead log could not be emptied. Nothing is lost; call it again.
         """
         if self._is_sqlite:
             with self.engine.connect() as connection:
                 connection.exec_driver_sql("COMMIT")
                 connection.exec_driver_sql("VACUUM")
-                [busy, *_] = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+                patience = time.monotonic() + _PATIENCE_S
+                while (busy := connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]) and time.monotonic() < patience:
+                    time.sleep(0.05)
             if busy:
                 raise OperationFailed(
                     "nobody else to read the database while it is compacted", remedy="Stop the gateway, then run the command again."
