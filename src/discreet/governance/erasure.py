@@ -34,6 +34,7 @@ import hmac
 import json
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -350,12 +351,12 @@ class Erasure:
 
     def request(self, subject: SubjectId, *, reason: Reason = Reason.REQUEST) -> State:
         """Receives a request: nothing is restricted or destroyed before the identity is verified. Idempotent."""
-        key = token(self._keyring, subject)
+        key, asked = token(self._keyring, subject), time.time()
         with self._database.transaction() as tx:
             row = _row(tx, key)
             if row is None:
                 tx.execute(insert(_erasures).values(token=key, reason=reason.value, received_at=now(tx), **_FRESH))
-            elif row.state in _FINISHED:  # asked again: everything is looked through again, and the subject stays restricted
+            elif row.state in _FINISHED and row.certified_at < asked:  # asked again after the certificate: everything is looked through again
                 tx.execute(update(_erasures).where(_erasures.c.token == key).values(state=State.RESTRICTED.value, scope="{}", received_at=now(tx)))
         return self.state(subject)
 
