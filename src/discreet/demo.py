@@ -63,6 +63,7 @@ _FAST_SETTINGS = {
     "audit.control_epochs": "16",
     "audit.control_learning_rate": "3e-3",
     "train.learning_rate": "3e-2",
+    "run.threads": "1",
 }
 
 _MARGIN = 3  # of the estimate
