@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -61,5 +61,23 @@ def add(clipped: ClippedSum, *, noise_multiplier: float, key: Stream) -> Noised:
 
 
 def _noised(sum_: torch.Tensor, std: float, key: Stream) -> torch.Tensor:
+    if hasattr(sum_, "device_mesh"):
+        return _noised_shard(sum_, std, key)
     noise = csprng.normal(key, sum_.shape, dtype=sum_.dtype, device=sum_.device)
     return noise.mul_(std).add_(sum_)
+
+
+def _noised_shard(sum_: Any, std: float, key: Stream) -> torch.Tensor:
+    """Noises one rank's shard with its part of the parameter's draw: shards share no coordinate, and the draw does not depend on the number of ranks."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh, local = sum_.device_mesh, sum_.to_local()
+    axes = [axis for axis, placement in enumerate(sum_.placements) if not isinstance(placement, Replicate)]
+    if len(axes) > 1 or any(sum_.placements[axis] != Shard(0) for axis in axes):
+        raise ValueError("Expected sums that are sharded once, along their first dimension.")
+    rows = -(-sum_.shape[0] // mesh.size(axes[0])) if axes else sum_.shape[0]
+    row = math.prod(sum_.shape[1:])
+    first = min(mesh.get_local_rank(axes[0]) * rows, sum_.shape[0]) * row if axes else 0
+    part = csprng.normal_part(key, sum_.shape, first=first, count=local.numel(), dtype=local.dtype, device=local.device)
+    noised = part.view(local.shape).mul_(std).add_(local)
+    return DTensor.from_local(noised, mesh, sum_.placements, run_check=False, shape=sum_.shape, stride=sum_.stride())
