@@ -484,7 +484,7 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
             allow_large_delta=privacy.allow_large_delta,
         )
     except ValueError as error:
-        raise PlanInvalid("[privacy] to have a solution", value=str(error), remedy="See docs/choosing-unit-and-epsilon.md.") from None
+        raise PlanInvalid.of(error, remedy="See [privacy] in discreet.toml and docs/choosing-unit-and-epsilon.md.") from None
     if plan.delta >= 1 / snapshot.num_units and not plan.allow_large_delta:
         raise PlanInvalid("delta below one over the units really there", value=plan.delta, remedy="Lower [privacy] population or delta.")
     left = budget.remaining_epsilon() if budget else privacy.epsilon
