@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from discreet import corpus, demo, model, pipeline
@@ -237,6 +240,29 @@ def test_labelled_text_that_is_missing_or_broken_stops_the_ingest(project: Path)
         (project / "labelled.jsonl").unlink()
         with pytest.raises(SourceMissing):
             pipeline.ingest(house, Silent())
+
+
+def test_csv_parquet_and_a_folder_of_texts_train_too(project: Path):
+    notes = [json.loads(line) for line in (project / "notes.jsonl").read_text().splitlines()]
+    with (project / "notes.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(notes[0]))
+        writer.writeheader()
+        writer.writerows(notes)
+    public = [json.loads(line) for line in (project / "public_train.jsonl").read_text().splitlines()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(public), project / "public.parquet")
+    (project / "held" / "out").mkdir(parents=True)
+    for line in (project / "held_out.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        (project / "held" / "out" / f"{row['id']}.txt").write_text(row["text"])
+    settings = project / "discreet.toml"
+    said = settings.read_text().replace('"notes.jsonl"\nformat = "jsonl"', '"notes.csv"\nformat = "csv"')
+    said = said.replace('"public_train.jsonl"', '"public.parquet"\nformat = "parquet"').replace('"held_out.jsonl"', '"held"\nformat = "text"')
+    settings.write_text(said)
+    with pipeline.open_house(project) as house:
+        trained = pipeline.run(house, until="train", observer=Silent())["train"]
+        assert [section.format for section in house.project.source] == ["csv", "parquet", "text"]
+        assert house.log.select(Predicate.FROZEN)[-1].fields["name"] == "evaluation"
+    assert trained["moved"] == trained["parameters"] > 0
 
 
 def test_a_tampered_release_is_not_loaded(copied: House):
