@@ -737,7 +737,7 @@ def _math(call: Callable[[], T]) -> T:
     try:
         return call()
     except ValueError as error:
-        raise PlanInvalid("parameters that the mathematics accepts", value=str(error)) from None
+        raise PlanInvalid.of(error) from None
 
 
 def _finite(value: float | None) -> float | str:

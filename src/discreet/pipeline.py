@@ -38,6 +38,8 @@ from discreet.audit import mechanism as rehearsal
 from discreet.audit.canaries import Canaries
 from discreet.config import ModelSection, Project, SourceSection, TrainSection, digest_of
 from discreet.deid import policy as deid
+from discreet.deid.calibrate import samples_of
+from discreet.deid.measure import measure
 from discreet.dp import accounting, mechanism
 from discreet.dp.combine import Combine
 from discreet.errors import (
@@ -240,7 +242,7 @@ def _source_documents(house: House, section: SourceSection, observer: Observer, 
         kept.append(deid.deidentify(each, policy, keys[each.record.subject]))
         if number % 100 == 0 or number == len(admitted):
             observer.progress(f"de-identify {section.name}", number, len(admitted), {})
-    _log_deidentified(house, section.name, kept, policy.digest)
+    _log_deidentified(house, section.name, kept, policy)
     return kept, len(refused)
 
 
@@ -278,16 +280,32 @@ def _policy(house: House) -> deid.Policy:
     return deid.configured(section.policy, section.thresholds, names=section.names)
 
 
-def _log_deidentified(house: House, source: str, documents: Sequence[Deidentified], policy: Digest) -> None:
+def _log_deidentified(house: House, source: str, documents: Sequence[Deidentified], policy: deid.Policy) -> None:
+    told = {digest for e in house.log.select(Predicate.DEIDENTIFIED) if e.fields["policy"] == policy.digest for digest in e.subjects}
+    new = [document for document in documents if document.digest not in told]
+    detector = _measured(house, policy) if new else {}
     with house.store.transaction() as tx:
-        told = {digest for entry in house.log.select(Predicate.DEIDENTIFIED, tx=tx) if entry.fields["policy"] == policy for digest in entry.subjects}
-        new = [document for document in documents if document.digest not in told]
         for batch in lineage.chunks(new, BATCH):
             counts: Counter[str] = Counter()
             for document in batch:
                 counts.update(document.counts)
-            fields: dict[str, JSON] = {"source": source, "policy": policy, "counts": dict(sorted(counts.items()))}
+            fields: dict[str, JSON] = {"source": source, "policy": policy.digest, "counts": dict(sorted(counts.items())), **detector}
             house.log.append(tx, Statement(predicate=Predicate.DEIDENTIFIED, subjects=tuple(d.digest for d in batch), fields=fields))
+
+
+def _measured(house: House, policy: deid.Policy) -> dict[str, JSON]:
+    """The detectors' recall and precision on the project's labelled texts, for the statement; empty where there are none."""
+    name = house.project.deid.labelled
+    if not name:
+        return {}
+    path = house.project.path(name)
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError:
+        raise SourceMissing("the file of [deid] labelled", value=name) from None
+    except ValueError:
+        raise RecordInvalid("JSON Lines in UTF-8 in the file of [deid] labelled", value=name) from None
+    return {"detector": measure(samples_of(rows), policy).to_json() | {"corpus": path.name}}
 
 
 def _freeze(house: House, name: str, documents: Sequence[Deidentified], *, track: corpus.Track = corpus.Track.DP) -> Snapshot:
@@ -466,7 +484,7 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
             allow_large_delta=privacy.allow_large_delta,
         )
     except ValueError as error:
-        raise PlanInvalid("[privacy] to have a solution", value=str(error), remedy="See docs/choosing-unit-and-epsilon.md.") from None
+        raise PlanInvalid.of(error, remedy="See [privacy] in discreet.toml and docs/choosing-unit-and-epsilon.md.") from None
     if plan.delta >= 1 / snapshot.num_units and not plan.allow_large_delta:
         raise PlanInvalid("delta below one over the units really there", value=plan.delta, remedy="Lower [privacy] population or delta.")
     left = budget.remaining_epsilon() if budget else privacy.epsilon
@@ -697,6 +715,8 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
     _close_abandoned(house, run)
     known = _result(house, f"plan/{run}", "") if house.ledger.has_run(run) else None
     plan = mechanism.plan_from_json(known) if known else _calibrate(house, snapshot)
+    if known is None:
+        _refuse_unaffordable(house, plan, snapshot)
     house.ledger.open(house.project.budget.name, epsilon=house.project.budget.epsilon, delta=house.project.budget.delta or plan.delta, unit=plan.unit)
     if known is None:
         with house.store.transaction() as tx:
@@ -706,6 +726,17 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
                 fields: dict[str, JSON] = {"rule": "delta < 1 / population", "value": plan.delta, "reason": plan.allow_large_delta, "run": run}
                 house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(plan.digest,), fields=fields))
     return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run)
+
+
+def _refuse_unaffordable(house: House, plan: mechanism.Plan, snapshot: Snapshot) -> None:
+    """A statement and a filter are two accountants (PITFALLS 43): a plan made for a PLD epsilon may cost more than the budget has."""
+    budget, told = _filter(house, plan.delta, snapshot)
+    if not plan.admitted_by(budget):
+        raise BudgetExhausted(
+            f"a plan that budget {told['name']} admits",
+            value=f"it would count {budget.epsilon_of(plan.event):.3g} by RDP for the plan's {plan.guarantee.epsilon:.3g} by PLD; {told['remaining']:.3g} is left",
+            remedy="Nothing was spent. [privacy] target = 'budget' finds the smallest noise that the budget admits; `discreet plan` shows both figures.",
+        )
 
 
 def _record_training(house: House, result: Mapping[str, Any], reservation: Reservation) -> None:
