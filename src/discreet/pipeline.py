@@ -36,7 +36,7 @@ from discreet.audit import bounds, extraction, membership
 from discreet.audit import canaries as canary
 from discreet.audit import mechanism as rehearsal
 from discreet.audit.canaries import Canaries
-from discreet.config import ModelSection, Project, SourceSection, TrainSection, digest_of
+from discreet.config import ModelSection, PrivacySection, Project, SourceSection, TrainSection, digest_of
 from discreet.deid import policy as deid
 from discreet.deid.calibrate import samples_of
 from discreet.deid.measure import measure
@@ -72,7 +72,7 @@ from discreet.model import Base, PublicText
 from discreet.record import Basis, Deidentified, Digest, Purpose, Record, Release, Sensitivity, Snapshot, SubjectId
 from discreet.serve import gateway
 from discreet.store import Store, metadata, write_atomically
-from discreet.train import loop
+from discreet.train import loop, optimizers
 from discreet.train.checkpoint import PURPOSE, Checkpoints, CheckpointStore
 from discreet.train.step import tokenize
 
@@ -390,7 +390,7 @@ class Price:
         return [
             f"unit               one {plan.unit}: everything they contributed, {plan.cap} document(s) a step",
             f"epsilon            {promised.epsilon:.3f} by PLD, {promised.epsilon_rdp or math.inf:.3f} by RDP as the budget counts, delta {promised.delta:.2g}",
-            f"mechanism          {plan.steps} Poisson steps, probability {plan.sampling_probability:.4f}, noise multiplier {plan.noise_multiplier:.4f}, clip norm {plan.clip_norm:g}",
+            f"mechanism          {plan.steps} steps, {plan.sampling.value.replace('_', ' ')} sampling, probability {plan.sampling_probability:.4f}, noise multiplier {plan.noise_multiplier:.4f}, clip norm {plan.clip_norm:g}",
             f"noise              each step's mean gradient is hidden in noise of norm {self.noise_norm:.3f}; a full batch of aligned gradients has norm {plan.clip_norm:g}",
             f"signal to noise    at most {self.signal_to_noise:.2f} a step over {self.parameters:,} trainable parameters; below 0.01 expect little",
             f"work               about {self.tokens:,} tokens, {self.seconds / 60:.1f} minutes",
@@ -482,9 +482,14 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
             combine=Combine(privacy.combine),
             budget=budget,
             allow_large_delta=privacy.allow_large_delta,
+            sampling=mechanism.Sampling(privacy.sampling),
+            batch_limit=privacy.batch_limit,
+            bands=privacy.bands or 0,
+            adaptive=_adaptive(privacy),
         )
     except ValueError as error:
         raise PlanInvalid.of(error, remedy="See [privacy] in discreet.toml and docs/choosing-unit-and-epsilon.md.") from None
+    optimizers.check(house.project.train, plan)
     if plan.delta >= 1 / snapshot.num_units and not plan.allow_large_delta:
         raise PlanInvalid("delta below one over the units really there", value=plan.delta, remedy="Lower [privacy] population or delta.")
     left = budget.remaining_epsilon() if budget else privacy.epsilon
@@ -492,6 +497,13 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
         remedy = "A budget is never refilled. Set [privacy] epsilon to what is left, or open a budget for other people."
         raise BudgetExhausted(f"epsilon {privacy.epsilon:g} in budget {house.project.budget.name}", value=f"{left:.3g} left", remedy=remedy)
     return plan
+
+
+def _adaptive(privacy: PrivacySection) -> mechanism.Adaptive | None:
+    if privacy.clip_quantile is None:
+        return None
+    votes_noise = privacy.votes_noise or privacy.expected_batch / 20  # Andrew et al. 2021, section 3.1
+    return mechanism.Adaptive(quantile=privacy.clip_quantile, rate=privacy.clip_rate, votes_multiplier=votes_noise)
 
 
 def _filter(house: House, delta: float, snapshot: Snapshot) -> tuple[accounting.RdpFilter, Mapping[str, Any]]:
@@ -545,6 +557,7 @@ def guarantee_fields(plan: mechanism.Plan) -> dict[str, Any]:
         "expected_batch": plan.expected_batch,
         "population": plan.population,
         "cap": plan.cap,
+        **plan.extras(),
     }
 
 

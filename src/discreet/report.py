@@ -415,12 +415,23 @@ def _deid(log: _Log) -> Section:
     return Section(name="deidentification", title="What is left of the person before training", facts=facts)
 
 
+_SAMPLERS = {
+    "poisson": "Poisson: each unit takes part in each step independently",
+    "truncated_poisson": "truncated Poisson: each unit independently, and of too many a public number, chosen uniformly",
+    "cyclic_poisson": "cyclic Poisson: units in secret groups that take turns, each unit of the group independently",
+    "poisson_documents": "Poisson by document: each of a unit's documents, at most the cap, independently",
+}
+
+
 def _statement(guarantee: Mapping[str, Any]) -> Section:
     """Returns the answers to the questions of NIST SP 800-226; a fixed answer is a property of this package."""
     if not guarantee:
         return Section(name="guarantee", title="", facts=())
     unit, get = guarantee.get("unit", "unit"), guarantee.get
-    sampler = "Poisson: each unit takes part in each step independently" if get("sampler", "poisson") == "poisson" else get("sampler")
+    sampler = _SAMPLERS.get(get("sampler", "poisson"), get("sampler"))
+    bands = len(get("bands") or ())
+    noise = f"Gaussian noise, correlated over {bands} steps (banded matrix factorisation)," if bands else "Gaussian noise"
+    clip = "Clip norm of the first step; it follows a quantile of the norms, which the price counts" if get("adaptive") else "Clip norm"
     facts = _facts(
         ("definition", "Definition", "(epsilon, delta)-differential privacy, central model"),
         ("epsilon", "Epsilon of this model", get("epsilon")),
@@ -429,8 +440,8 @@ def _statement(guarantee: Mapping[str, Any]) -> Section:
         ("relation", "Neighbouring data sets", get("relation")),
         ("cap", f"Documents of one {unit} in one step", get("cap")),
         ("population", f"Population: number of {unit}s that the plan was made for, canaries counted", get("population"), Exposure.INTERNAL),
-        ("mechanism", "Mechanism", f"DP-SGD: per-{unit} gradients clipped, summed, Gaussian noise added once a step"),
-        ("clip_norm", "Clip norm", get("clip_norm")),
+        ("mechanism", "Mechanism", f"DP-SGD: per-{unit} gradients clipped, summed, {noise} added once a step"),
+        ("clip_norm", clip, get("clip_norm")),
         ("noise_multiplier", "Noise multiplier", get("noise_multiplier")),
         ("sampler", "Sampler that was run", sampler),
         ("sampling_probability", "Sampling probability", get("sampling_probability")),
