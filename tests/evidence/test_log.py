@@ -295,6 +295,9 @@ def test_a_log_signs_no_fork_and_no_rollback(story: House) -> None:
         with pytest.raises(EvidenceInvalid, match="rollback"):
             attempt()
     story.sql("INSERT INTO log_entries SELECT 12, zeroblob(32), envelope, predicate, 99, time FROM log_entries WHERE position = 11")
+    with pytest.raises(EvidenceInvalid, match="fork"):
+        story.log.export(story.database.parent / "bundle", public=True)
+    story.sql("UPDATE log_tiles SET hash = zeroblob(32) WHERE position = 12")
     story.tell("refused")
     for attempt in (story.log.checkpoint, lambda: story.log.prove(0), lambda: story.log.export(story.database.parent / "bundle", public=True)):
         with pytest.raises(EvidenceInvalid, match="fork"):
@@ -722,16 +725,17 @@ def test_a_proof_reads_tiles_and_not_the_log(long: House) -> None:
     long.log.checkpoint()
     del asked[:]
     long.log.prove(300)
-    assert sum("log_tiles" in query for query in asked) == 1
-    assert sum("leaf_hash" in query for query in asked) == 2, asked  # the tile of the leaf and the last one
+    assert sum("log_tiles" in query for query in asked) == 3, asked  # the tile of the leaf, the last one, and the one above them
+    assert not any("leaf_hash" in query for query in asked)
 
 
 @pytest.mark.parametrize(
     ("command", "index", "named"),
     [
-        ("UPDATE log_tiles SET hash = zeroblob(32) WHERE position = 0", 3, "tile 0 of level 1"),
-        ("DELETE FROM log_tiles WHERE position = 1", 3, "tile 1 of level 1"),
-        ("UPDATE log_entries SET leaf_hash = zeroblob(32) WHERE position = 3", 2, "row 3"),
+        ("UPDATE log_tiles SET hash = zeroblob(32) WHERE level = 1 AND position = 0", 300, "hash 0 of level 1"),
+        ("DELETE FROM log_tiles WHERE level = 1 AND position = 1", 3, "hash 1 of level 1"),
+        ("DELETE FROM log_tiles WHERE level = 0 AND position = 1", 3, "hash 1 of level 0"),
+        ("UPDATE log_tiles SET hash = zeroblob(32) WHERE level = 0 AND position = 3", 2, "hash 3 of level 0"),
         ("UPDATE log_entries SET envelope = (SELECT envelope FROM log_entries WHERE position = 4) WHERE position = 3", 3, "row 3"),
     ],
 )

@@ -14,7 +14,7 @@ Guarantees of `verify_bundle`: every byte of every file was read once, is covere
 tree, at their places, each signed by the key that was in force there, none of the public ones missing (none at all in an internal bundle); and the story holds (`_PRECEDED`, `_ONCE`: what was released was audited, what was trained was
 paid for). With an older checkpoint as `pinned`, also that the log has only grown since.
 
-A proof of one entry reads tiles, never the whole tree: the roots of full tiles are kept (`log_tiles`). They are computed again by `verify`, and a proof is checked before it is given out.
+A proof of one entry reads tiles, never the whole tree: the roots of full tiles are kept with the leaves in a table of their own (`log_tiles`). They are computed again by `verify`, and a proof is checked before it is given out.
 
 Rotation: from the entry after `key_rotated` on, the new key signs. The old key named the new one, the new one signed its consent, the old private key is destroyed. Whoever trusts any one
 key of a log verifies a whole bundle of it; a proof made before the rotation verifies with the old key as before.
@@ -42,7 +42,7 @@ from typing import IO, Any, TypeVar, final
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from sqlalchemy import Column, Connection, Integer, LargeBinary, String, Table, Text, func, insert, select
+from sqlalchemy import Column, Connection, Integer, LargeBinary, String, Table, Text, bindparam, func, insert, select
 
 from discreet.errors import EvidenceInvalid, NotFound, OperationFailed
 from discreet.evidence import merkle, note, statement
@@ -95,8 +95,9 @@ _tiles = Table(
     Column("level", Integer, primary_key=True, autoincrement=False),
     Column("position", Integer, primary_key=True, autoincrement=False),
     Column("hash", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
 )
-"""Hashes of the tiles above the leaves: the root of each full tile of the level below."""
+"""The hashes of the tree by the tile: leaves at level 0, roots of full tiles of the level below above it. Beside the entries, so that a tile is a few pages and not a run of envelopes."""
 
 _keys = Table(
     "log_keys",
@@ -261,7 +262,7 @@ class Log:
         tx.execute(_INSERT_ENTRIES, rows)
         about = [{"digest": digest, "position": row["position"]} for row, each in zip(rows, statements, strict=True) for digest in each.subjects]
         tx.execute(_INSERT_SUBJECTS, about)
-        _fold(tx, first, first + len(rows))
+        _fold(tx, first, [row["leaf_hash"] for row in rows])
         return [row["position"] for row in rows]
 
     def _row(self, statement_: Statement, *, index: int, serial: int | None, time: str, salt: Stream) -> dict[str, Any]:
@@ -671,44 +672,51 @@ def _size(tx: Connection) -> int:
 def _read_tile(tx: Connection, level: int, number: int) -> list[bytes]:
     """The hashes of a tile that are there, in order and without a gap."""
     first = number * merkle.TILE_WIDTH
-    table, where = (_tiles, _tiles.c.level == level) if level else (_entries, _entries.c.position >= 0)
-    column = _tiles.c.hash if level else _entries.c.leaf_hash
-    query = select(table.c.position, column).where(where, table.c.position >= first, table.c.position < first + merkle.TILE_WIDTH)
-    rows = tx.execute(query.order_by(table.c.position)).all()
-    if rows and rows[-1][0] != first + len(rows) - 1:
-        raise _invalid([f"{table.name} row {next(p for n, (p, _) in enumerate(rows, start=first) if p != n)}: out of place"])
-    return [row[1] for row in rows]
+    rows = tx.execute(_TILE, {"level": level, "first": first, "end": first + merkle.TILE_WIDTH}).all()
+    if rows and rows[-1].position != first + len(rows) - 1:
+        raise _invalid([f"log_tiles: tile {number} of level {level} has a gap"])
+    return [row.hash for row in rows]
 
 
-def _fold(tx: Connection, start: int, end: int) -> None:
-    """Keeps the roots of the tiles that became full when the log grew from `start` to `end` entries."""
-    level = 0
-    while end // merkle.TILE_WIDTH > start // merkle.TILE_WIDTH:
-        start, end = start // merkle.TILE_WIDTH, end // merkle.TILE_WIDTH
-        rows = [{"level": level + 1, "position": n, "hash": merkle.root(_read_tile(tx, level, n))} for n in range(start, end)]
-        tx.execute(insert(_tiles), rows)
-        level += 1
+_TILE = (
+    select(_tiles.c.position, _tiles.c.hash)
+    .where(_tiles.c.level == bindparam("level"), _tiles.c.position >= bindparam("first"), _tiles.c.position < bindparam("end"))
+    .order_by(_tiles.c.position)
+)
+_INSERT_TILES = insert(_tiles)
+
+
+def _fold(tx: Connection, start: int, leaves: Sequence[bytes]) -> None:
+    """Keeps the leaf hashes from entry `start` on, and the roots of the tiles that became full with them."""
+    level, hashes, end = 0, leaves, start + len(leaves)
+    while hashes:
+        tx.execute(_INSERT_TILES, [{"level": level, "position": n, "hash": each} for n, each in enumerate(hashes, start=start)])
+        full = range(start // merkle.TILE_WIDTH, end // merkle.TILE_WIDTH)
+        hashes = [merkle.root(_read_tile(tx, level, number)) for number in full]
+        level, start, end = level + 1, start // merkle.TILE_WIDTH, end // merkle.TILE_WIDTH
 
 
 def _fill_tiles(tx: Connection) -> None:
     """Keeps the tiles of a log that was begun before there were any."""
-    kept = tx.execute(select(func.count()).select_from(_tiles).where(_tiles.c.level == 1)).scalar_one()
-    if kept < _size(tx) // merkle.TILE_WIDTH:
-        _fold(tx, kept * merkle.TILE_WIDTH, _size(tx))
+    last = tx.execute(select(func.max(_tiles.c.position)).where(_tiles.c.level == 0)).scalar_one()
+    kept = 0 if last is None else last + 1
+    if kept < _size(tx):
+        query = select(_entries.c.leaf_hash).where(_entries.c.position >= kept).order_by(_entries.c.position)
+        _fold(tx, kept, tx.execute(query).scalars().all())
 
 
 def _check_tiles(tx: Connection, leaves: Sequence[bytes]) -> list[str]:
     """Every kept hash is that of the leaves, and none is missing."""
     kept = {(row.level, row.position): row.hash for row in tx.execute(select(_tiles))}
     expected: dict[tuple[int, int], bytes] = {}
-    level, hashes = 1, list(leaves)
-    while len(hashes) >= merkle.TILE_WIDTH:
+    level, hashes = 0, list(leaves)
+    while hashes:
+        expected |= {(level, position): item for position, item in enumerate(hashes)}
         full = range(0, len(hashes) - merkle.TILE_WIDTH + 1, merkle.TILE_WIDTH)
         hashes = [merkle.root(hashes[first : first + merkle.TILE_WIDTH]) for first in full]
-        expected |= {(level, position): item for position, item in enumerate(hashes)}
         level += 1
     wrong = sorted(place for place in kept.keys() | expected.keys() if kept.get(place) != expected.get(place))
-    return [f"log_tiles: tile {position} of level {level} differs from the leaves" for level, position in wrong]
+    return [f"log_tiles: hash {position} of level {level} differs from the leaves" for level, position in wrong]
 
 
 def _tile_name(number: int, count: int) -> Path:
