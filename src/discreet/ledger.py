@@ -1,6 +1,7 @@
 """Privacy budgets: open, reserve, spend, close. What the filter does not admit, for every one of its people, is not trained.
 
-    open     fixes epsilon, delta, the privacy unit and, in the filter, the orders and limits; never changed, never refilled
+    open     fixes epsilon, delta, the privacy unit and, in the filter, the orders and limits; never refilled
+    raise_to a larger epsilon, a decision of people (`governance.access`: two of them) that the log and every later report names; what was spent stays spent
     reserve  charges the whole planned event, in one serialised transaction that reads, decides and writes (PITFALLS 18)
     charge   the same for queries: statistics, retrieval, search, synthetic text; named people, or everyone
     spend    marks the reservation spent, before the first noisy step; a resume of the same run finds it spent and pays nothing more
@@ -464,6 +465,32 @@ class Ledger:
                 raise _other_numbers(found)
             return _budget(tx, name)
 
+    def raise_to(self, name: str, epsilon: float, *, reason: str) -> Budget:
+        """Raises a budget's epsilon; everything that was ever spent is counted anew under the larger one.
+
+        The promise to its people becomes the larger epsilon, also for what was spent before. It stays a promise only if nothing that private data gave was the reason to raise it.
+
+        Args:
+            name: of an open budget.
+            epsilon: above the present one, finite.
+            reason: for the log, public.
+
+        Raises:
+            PlanInvalid: when epsilon is not larger, or no reason is given.
+            NotFound: when it was not opened.
+        """
+        with self._store.transaction() as tx:
+            old = _terms(tx, name)
+            if not (math.isfinite(epsilon) and epsilon > old.filter.epsilon) or not reason.strip():
+                raise PlanInvalid("a finite epsilon above the present one, and a reason", value=f"epsilon {epsilon:g}, now {old.filter.epsilon:g}")
+            new = replace(old, filter=RdpFilter.open(epsilon=epsilon, delta=old.filter.delta, relation=old.filter.relation))
+            tx.execute(update(_budgets).where(_budgets.c.name == name).values(terms=new.to_json()))
+            counted = {(cohort, budget): _replayed(tx, cohort, new).to_json() for cohort, budget in cohorts.accounts(tx, budget=name)}
+            cohorts.write_accounts(tx, counted)
+            fields: dict[str, JSON] = {"budget": name, "epsilon": epsilon, "earlier": old.filter.epsilon, "reason": reason.strip()}
+            self._log.append(tx, Statement(predicate=Predicate.BUDGET_RAISED, subjects=(digest_of(fields),), fields=fields))
+            return _budget(tx, name)
+
     def show(self, name: str) -> Budget:
         """Returns a budget as it stands.
 
@@ -747,7 +774,7 @@ def _opened(terms: _Terms) -> Statement:
 def _other_numbers(found: _Terms) -> ReservationRefused:
     opened = f"epsilon {found.filter.epsilon:g}, delta {found.delta:g}, unit {found.unit}, {found.filter.relation}"
     return ReservationRefused(
-        f"budget '{found.name}' with the numbers that it was opened with", value=f"other numbers than {opened}", remedy="They are fixed for good."
+        f"budget '{found.name}' with the numbers that it was opened with", value=f"other numbers than {opened}", remedy="They are fixed; two people may raise its epsilon: `discreet budget raise`."
     )
 
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
+import json
 import os
 import re
 import stat
@@ -54,7 +55,7 @@ from discreet.store import Store, metadata, now, write_atomically
 
 T = TypeVar("T")
 
-__all__ = ["Entry", "Log", "Predicate", "Proof", "Statement", "VerifiedBundle", "verify_bundle", "verify_proof"]
+__all__ = ["Entry", "Log", "Predicate", "Proof", "Statement", "VerifiedBundle", "verify_bundle", "verify_certificate", "verify_proof"]
 
 BUNDLE_FORMAT = "discreet-bundle/v1"
 MANIFEST_TYPE = "application/vnd.discreet.bundle+json"
@@ -360,8 +361,9 @@ class Log:
         """Signs a checkpoint over all entries, keeps it outside the database, and returns it.
 
         Raises:
-            EvidenceInvalid: as `checkpoint`.
+            EvidenceInvalid: as `checkpoint` and `check_pin`.
         """
+        self.check_pin()
         signed = self.checkpoint()
         if self._pin is not None and (not self._pin.exists() or self._pin.read_bytes() != signed):
             write_atomically(self._pin, signed)
@@ -589,6 +591,40 @@ def _leaves(tx: Connection) -> list[bytes]:
     if broken:
         raise _invalid(broken)
     return [row.leaf_hash for row in rows]
+
+
+def verify_certificate(path: Path, *, public_key: str) -> tuple[Entry, bytes]:
+    """Verifies a statement with its proof, as `erase --json` and `trace --json` print them, with a public key alone.
+
+    Args:
+        path: a JSON file with the members `statement` (an envelope) and `proof` (a tlog-proof).
+        public_key: as in `verify_proof`.
+
+    Returns:
+        The entry and the checkpoint's note.
+
+    Raises:
+        EvidenceInvalid: when it is too large, has a key twice, is no such document, or does not verify.
+    """
+    with path.open("rb") as file:
+        content = file.read(_MAX_CERTIFICATE_BYTES + 1)
+    if len(content) > _MAX_CERTIFICATE_BYTES:
+        raise _invalid([f"certificate: larger than {_MAX_CERTIFICATE_BYTES} bytes"])
+    try:
+        document = json.loads(content, object_pairs_hook=_once)
+        said, proof = document["statement"].encode(), document["proof"].encode()
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise _invalid(["certificate: not a JSON object with a statement and its proof"]) from None
+    return verify_proof(proof, envelope=said, public_key=public_key), _parse_proof(proof).checkpoint
+
+
+_MAX_CERTIFICATE_BYTES = 2 << 20
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError
+    return dict(pairs)
 
 
 # ---------------------------------------------------------------- keys
@@ -847,6 +883,7 @@ def _lines(file: IO[bytes], seen: _Seen, failed: list[str]) -> Iterator[bytes]:
 
 _PRECEDED: tuple[tuple[Predicate, Predicate, str, tuple[str, ...]], ...] = (
     (Predicate.RESERVED, Predicate.BUDGET_OPENED, "budget", ()),
+    (Predicate.BUDGET_RAISED, Predicate.BUDGET_OPENED, "budget", ()),
     (Predicate.SPENT, Predicate.BUDGET_OPENED, "budget", ()),
     (Predicate.SPENT, Predicate.RESERVED, "reservation", ("run", "budget", "plan")),
     (Predicate.CLOSED, Predicate.RESERVED, "reservation", ()),

@@ -63,6 +63,7 @@ class Predicate(StrEnum):
     FROZEN = "frozen"
     COMMITTED = "committed"
     BUDGET_OPENED = "budget_opened"
+    BUDGET_RAISED = "budget_raised"
     RESERVED = "reserved"
     SPENT = "spent"
     CLOSED = "closed"
@@ -120,6 +121,7 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.FROZEN: _internal("name"),
         Predicate.COMMITTED: _public("commitment", "scheme run canaries kind"),
         Predicate.BUDGET_OPENED: _public("budget epsilon delta unit", "accountant orders relation query_delta period"),
+        Predicate.BUDGET_RAISED: _public("budget epsilon earlier reason"),
         Predicate.RESERVED: _internal("reservation run budget plan snapshot"),
         Predicate.SPENT: _public("reservation run budget plan", _PRICE),
         Predicate.CLOSED: _public("reservation reason", "run budget plan steps"),
