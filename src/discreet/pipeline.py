@@ -138,15 +138,17 @@ class House:
 
 
 @contextmanager
-def open_house(folder: Path, *, exclusive: bool = True) -> Iterator[House]:
-    """Opens the project in `folder`.
+def open_house(folder: Path, *, exclusive: bool = True, lost: tuple[str, str] | None = None) -> Iterator[House]:
+    """Opens the project in `folder`; at its end the log's checkpoint is pinned beside the journal of suppressions, outside the database.
 
     Args:
         folder: holds discreet.toml.
         exclusive: refuse when another command is at work on this project; the gateway, which only reads, does without.
+        lost: who goes on, and why, although the database lost entries that were signed; None refuses such a database.
 
     Raises:
         RunInProgress: when another command holds the project.
+        EvidenceInvalid: when the log is not one that has grown from the pinned checkpoint: a backup was restored.
         ConfigInvalid, SourceMissing, KeyUnavailable: when the project cannot be opened.
     """
     project = config.load(folder)
@@ -155,7 +157,8 @@ def open_house(folder: Path, *, exclusive: bool = True) -> Iterator[House]:
         store = Store(project.database_url())
         try:
             keyring = Keyring(store, open_master(project.master_location()))
-            log = Log(store, keyring, f"discreet.{project.project.name}")
+            journal = project.path(project.erasure.journal)
+            log = Log(store, keyring, f"discreet.{project.project.name}", pin=journal.with_name(f"{journal.name}.checkpoint"))
             catalog, consent = Catalog(store, keyring, log), Consent(store, keyring, log)
             access = Access(project.access, store=store, keyring=keyring, log=log)
             house = House(
@@ -168,9 +171,18 @@ def open_house(folder: Path, *, exclusive: bool = True) -> Iterator[House]:
                 ledger=Ledger(store, keyring, log),
                 access=access,
             )
+            if lost is None:
+                log.check_pin()
             if exclusive:
                 erasure_of(house).reapply()
-            yield house
+            if lost is not None:
+                access.require(Action.APPROVE, who=current_user())
+                log.accept_rollback(by=lost[0], reason=lost[1])
+            try:
+                yield house
+            finally:
+                if exclusive:
+                    log.pin()
         finally:
             store.close()
 
@@ -427,6 +439,7 @@ def price(house: House, observer: Observer) -> Price:
         PlanInvalid: when [privacy] breaks a rule of the mathematics (delta >= 1/population, a target out of reach).
         BudgetExhausted: when no noise fits into what is left of the budget.
     """
+    house.access.require(Action.RUN, who=current_user())
     frozen = ingest(house, observer)
     plan = _calibrate(house, frozen.snapshot)
     spent_so_far, budget = _filter(house, plan.delta, frozen.snapshot)
@@ -730,6 +743,8 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
     plan = mechanism.plan_from_json(known) if known else _calibrate(house, snapshot)
     if known is None:
         _refuse_unaffordable(house, plan, snapshot)
+    if house.project.budget.name not in {held.name for held in house.ledger.budgets()}:
+        house.access.require(Action.OPEN_BUDGET, who=current_user())
     house.ledger.open(house.project.budget.name, epsilon=house.project.budget.epsilon, delta=house.project.budget.delta or plan.delta, unit=plan.unit)
     if known is None:
         with house.store.transaction() as tx:
@@ -1022,6 +1037,7 @@ def override_inconclusive(house: House, *, by: str, reason: str) -> None:
         NotFound: when nothing was audited.
         PlanInvalid: when the audit was not INCONCLUSIVE, or nobody is named.
     """
+    house.access.require(Action.APPROVE, who=current_user())
     audited = _needed(house, "audit")
     if audited["verdict"] != "INCONCLUSIVE":
         raise PlanInvalid("an INCONCLUSIVE audit to override", value=audited["verdict"], remedy="PASS needs no override, FAIL admits none.")
@@ -1091,6 +1107,7 @@ def gateway_app(house: House, served: Served, *, api_key_hash: str) -> Starlette
     Raises:
         NotReleased, EvidenceInvalid, DigestMismatch: when there is no release, or it is not what was signed.
     """
+    house.access.require(Action.SERVE, who=current_user())
     key = house.log.public_key()
     released = load_release(house.releases / released_name(house), public_key=key)
     _refuse_unknown_parents(house, released)
@@ -1162,6 +1179,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "config": "parameters that the operator wrote",
     "demo": "generated people, written as the project's sources: `sources` is their store",
     "dossier": "computed from the log",
+    "duties": "public keys, where the operator said",
     "federate": "the rosters and terms of a fleet",
     "federated.app": "certificates, a fleet's result: noised sums",
     "federated.journal": "masked, clipped, noised sums of a site, which name nobody",
@@ -1386,6 +1404,7 @@ def _rules(house: House) -> list[str]:
 
 def request_erasure(house: House, unit: str, *, source: str = "") -> str:
     """Receives a request and returns the code for the address on file; nothing changes before it is confirmed."""
+    house.access.require(Action.ERASE, who=current_user())
     return erasure_of(house).code(subject_of(house, unit, source=source)).reveal()
 
 
@@ -1552,13 +1571,15 @@ def update(house: House, observer: Observer) -> dict[str, Any]:
 
 
 def trace(house: House, digest: str) -> list[dict[str, Any]]:
-    """Returns every statement about a record, snapshot or model, each with its inclusion proof (a file of c2sp.org/tlog-proof)."""
+    """Returns every statement about a record, snapshot or model, each with its envelope and its inclusion proof (a file of c2sp.org/tlog-proof)."""
+    house.access.require(Action.READ, who=current_user())
     return [
         {
             "index": e.index,
             "time": e.time,
             "predicate": e.predicate.value,
             "fields": dict(e.fields),
+            "statement": e.envelope.decode(),
             "proof": bytes(house.log.prove(e.index)).decode(),
         }
         for e in house.log.entries(Digest(digest))
@@ -1567,6 +1588,7 @@ def trace(house: House, digest: str) -> list[dict[str, Any]]:
 
 def export_evidence(house: House, folder: Path, *, public: bool) -> tuple[Path, Path]:
     """Writes the evidence bundle and, beside it, the public key that verifies it."""
+    house.access.require(Action.READ, who=current_user())
     bundle = house.log.export(folder, public=public)
     key = folder.with_name(folder.name + ".pub")
     write_atomically(key, (house.log.public_key() + "\n").encode())

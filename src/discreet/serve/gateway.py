@@ -91,14 +91,14 @@ def released_entry(envelope: bytes, *, public_key: str) -> Entry:
 
     Args:
         envelope: content of `release.json`, a DSSE envelope.
-        public_key: the log's vkey (C2SP), which also names the log.
+        public_key: the log's vkeys (C2SP), a line each, which also name the log.
 
     Raises:
         EvidenceInvalid: when the envelope, its signature, its place or the key is not valid.
         NotReleased: when it is a valid statement of another kind: that a model was trained, or withheld, is not a release.
     """
-    key = note.parse_key(public_key)
-    entry = statement.verify(envelope, public_key=key.ed25519, key_id=key.label, origin=key.name)
+    keys = note.parse_keys(public_key)
+    entry = statement.verify(envelope, keys=note.by_label(keys), origin=keys[0].name)
     if entry.predicate is not Predicate.RELEASED:
         raise NotReleased("a statement that a model was released", value=entry.predicate, remedy="Run `discreet release`.")
     return entry
