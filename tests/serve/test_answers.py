@@ -120,7 +120,7 @@ def test_events_do_not_depend_on_how_the_bytes_were_cut(size):
             yield SENT[at : at + size]
 
     async def read():
-        return [event async for event in answers.events(chunks())]
+        return [event async for some in answers.events(chunks()) for event in some]
 
     assert asyncio.run(read()) == ['{"a": "é€"}', "one\ntwo", "[DONE]"]
 
@@ -131,7 +131,7 @@ def test_events_that_are_not_text_or_too_long_are_refused(sent):
         async def chunks():
             yield sent
 
-        return [event async for event in answers.events(chunks())]
+        return [event async for some in answers.events(chunks()) for event in some]
 
     with pytest.raises(UpstreamFailed):
         asyncio.run(read())

@@ -230,27 +230,30 @@ def _place(kind: str, event: Mapping[str, Any]) -> tuple[object, ...]:
     return (kind, event.get("item_id"), event.get("output_index"), event.get("content_index"), event.get("summary_index"))
 
 
-async def events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[str, None]:
-    """Yields the data of each server-sent event, however its bytes were cut.
+async def events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[list[str], None]:
+    """Yields the data of the server-sent events that each chunk completes, however its bytes were cut: what arrived together may leave together.
 
     Raises:
         UpstreamFailed: when an event is longer than `MAX_EVENT_BYTES` or not UTF-8.
     """
     held, lines = b"", []
     async for chunk in chunks:
+        whole: list[str] = []
         *complete, held = _LINE_END.split(held + chunk)
         for line in complete:
             if line.startswith(b"data:"):
                 lines.append(line[5:].removeprefix(b" "))
             elif not line and lines:
-                yield _text(b"\n".join(lines))
+                whole.append(_text(b"\n".join(lines)))
                 lines = []
         if len(held) + sum(map(len, lines)) > MAX_EVENT_BYTES:
             raise UpstreamFailed(f"events of at most {MAX_EVENT_BYTES} bytes")
+        if whole:
+            yield whole
     if held.startswith(b"data:"):
         lines.append(held[5:].strip())
     if lines:
-        yield _text(b"\n".join(lines))
+        yield [_text(b"\n".join(lines))]
 
 
 def _text(line: bytes) -> str:

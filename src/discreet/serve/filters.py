@@ -25,10 +25,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from discreet.deid.detect import detect
+from discreet.deid.detect import Span, leaves_none, spellings
 from discreet.deid.operators import canonical
 from discreet.deid.patterns import Label
-from discreet.deid.policy import Policy, builtin, protect
+from discreet.deid.policy import Policy, builtin, find, protect, redact
 from discreet.deid.vault import ALPHABET, CODE_CHARS, MAX_PLACEHOLDER_CHARS, PLACEHOLDER, Vault
 from discreet.errors import RequestInvalid
 from discreet.keys import Key
@@ -72,7 +72,10 @@ class Conversation:
         self._vault = Vault(key, self._name)
         self._policy = policy
         self._known: Sensitive[Mapping[str, Sequence[str]]] = Sensitive({})
+        self._sought: Sensitive[Mapping[str, Label]] = Sensitive({})
         self._words: Sensitive[frozenset[str]] = Sensitive(frozenset())
+        self._read: Sensitive[dict[str, tuple[Span, ...]]] = Sensitive({})
+        self._named: Sensitive[dict[str, str]] = Sensitive({})
         self.counts: Counter[str] = Counter()
 
     def deidentify(self, messages: Sequence[Message]) -> Prompt:
@@ -92,23 +95,58 @@ class Conversation:
         Raises:
             RequestInvalid: when there are more than `MAX_VALUES` different ones.
         """
-        known = _known(texts)
+        known = self._found(texts)
         people = (part for name in known.get(Label.PERSON, ()) for part in name.split())
         values = [*people, *(value for values in known.values() for value in values)]
         self._known = Sensitive(known)
+        self._sought = Sensitive(spellings(known))
         self._words = Sensitive(frozenset(word for value in values if len(word := canonical(value)) >= _SHORTEST_WORD))
 
+    def _found(self, texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Returns label -> values found in any of the texts, so that each is found in all."""
+        found: dict[str, dict[str, None]] = {}
+        for text in texts:
+            for span in self._spans(text):
+                found.setdefault(span.label, {})[text[span.start : span.end]] = None
+        if sum(map(len, found.values())) > MAX_VALUES:  # the second pass looks for each of them in each text
+            rule = f"at most {MAX_VALUES} different identifiers in a conversation"
+            raise RequestInvalid(rule, value="messages", remedy="Send a shorter conversation.")
+        return {label: tuple(values) for label, values in found.items()}
+
+    def _spans(self, text: str) -> tuple[Span, ...]:
+        """Returns what the text gives away by itself; read once in a request, however often it stands there."""
+        read = self._read.reveal()
+        if text not in read:
+            read[text] = tuple(find(text, names=self._policy.names))
+        return read[text]
+
     def text(self, text: str) -> str:
-        """Returns the text with placeholders in place of identifiers; call `learn` first."""
-        redacted = protect(text, self._vault, policy=self._policy, known=self._known.reveal())
+        """Returns the text with placeholders in place of identifiers; call `learn` first. It is read again only where a value of another text may stand uncovered."""
+        spans = self._spans(text)
+        if leaves_none(text, spans, self._sought.reveal()):
+            redacted = protect(text, self._vault, policy=self._policy, found=spans)
+        else:
+            redacted = protect(text, self._vault, policy=self._policy, known=self._known.reveal())
+        self.counts.update(str(span.label) for span in redacted.spans)
+        return redacted.text
+
+    def labelled(self, text: str) -> str:
+        """Returns the text with labels in place of identifiers: what it becomes depends on nothing else in the request."""
+        redacted = redact(text, "label", found=self._spans(text))
         self.counts.update(str(span.label) for span in redacted.spans)
         return redacted.text
 
     def name(self, name: str) -> str:
         """Returns the name of a tool or a field, or, where an identifier is part of it, a placeholder for the whole name in the letters that names may have."""
+        named = self._named.reveal()
+        if name not in named:
+            named[name] = self._renamed(name)
+        return named[name]
+
+    def _renamed(self, name: str) -> str:
         same = canonical(name)
         spoken = _JOINTS.sub(" ", name)
-        if not any(word in same for word in self._words.reveal()) and self.text(name) == name and self.text(spoken) == spoken:
+        if not any(word in same for word in self._words.reveal()) and self.text(name) == name and (spoken == name or self.text(spoken) == spoken):
             return name
         return self._vault.issue(Label.PERSON, name).strip("<>")
 
@@ -119,17 +157,6 @@ class Conversation:
     def restorer(self) -> Restorer:
         """Returns what restores the answer; call it after `deidentify`."""
         return Restorer(self._vault, self._name)
-
-
-def _known(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Returns label -> values found in any of the texts, so that each is found in all."""
-    found: dict[str, dict[str, None]] = {}
-    for text in texts:
-        for span in detect(text):
-            found.setdefault(span.label, {})[text[span.start : span.end]] = None
-    if sum(map(len, found.values())) > MAX_VALUES:  # the second pass looks for each of them in each text
-        raise RequestInvalid(f"at most {MAX_VALUES} different identifiers in a conversation", value="messages", remedy="Send a shorter conversation.")
-    return {label: tuple(values) for label, values in found.items()}
 
 
 def _beginning() -> re.Pattern[str]:

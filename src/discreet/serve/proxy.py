@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 from discreet.deid.patterns import Label
@@ -48,6 +50,10 @@ MODELS_FOR_S = 60.0
 """How long the upstream's list of models is believed."""
 
 MAX_DEPTH = 64
+
+MAX_INLINE_BYTES = 8_000
+"""Requests up to this size are read in the event loop: handing them to a thread costs more than reading them."""
+
 POLICY_HEADER = "x-discreet-policy"
 
 _CLIENT_GONE = 499
@@ -227,17 +233,18 @@ class _Proxy:
             body = wire.parse_json(raw, max_bytes=self._limits.max_request_bytes, max_depth=MAX_DEPTH)
             async with AsyncExitStack() as stack:
                 stack.enter_context(self._quotas.admitted(tenant))
-                return await unless_gone(request.receive, self._answer(route, tenant, body, stack))
+                return await unless_gone(request.receive, self._answer(route, tenant, body, stack, inline=len(raw) <= MAX_INLINE_BYTES))
 
         return handle
 
-    async def _answer(self, route: Wire, tenant: Tenant, body: Any, stack: AsyncExitStack) -> Response:
+    async def _answer(self, route: Wire, tenant: Tenant, body: Any, stack: AsyncExitStack, *, inline: bool) -> Response:
         """De-identifies, asks, and answers; a stream takes over what has to be closed at its end."""
         await self._check_model(tenant, body)
         key = self._key.derive("tenant", tenant.name)
         conversation = Conversation(key, policy=tenant.policy)
         began = time.perf_counter()
-        sent = await run_in_threadpool(fields.deidentify, body, route.table, conversation, tenant=key, max_chars=self._limits.max_chars)
+        read = partial(fields.deidentify, body, route.table, conversation, tenant=key, max_chars=self._limits.max_chars)
+        sent = read() if inline else await run_in_threadpool(read)
         self._metrics.filtered(tenant.name, route.path, time.perf_counter() - began, conversation.counts)
         sent = self._completed(sent, route, key)
         headers = {POLICY_HEADER: tenant.policy.digest}
@@ -275,14 +282,18 @@ class _Proxy:
     async def _restored(self, route: Wire, chunks: AsyncGenerator[bytes, None], answer: Answer) -> AsyncGenerator[str, None]:
         deadline = asyncio.get_running_loop().time() + self._limits.max_seconds
         async with aclosing(answers.events(chunks)) as received:
-            while True:
+            done = False
+            while not done:
                 async with asyncio.timeout_at(deadline):
-                    text = await anext(received, None)
-                if text is None or text == "[DONE]":
-                    break
-                event = wire.parse_json(text.encode(), max_bytes=answers.MAX_EVENT_BYTES, max_depth=MAX_DEPTH)
-                for each in _events(route, answer, event):
-                    yield frame(wire.to_json(each), event=str(each["type"]) if route.named_events else None)
+                    texts = await anext(received, None)
+                done = texts is None or "[DONE]" in texts
+                frames: list[str] = []
+                for text in itertools.takewhile(lambda text: text != "[DONE]", texts or ()):
+                    event = wire.parse_json(text.encode(), max_bytes=answers.MAX_EVENT_BYTES, max_depth=MAX_DEPTH)
+                    for each in _events(route, answer, event):
+                        frames.append(frame(wire.to_json(each), event=str(each["type"]) if route.named_events else None))
+                if frames:
+                    yield "".join(frames)
         if not answer.ended:
             raise UpstreamFailed("an answer to the end")
 
