@@ -72,7 +72,8 @@ def hidden(text: str, is_word: Callable[[str], bool]) -> tuple[list[Edit], list[
 def plain(text: str) -> str:
     """Returns a normalised text with everything but line breaks read through, `MAX_DEPTH` times at most, for those who need no places."""
     for _ in range(MAX_DEPTH):
-        pieces, at, room = [], 0, MAX_DECODED
+        pieces: list[str] = []
+        at, room = 0, MAX_DECODED
         for start, end, put in sorted(_codes(text)):
             if start >= at and len(put) <= room:
                 pieces += (text[at:start], put)

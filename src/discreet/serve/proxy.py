@@ -241,7 +241,7 @@ class _Proxy:
         """De-identifies, asks, and answers; a stream takes over what has to be closed at its end."""
         await self._check_model(tenant, body)
         key = self._key.derive("tenant", tenant.name)
-        conversation = Conversation(key, policy=tenant.policy)
+        conversation = Conversation(key, policy=tenant.policy, guard=tenant.guard)
         began = time.perf_counter()
         read = partial(fields.deidentify, body, route.table, conversation, tenant=key, max_chars=self._limits.max_chars)
         sent = read() if inline else await run_in_threadpool(read)

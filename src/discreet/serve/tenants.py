@@ -25,7 +25,8 @@ from discreet.deid.policy import Policy
 from discreet.errors import AccessDenied, ConfigInvalid, Overloaded
 from discreet.serve.answers import ToolArguments
 from discreet.serve.asgi import hash_api_key
-from discreet.serve.filters import POLICY
+from discreet.serve.filters import GUARD, POLICY
+from discreet.serve.leaks import Guard
 
 MAX_TENANTS = 1000
 
@@ -43,6 +44,7 @@ class Tenant:
         max_concurrent: requests at one time, >= 1.
         models: those it may ask for; None for all of the upstream's.
         tools: what the arguments of tool calls hold on their way out.
+        guard: what a model may not say of its own.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Tenant:
     max_concurrent: int = 256
     models: frozenset[str] | None = None
     tools: ToolArguments = ToolArguments.RESTORE
+    guard: Guard = GUARD
 
 
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
