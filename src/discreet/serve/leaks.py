@@ -200,7 +200,8 @@ class LeakStop:
         self._counts.update(span.label for span in own)
         if own and self._guard.own is OwnIdentifiers.STOP:
             raise LeakStopped("an answer without identifiers of the model's own", value=", ".join(sorted({span.label for span in own})))
-        pieces, at = [], 0
+        pieces: list[str] = []
+        at = 0
         for span in own:
             pieces += (text[at : span.start], f"[{span.label}]")
             at = span.end
