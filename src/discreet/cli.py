@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from discreet import __version__
-from discreet.errors import DiscreetError, NotFound, NotReleased, PlanInvalid, RequestInvalid, SourceMissing
+from discreet.errors import ConfigInvalid, DiscreetError, NotFound, NotReleased, PlanInvalid, RequestInvalid, SourceMissing
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Sensitive text to a language model that keeps it, with proof."
@@ -401,6 +401,13 @@ def serve(
     allow_private: Annotated[list[str] | None, typer.Option(help="Host that may be private, or plain http; may be repeated.")] = None,
     upstream_key_env: Annotated[str, typer.Option(help="Environment variable with the upstream's API key.")] = "OPENAI_API_KEY",
     cache_salt: Annotated[bool, typer.Option("--cache-salt", help="Send vLLM a cache_salt for each tenant.")] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain in PEM: callers speak TLS (with --upstream).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate, in PEM.")] = None,
+    tls_callers: Annotated[Path | None, typer.Option(help="Authorities in PEM whose certificates callers must show.")] = None,
+    trail: Annotated[Path, typer.Option(help="Folder of the gateway's own signed log (with --upstream).")] = Path(".discreet-gateway"),
+    no_trail: Annotated[bool, typer.Option("--no-trail", help="Keep no signed log of what was served.")] = False,
+    traces: Annotated[str | None, typer.Option(help="URL of an OTLP collector for traces, such as http://127.0.0.1:4318/v1/traces.")] = None,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds that running answers may take after a signal to stop.")] = 10,
     new_key: Annotated[bool, typer.Option("--new-key", help="Print a fresh API key and its hash for the tenants file, and stop.")] = False,
 ) -> None:
     """Starts the gateway and the dashboard from the verified release, or the privacy gateway alone in front of another server."""
@@ -409,8 +416,25 @@ def serve(
     elif upstream is None:
         _serve(project, port=port)
     else:
-        private = frozenset(allow_private or ())
-        _serve_upstream(upstream, (host, 8765 if port is None else port), tenants, private, upstream_key_env, cache_salt)
+        from discreet.serve import alone
+        from discreet.serve.asgi import Tls
+
+        if (tls_cert is None) != (tls_key is None) or (tls_callers and not tls_cert):
+            raise ConfigInvalid("--tls-cert and --tls-key together", remedy="--tls-callers needs both.")
+        options = alone.Options(
+            upstream=upstream,
+            host=host,
+            port=8765 if port is None else port,
+            tenants=tenants,
+            private=frozenset(allow_private or ()),
+            key_env=upstream_key_env,
+            cache_salt=cache_salt,
+            tls=None if tls_cert is None or tls_key is None else Tls(certificate=tls_cert, key=tls_key, callers=tls_callers),
+            trail=None if no_trail else trail,
+            traces=traces,
+            grace_s=grace,
+        )
+        alone.run(options, say=lambda line: stderr.print(line, markup=False, soft_wrap=True))
 
 
 def _new_key() -> None:
@@ -419,27 +443,6 @@ def _new_key() -> None:
     api_key, hashed = asgi.new_api_key()
     stderr.print("The key goes to the tenant, the hash into the tenants file; the key is not kept.", markup=False)
     stdout.print(f"key         {api_key}\nkey_sha256  {hashed}", markup=False)
-
-
-def _serve_upstream(url: str, address: tuple[str, int], tenants: Path | None, private: frozenset[str], key_env: str, cache_salt: bool) -> None:
-    from discreet.keys import Key
-    from discreet.serve import asgi, proxy
-    from discreet.serve.tenants import Tenant, load
-    from discreet.serve.upstream import Upstream, resolve
-
-    server = Upstream(address=resolve(url, private=private), api_key=os.environ.get(key_env, ""))
-    host, port = address
-    stderr.print(f"gateway    http://{host}:{port}/v1  ->  {server.address.host}", markup=False)
-    known: tuple[Tenant, ...]
-    metrics_key: str | None = None
-    if tenants is None:
-        api_key, hashed = asgi.new_api_key()
-        known = (Tenant(name="default", key_hashes=(hashed,)),)
-        stderr.print(f'key (shown once)  {api_key}\n\nOpenAI(base_url="http://{host}:{port}/v1", api_key="{api_key}")', markup=False, soft_wrap=True)
-    else:
-        known, metrics_key = load(tenants)
-        stderr.print(f"tenants    {len(known)}", markup=False)
-    asgi.run(proxy.app(server, tenants=known, key=Key.random(), metrics_key_hash=metrics_key, cache_salt=cache_salt), host=host, port=port)
 
 
 def _serve(project: Path, *, port: int | None) -> None:
@@ -964,6 +967,9 @@ def catalog_register(
 def evidence_export(
     out: Annotated[Path, typer.Option("--out", help="New folder for the bundle.")] = Path("evidence"),
     public: Annotated[bool, typer.Option("--public", help="Only what may be published.")] = False,
+    trail: Annotated[
+        Path | None, typer.Option("--trail", help="Folder of a gateway's trail (`discreet serve --upstream`) in place of a project.")
+    ] = None,
     project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
@@ -971,9 +977,14 @@ def evidence_export(
     from discreet import pipeline
     from discreet.evidence.log import verify_bundle
 
-    with pipeline.open_house(project) as house:
-        bundle, key = pipeline.export_evidence(house, out, public=public)
-        verified = verify_bundle(bundle, public_key=key.read_text())
+    if trail is not None:
+        from discreet.serve.trail import export
+
+        bundle, key = export(trail, out, public=public)
+    else:
+        with pipeline.open_house(project) as house:
+            bundle, key = pipeline.export_evidence(house, out, public=public)
+    verified = verify_bundle(bundle, public_key=key.read_text())
     document = {"bundle": str(bundle), "key": str(key), "public": public, "entries": len(verified.entries), "checkpoint": verified.note.decode()}
     _print(as_json, document, [f"bundle: {bundle}", f"key:    {key}"])
 

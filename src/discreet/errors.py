@@ -20,6 +20,7 @@
     |   |-- ReservationRefused                      budget.reservation
     |   |-- NotReleased                             release.withheld
     |   |-- AccessDenied                            access.denied    (http 401)
+    |   |-- LeakStopped                             serve.leak
     |   |-- TermsRefused                            federation.terms
     |   |-- PeerRefused                             federation.peer
     |   |-- MessageReplayed                         federation.replayed
@@ -157,6 +158,10 @@ class NotReleased(Refused):
 
 class AccessDenied(Refused):
     code, http_status = "access.denied", 401
+
+
+class LeakStopped(Refused):
+    code = "serve.leak"
 
 
 class Forgotten(Refused):
