@@ -124,11 +124,13 @@ class Agreement:
     fleet: FleetFile
     plan: Plan
     encoding: Encoding
+    layout: str = ""
 
     @property
     def digest(self) -> str:
-        """Pinned by every client: the file, the plan and the encoding as computed."""
-        return digest_of({"fleet": self.fleet.model_dump(mode="json"), "plan": self.plan.digest, "encoding": self.encoding.to_json()})
+        """Pinned by every client: the file, the plan and the encoding as computed, and which parameters the vector holds in which order."""
+        said = {"fleet": self.fleet.model_dump(mode="json"), "plan": self.plan.digest, "encoding": self.encoding.to_json(), "layout": self.layout}
+        return digest_of(said)
 
     @property
     def unit(self) -> str:
@@ -182,11 +184,12 @@ class Agreement:
         ]
 
 
-def agree(fleet: FleetFile, *, dimension: int) -> Agreement:
+def agree(fleet: FleetFile, *, dimension: int, layout: str = "") -> Agreement:
     """Computes plan and encoding from the public file: the least noise that an RDP budget of (epsilon, delta) admits.
 
     Args:
         dimension: number of shared parameters.
+        layout: digest of their names and shapes (`layout_of`).
 
     Raises:
         PlanInvalid: when the numbers break a rule of the mathematics or of the protocol.
@@ -225,7 +228,7 @@ def agree(fleet: FleetFile, *, dimension: int) -> Agreement:
         raise PlanInvalid("a fleet that the mathematics accepts", value=str(error)) from None
     if encoding.renyi_slack * fleet.rounds > 1e-12:
         raise PlanInvalid("noise of each client wide enough to be as good as Gaussian", value=encoding.local_std, remedy="Use 32 bits.")
-    return Agreement(fleet=fleet, plan=plan, encoding=encoding)
+    return Agreement(fleet=fleet, plan=plan, encoding=encoding, layout=layout)
 
 
 def _rdp_epsilon(event: Any, delta: float, unit: str) -> float:
@@ -234,6 +237,11 @@ def _rdp_epsilon(event: Any, delta: float, unit: str) -> float:
 
 
 # The model on the wire
+
+
+def layout_of(module: nn.Module) -> str:
+    """Returns the digest of the names and shapes of the trained parameters, in the order of `flatten`."""
+    return digest_of({name: list(parameter.shape) for name, parameter in sorted(trained_parameters(module).items())})
 
 
 def flatten(tensors: Mapping[str, torch.Tensor]) -> Reals:
