@@ -35,7 +35,7 @@ from discreet.evidence.log import Log
 from discreet.evidence.statement import Predicate, Statement
 from discreet.federated import fleet as fleets
 from discreet.federated import secagg, transcript
-from discreet.federated.fleet import Agreement, FleetFile, Noise, Trainer, Worker
+from discreet.federated.fleet import Agreement, Correlated, FleetFile, Noise, Reals, Trainer, Worker
 from discreet.federated.journal import Journal
 from discreet.federated.secagg import STAGES, Opened, Policy, Receipt, Roster, Terms
 from discreet.keys import Key, Keyring, open_master
@@ -190,8 +190,12 @@ class Site:
         """Takes this site out of the session for good: no further answer, the run's key destroyed. What was spent stays spent."""
         run = f"federated-{self.session.id}"
         if self._ledger.has_run(run) and (held := self._ledger.of_run(run)).state.value != "closed":
-            self._ledger.close(held, CloseReason.CRASH, executed_steps=min(len(self.receipts()), self.fleet.rounds))
+            self._ledger.close(held, CloseReason.CRASH, executed_steps=self._spent_steps)
         self._keyring.close_run(run)
+
+    @property
+    def _spent_steps(self) -> int:
+        return self.worker.agreement.spent_steps(min(len(self.receipts()), self.fleet.rounds))
 
     def _taken_up(self, kind: str) -> Generator[bytes, bytes, Receipt]:
         """The round that an earlier process of this site was in: its requests again, answered from the journal."""
@@ -287,7 +291,7 @@ class Site:
         held = self._ledger.of_run(run) if self._ledger.has_run(run) else None
         if held is not None and held.state.value != "closed":
             self._personalise(payload)
-            self._ledger.close(held, CloseReason.COMPLETED, executed_steps=min(len(self.receipts()), self.fleet.rounds))
+            self._ledger.close(held, CloseReason.COMPLETED, executed_steps=self._spent_steps)
             self._keyring.close_run(run)
             with self._store.transaction() as tx:
                 fields = {"commitment": head, "run": run, "kind": "transcript of a federated session", "scheme": "verified" if valid else "REFUSED"}
@@ -298,7 +302,7 @@ class Site:
 
     def _personalise(self, payload: bytes) -> None:
         if self.fleet.personal_steps:
-            vector, _ = fleets.read_payload(payload, base=self.worker.base.digest)
+            vector, _, _ = fleets.read_payload(payload, base=self.worker.base.digest)
             self.worker.personalise(vector)
             models.save_adapter(self.worker.module, self.place / "personal")
 
@@ -351,6 +355,7 @@ class Coordinator:
     observer: Observer
     attempts: int = 0
     entries: list[bytes] = field(default_factory=list)
+    correlated: Correlated | None = None
     sent: int = 0
     received: int = 0
 
@@ -402,8 +407,7 @@ class Coordinator:
                 self.observer.note(f"round {number}: {error}")
                 continue
             entries.append(transcript.entry(opened, terms, entries=entries, signer=self.keyring.signer("federation")))
-            central = self.keyring.purpose("federation-noise").stream(self.session.id, number, *terms.members) if self._is_central else None
-            totals.append(fleets.opened_vector(opened.total, self.agreement, terms, central=central))
+            totals.append(self._noised(opened, terms))
             survivors += len(opened.uploads)
         if totals:
             self.trainer.apply(totals, self.agreement)
@@ -484,12 +488,17 @@ class Coordinator:
             "bytes_up": self.received,
         }
 
-    @property
-    def _is_central(self) -> bool:
-        return self.agreement.fleet.noise is Noise.CENTRAL
+    def _noised(self, opened: Opened, terms: Terms) -> Reals:
+        """The decoded sum; central noise is drawn from streams of the coordinator's own key, named by session and round or step: a round taken up again draws the same."""
+        key, agreement = self.keyring.purpose("federation-noise").derive(self.session.id), self.agreement
+        if agreement.is_bounded:
+            self.correlated = (self.correlated or Correlated(agreement.bands, key)).at(self.trainer.number, agreement.encoding)
+            return fleets.opened_vector(opened.total, agreement, terms, central=None, correlated=self.correlated)
+        central = key.stream(terms.number, *terms.members) if agreement.fleet.noise is Noise.CENTRAL else None
+        return fleets.opened_vector(opened.total, agreement, terms, central=central)
 
     def _payload(self) -> bytes:
-        return fleets.payload_of(self.trainer.parameters, base=self.base, clip_norm=self.trainer.clip_norm)
+        return fleets.payload_of(self.trainer.parameters, base=self.base, clip_norm=self.trainer.clip_norm, step=self.trainer.number)
 
     def _counted(self, exchange: Exchange, requests: Mapping[str, bytes], *, enough: int) -> Mapping[str, bytes]:
         replies = exchange(requests, enough=enough)
@@ -502,7 +511,9 @@ class Coordinator:
 
     def _tell(self, survivors: int) -> None:
         plan, done = self.agreement.plan, self.trainer.number
-        event = event_of(sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=done)
+        event = event_of(
+            sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=self.agreement.spent_steps(done)
+        )
         spent = guarantee(event, delta=plan.delta, unit=plan.unit).epsilon_rdp
         figures = {"clients": survivors, "epsilon": f"{spent:.2f}", "up": f"{self.received / 1e6:.1f} MB", "down": f"{self.sent / 1e6:.1f} MB"}
         self.observer.progress("rounds", done, self.agreement.fleet.rounds, figures)
