@@ -73,7 +73,7 @@ class Weighing(Enum):
 class ClippedSum:
     """A sum over privacy units, each contributing a vector of L2 norm at most `clip_norm`.
 
-    How many units it holds is private and is not kept. Built by `clipped_sum` and `zero`; sums over the micro-batches of one step are added with `+`.
+    How many units it holds is private and is not kept. Built by `clipped_sum` and `zero`; sums over the micro-batches of one step are added with `+` or, in place, `+=`.
 
     Attributes:
         gradients: name of every trained parameter -> sum, float32 (float64 for a float64 parameter), the parameter's shape.
@@ -93,12 +93,24 @@ class ClippedSum:
         """
         if not isinstance(other, ClippedSum):
             return NotImplemented
+        self._check_alike(other)
+        gradients = {name: mine + other.gradients[name] for name, mine in self.gradients.items()}
+        return ClippedSum(gradients=gradients, clip_norm=self.clip_norm, votes=self.votes + other.votes)
+
+    def __iadd__(self, other: ClippedSum) -> ClippedSum:
+        """Adds in place, as `+` otherwise: the tensors of the left side are changed."""
+        if not isinstance(other, ClippedSum):
+            return NotImplemented
+        self._check_alike(other)
+        for name, mine in self.gradients.items():
+            mine.add_(other.gradients[name])
+        return ClippedSum(gradients=self.gradients, clip_norm=self.clip_norm, votes=self.votes + other.votes)
+
+    def _check_alike(self, other: ClippedSum) -> None:
         if self.clip_norm != other.clip_norm:
             raise ValueError(f"Expected equal clip norms, got {self.clip_norm} and {other.clip_norm}.")
         if self.gradients.keys() != other.gradients.keys():
             raise ValueError("Expected sums over the same parameters.")
-        gradients = {name: mine + other.gradients[name] for name, mine in self.gradients.items()}
-        return ClippedSum(gradients=gradients, clip_norm=self.clip_norm, votes=self.votes + other.votes)
 
     @staticmethod
     def zero(model: nn.Module, *, clip_norm: float) -> ClippedSum:
@@ -335,18 +347,23 @@ def _clip_and_add(
     norm_U = torch.stack(list(square_by_group.values())).sum(0).sqrt() * (1 + margin)
     finite_U = norm_U.isfinite()
     broken_U = None if bool(finite_U.all()) else ~finite_U
-    weight_by_group = {label: torch.where(finite_U & counts, how.weight(square_U.sqrt() * (1 + margin)), 0.0) for label, square_U in square_by_group.items()}
+    weight_by_group = {
+        label: torch.where(finite_U & counts, how.weight(square_U.sqrt() * (1 + margin)), 0.0) for label, square_U in square_by_group.items()
+    }
     entry_of = {name: each for of in entries.values() for each in of for name in each.names}
     del entries, uses
     sums: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():  # in this order on every rank: each is freed as soon as it is added up, and scattered where it is sharded
+    for (
+        name,
+        parameter,
+    ) in parameters.items():  # in this order on every rank: each is freed as soon as it is added up, and scattered where it is sharded
         dtype = rules.working(parameter.dtype)
         if name in entry_of:
             each = entry_of[name]
             shapes = [parameters[other].shape for other in each.names]
             whole = shapes[0] if len(shapes) == 1 else torch.Size([sum(shape.numel() for shape in shapes)])
             total = rules.weighted_sum(each.uses, whole, weight_by_group[how.label_of(name)].to(dtype), broken_U)
-            parts = total.flatten().split([shape.numel() for shape in shapes])
+            parts = torch.split(total.flatten(), [shape.numel() for shape in shapes])
             for other, part, shape in zip(each.names, parts, shapes, strict=True):
                 sums[other] = part.view(shape)
                 del entry_of[other]
@@ -427,7 +444,10 @@ class _Recorder:
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], layout: _Layout) -> None:
         names = {id(parameter): name for name, parameter in parameters.items()}
         self._names = {
-            (module, key): names[id(parameter)] for module in model.modules() for key, parameter in module._parameters.items() if id(parameter) in names
+            (module, key): names[id(parameter)]
+            for module in model.modules()
+            for key, parameter in module._parameters.items()
+            if id(parameter) in names
         }
         self._sharded, self._whole = _is_sharded(parameters), dict(names)
         self._model, self._parameters = model, parameters
@@ -498,7 +518,9 @@ class _Recorder:
             ValueError: when the layer has no rule, or computes on shards itself (tensor parallelism).
         """
         if rule is _ROW_BY_ROW or any(p is not None and p.requires_grad and _is_shard(p) for p in module._parameters.values()):
-            raise ValueError(f"Expected a rule and whole weights for every trained layer of a sharded model, but {name!r} ({type(module).__name__}) has not.")
+            raise ValueError(
+                f"Expected a rule and whole weights for every trained layer of a sharded model, but {name!r} ({type(module).__name__}) has not."
+            )
         self._whole |= {id(p): self._names[module, key] for key, p in module._parameters.items() if (module, key) in self._names}
 
     def _read(self, name: str, module: nn.Module, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Place, None] | None:
@@ -551,7 +573,9 @@ class _Recorder:
         if self._sharded:
             if any(isinstance(leaf, nn.Parameter) for leaf in reached):
                 named = sorted({self._whole.get(id(leaf), "one that no layer was called with") for leaf in reached if isinstance(leaf, nn.Parameter)})
-                raise ValueError(f"Expected every trained parameter of a sharded model to be used by its own layer, but this is not so for {named[0]!r}.")
+                raise ValueError(
+                    f"Expected every trained parameter of a sharded model to be used by its own layer, but this is not so for {named[0]!r}."
+                )
             return {}
         found = {self._whole[id(leaf)]: self._parameters[self._whole[id(leaf)]] for leaf in reached if id(leaf) in self._whole}
         for name in found:
