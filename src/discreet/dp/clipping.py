@@ -368,7 +368,7 @@ def _clip_and_add(
                 sums[other] = part.view(shape)
                 del entry_of[other]
             del each, total, parts
-        sums[name] = _scattered(sums.get(name, None), parameter, dtype)
+        sums[name] = _scattered(sums.get(name), parameter, dtype)
     sums = {name: sums[name] for name in parameters}
     votes = float(((norm_U <= how.clip_norm).double() - 0.5).sum()) if counts else 0.0
     return ClippedSum(gradients=sums, clip_norm=how.clip_norm, votes=votes)
@@ -828,6 +828,9 @@ def _rounding(parameter: Tensor) -> float:
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    for module in model.modules() if hasattr(model, "reshard") else ():
+        if hasattr(module, "reshard"):  # a forward without a backward leaves the weights of the root gathered: other objects than the shards that are trained
+            module.reshard()
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
         raise ValueError("Expected a model with at least one parameter that requires grad.")
