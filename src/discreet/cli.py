@@ -457,7 +457,7 @@ def _serve(project: Path, *, port: int | None) -> None:
         application.router.routes.extend(pages.routes(pages.HouseProvider(house)))
         host, chosen = house.project.serve.host, house.project.serve.port if port is None else port
         for line in _invitation(f"http://{host}:{chosen}", api_key, pipeline.released_name(house)):
-            stderr.print(line, markup=False)
+            stderr.print(line, markup=False, soft_wrap=True)
         try:
             asgi.run(application, host=host, port=chosen)
         finally:

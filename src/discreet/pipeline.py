@@ -92,8 +92,9 @@ INCONCLUSIVE_RULE = "an audit that could have seen a violation"
 CANARY_SOURCE = "audit-canaries-{count}"
 CONTROL_BATCH = 16
 RECITED = 40
-SERVED_BATCH = 100
 """Planted canaries that both models are asked to recite."""
+SERVED_BATCH = 100
+"""Requests in one statement of what was served."""
 
 _stages = Table(
     "stages",
