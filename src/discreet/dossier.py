@@ -153,19 +153,19 @@ def verify(folder: Path, *, public_key: str, pinned: bytes | None = None) -> Ver
     Raises:
         EvidenceInvalid: `failed` names what broke.
     """
-    key = note.parse_key(public_key.strip())
     if sorted(os.listdir(folder)) != sorted((*FILES, LOG, MANIFEST)):
         raise _broken("dossier: other files than it has")
-    payload = statement.open_envelope(_read(folder / MANIFEST), payload_type=MANIFEST_TYPE, public_key=key.ed25519, key_id=key.label)
-    signed = parse_json(payload)
     verified = verify_bundle(folder / LOG, public_key=public_key, pinned=pinned)
+    key = verified.keys[-1]
+    payload, _ = statement.open_envelope(_read(folder / MANIFEST), payload_type=MANIFEST_TYPE, keys=note.by_label([key]))
+    signed = parse_json(payload)
     described = _described(folder)
     expected = {"files": described, "format": FORMAT, "origin": key.name, "public": verified.public}
     if signed != expected:
         found = signed.get("files", {}) if isinstance(signed, dict) else {}
         changed = [name for name, what in described.items() if found.get(name) != what] or ["manifest.json"]
         raise _broken(*(f"{name}: differs from what was signed" for name in changed))
-    _check_answers(json.loads(_read(folder / "dossier.json")), verified, public_key=public_key)
+    _check_answers(json.loads(_read(folder / "dossier.json")), verified, public_key="\n".join(map(str, verified.keys)))
     return verified
 
 

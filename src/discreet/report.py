@@ -402,14 +402,15 @@ def _deid(log: _Log) -> Section:
     for entry in statements:
         labels.update({str(label): int(count) for label, count in dict(entry.fields.get("counts") or {}).items()})
     measured: Mapping[str, Any] = next((e.fields["detector"] for e in reversed(statements) if isinstance(e.fields.get("detector"), Mapping)), {})
-    exposure = Exposure.PUBLIC if measured.get("corpus") == "generated" else Exposure.INTERNAL
     policies = sorted({str(entry.fields["policy"]) for entry in statements if entry.fields.get("policy")})
     facts = _facts(
         ("policy", "Policy", policies),
         ("counts", "Identifiers replaced, by label", dict(sorted(labels.items())), Exposure.INTERNAL),
-        ("precision", "Precision of the detectors", measured.get("precision"), exposure),
-        ("recall", "Recall of the detectors", measured.get("recall"), exposure),
-        ("corpus", "Measured on", measured.get("corpus"), exposure),
+        ("recall", "Marked values that the detectors cover whole", measured.get("recall"), Exposure.INTERNAL),
+        ("recall_at_least", "at least, with 95 % confidence", measured.get("recall_at_least"), Exposure.INTERNAL),
+        ("precision", "Spans that touch a marked value", measured.get("precision"), Exposure.INTERNAL),
+        ("precision_at_least", "at least, with 95 % confidence", measured.get("precision_at_least"), Exposure.INTERNAL),
+        ("corpus", "Measured on", f"{measured['corpus']}: {measured['values']} values" if measured else None, Exposure.INTERNAL),
     )
     return Section(name="deidentification", title="What is left of the person before training", facts=facts)
 
