@@ -159,8 +159,23 @@ def _one_stage(name: str, project: Path, as_json: bool) -> None:
 
 
 @app.command()
-def train(project: Folder = HERE, as_json: Json = False) -> None:
+def train(
+    search: Annotated[
+        bool, typer.Option("--search", help="Try the settings of [search]; the whole search is one charge, only its winner leaves.")
+    ] = False,
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
     """Trains under differential privacy: reserves and spends the budget, then takes the noisy steps."""
+    from discreet import config
+
+    if search is not config.load(project).search.declared:
+        remedy = (
+            "Declare candidates such as learning_rate = [0.001, 0.004]."
+            if search
+            else "Give --search, or remove [search]: a search costs more than a run."
+        )
+        raise RequestInvalid("--search exactly where [search] declares candidates", remedy=remedy)
     _one_stage("train", project, as_json)
 
 

@@ -196,6 +196,27 @@ class TrainSection(_Section):
 
 
 @final
+class SearchSection(_Section):
+    """`[search]`: `discreet train --search` tries several settings of [train]; the whole search is one charge, and only its winner leaves."""
+
+    tries: Literal["negative_binomial", "poisson", "each", "guided"] = Field(
+        "negative_binomial", description="how many: drawn (negative_binomial, poisson), every candidate once, or guided by earlier scores"
+    )
+    mean: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(4.0, description="expected number of tries; with guided their number")
+    shape: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="of the negative binomial: 1 geometric, 0 logarithmic")
+    learning_rate: tuple[Positive, ...] = Field((), description="candidates; none: the one of [train], and without any candidate there is no search")
+    optimizer: tuple[str, ...] = Field((), description="candidates; none: the one of [train]")
+    warmup_steps: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="candidates; none: those of [train]")
+    score: Literal["public", "private"] = Field("public", description="loss on public held-out text, or a noised mean loss over the units")
+    score_epsilon: Positive = Field(0.05, description="with score = 'private': what each try's score costs, part of epsilon")
+    score_bound: Positive = Field(6.0, description="with score = 'private': largest loss that one unit counts for, in nats a token")
+
+    @property
+    def declared(self) -> bool:
+        return bool(self.learning_rate or self.optimizer or self.warmup_steps)
+
+
+@final
 class BudgetSection(_Section):
     """The budget that the run is charged to. Opened once; never refilled."""
 
@@ -261,6 +282,7 @@ class Project(_Section):
     model: ModelSection = ModelSection()
     privacy: PrivacySection = PrivacySection()
     train: TrainSection = TrainSection()
+    search: SearchSection = SearchSection()
     budget: BudgetSection = BudgetSection()
     audit: AuditSection = AuditSection()
     release: ReleaseSection = ReleaseSection()

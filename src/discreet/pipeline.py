@@ -36,6 +36,7 @@ from discreet.audit import bounds, extraction, membership
 from discreet.audit import canaries as canary
 from discreet.audit import mechanism as rehearsal
 from discreet.audit.canaries import Canaries
+from discreet.audit.external import LooseTradeOff
 from discreet.config import ModelSection, PrivacySection, Project, SourceSection, TrainSection, digest_of
 from discreet.deid import policy as deid
 from discreet.deid.calibrate import samples_of
@@ -67,12 +68,13 @@ from discreet.governance.classify import classify
 from discreet.governance.consent import Consent
 from discreet.governance.erasure import Decision, Erasure, Finding, Identity, Reason, Transcript
 from discreet.keys import Key, Keyring, open_master
-from discreet.ledger import Budget, CloseReason, Ledger, Reservation
+from discreet.ledger import Budget, CloseReason, Kind, Ledger, Reservation
 from discreet.model import Base, PublicText
 from discreet.record import Basis, Deidentified, Digest, Purpose, Record, Release, Sensitivity, Snapshot, SubjectId
 from discreet.serve import gateway
 from discreet.store import Store, metadata, write_atomically
 from discreet.train import loop, optimizers
+from discreet.train import search as searching
 from discreet.train.checkpoint import PURPOSE, Checkpoints, CheckpointStore
 from discreet.train.step import tokenize
 
@@ -500,10 +502,12 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
             batch_limit=privacy.batch_limit,
             bands=privacy.bands or 0,
             adaptive=_adaptive(privacy),
+            search=searching.declared(house.project.search),
         )
     except ValueError as error:
         raise PlanInvalid.of(error, remedy="See [privacy] in discreet.toml and docs/choosing-unit-and-epsilon.md.") from None
-    optimizers.check(house.project.train, plan)
+    for chosen in searching.candidates(house.project.search):
+        optimizers.check(searching.settings(house.project.train, chosen), plan)
     if plan.delta >= 1 / snapshot.num_units and not plan.allow_large_delta:
         raise PlanInvalid("delta below one over the units really there", value=plan.delta, remedy="Lower [privacy] population or delta.")
     left = budget.remaining_epsilon() if budget else privacy.epsilon
@@ -597,17 +601,24 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     rehearsed = _rehearsed(house, plan, run)
     start = _public_track(house, base, frozen, folder, observer)
     began = time.monotonic()
-    trained = loop.train(
-        plan,
-        frozen.snapshot,
-        house.ledger.spend(reservation),
-        texts=_all_texts(house, frozen.snapshot),
-        setup=_setup(house, base, held_out=frozen.held_out, start=start),
-        run_key=house.keyring.run(run),
-        checkpoints=_checkpoints(house, run),
-        adapter=folder / "adapter",
-        on_step=_while_admitted(house, frozen.snapshot, _shown(observer, "train")),
-    )
+    on_step = _while_admitted(house, frozen.snapshot, _shown(observer, "train"))
+    setup, texts = _setup(house, base, held_out=frozen.held_out, start=start), _all_texts(house, frozen.snapshot)
+    spent, chosen = house.ledger.spend(reservation), {}
+    if plan.search is None:
+        trained = loop.train(
+            plan,
+            frozen.snapshot,
+            spent,
+            texts=texts,
+            setup=setup,
+            run_key=house.keyring.run(run),
+            checkpoints=_checkpoints(house, run),
+            adapter=folder / "adapter",
+            on_step=on_step,
+        )
+    else:
+        won = _search(house, plan, frozen.snapshot, spent, texts=texts, setup=setup, run=run, on_step=on_step)
+        trained, chosen = won.trained, dict(won.chosen)
     moved, trainable = model.moved(base, house.project.model, start=start, adapter=trained.adapter)
     result = {
         "run": run,
@@ -623,9 +634,54 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
         "guarantee": guarantee_fields(plan) | {"privacy_digest": house.project.privacy_digest()},
         "curve": _rounded(trained.curve),
         "mechanism": rehearsed,
+        **({"chosen": chosen} if chosen else {}),
     }
     _record_training(house, result, reservation)
     return _close_run(house, result)
+
+
+def _search(
+    house: House,
+    plan: mechanism.Plan,
+    snapshot: Snapshot,
+    spent: Reservation,
+    *,
+    texts: Sequence[str],
+    setup: loop.Setup,
+    run: str,
+    on_step: Callable[[loop.StepReport], None],
+) -> searching.Winner:
+    """Tries settings, each a private run under a key of its own, and keeps the best (`train/search.py`)."""
+    section, key = house.project.search, house.keyring.run(run)
+
+    def one(number: int, train_: TrainSection, adapter: Path) -> loop.Trained:
+        return loop.train(
+            plan,
+            snapshot,
+            spent,
+            texts=texts,
+            setup=replace(setup, train=train_),
+            run_key=key.derive("try", number),
+            checkpoints=_checkpoints(house, f"{run}.{number}"),
+            adapter=adapter,
+            on_step=on_step,
+        )
+
+    def score(number: int, trained: loop.Trained) -> float:
+        if plan.search is None or plan.search.score_epsilon is None:
+            return searching.public_score(number, trained)
+        return searching.private_score(plan, section, snapshot, texts, setup, key)(number, trained)
+
+    return searching.search(
+        plan,
+        section,
+        train=house.project.train,
+        run=one,
+        drop=lambda number: _checkpoints(house, f"{run}.{number}").destroy(),
+        score=score,
+        run_key=key,
+        folder=house.project.state / "runs" / run,
+    )
 
 
 def _rehearsed(house: House, plan: mechanism.Plan, run: str) -> list[dict[str, Any]]:
@@ -754,7 +810,8 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
             if plan.allow_large_delta:
                 fields: dict[str, JSON] = {"rule": "delta < 1 / population", "value": plan.delta, "reason": plan.allow_large_delta, "run": run}
                 house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(plan.digest,), fields=fields))
-    return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run)
+    kind = Kind.TRAINING if plan.search is None else Kind.SEARCH
+    return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run, kind=kind)
 
 
 def _refuse_unaffordable(house: House, plan: mechanism.Plan, snapshot: Snapshot) -> None:
@@ -772,6 +829,7 @@ def _record_training(house: House, result: Mapping[str, Any], reservation: Reser
     """Logs the trained model. The snapshot's root stays inside: the statement is public (PITFALLS 41)."""
     fields = {name: result[name] for name in ("run", "base", "adapter", "plan", "guarantee", "steps", "parameters")}
     fields |= {"track": "dp", "reservation": reservation.id, "public_loss": result["curve"]}
+    fields |= {"kind": "winner of a search", "chosen": result["chosen"]} if "chosen" in result else {}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(Digest(result["adapter"]),), fields=fields))
         artifact = lineage.Artifact(digest=Digest(result["adapter"]), kind=lineage.Kind.MODEL, protects=house.project.privacy.unit)
@@ -802,7 +860,7 @@ def _close_run(house: House, result: Mapping[str, Any]) -> dict[str, Any]:
         fields: dict[str, JSON] = {"run": run, "kind": "noise and sampling"}
         with house.store.transaction() as tx:
             house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(Digest(result["adapter"]),), fields=fields))
-    _checkpoints(house, run).destroy()
+    _destroy_state(house, run)
     return dict(result)
 
 
@@ -819,7 +877,15 @@ def _abandon(house: House, reservation: Reservation) -> None:
     fields: dict[str, JSON] = {"run": reservation.run, "kind": "noise and sampling", "reason": "abandoned"}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(reservation.plan,), fields=fields))
-    _checkpoints(house, reservation.run).destroy()
+    _destroy_state(house, reservation.run)
+
+
+def _destroy_state(house: House, run: str) -> None:
+    """Destroys the checkpoints of a run and of its tries."""
+    runs = house.project.state / "runs"
+    for folder in (runs / run, *runs.glob(f"{run}.*")):
+        _checkpoints(house, folder.name).destroy()
+    searching.forget(runs / run)
 
 
 def _checkpoints(house: House, run: str) -> Checkpoints:
@@ -865,7 +931,7 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
         },
         epsilon=plan.guarantee.epsilon,
         delta=plan.delta,
-        trade_off=accounting.trade_off(plan.event),
+        trade_off=_claimed_curve(plan),
         fpr=house.project.audit.false_positive_rate,
         level=bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))),
         mechanism=[
@@ -896,6 +962,13 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
         house.log.append(tx, Statement(predicate=Predicate.CONTROL_DESTROYED, subjects=subject, fields=fields))
         _record(tx, "audit", _config_of(house, "audit"), result)
     return result
+
+
+def _claimed_curve(plan: mechanism.Plan) -> bounds.TradeOff:
+    """The curve of the event where PLD knows it; of a search, that of its (epsilon, delta) alone."""
+    if accounting.has_pld(plan.event):
+        return accounting.trade_off(plan.event)
+    return LooseTradeOff(epsilon=plan.guarantee.epsilon, delta=plan.delta)
 
 
 def _log_likelihoods(house: House, module: nn.Module, base: Base, canaries: Canaries) -> NDArray[np.float64]:
@@ -1682,7 +1755,7 @@ class Silent:
 def _run_config(house: House) -> str:
     """What identifies the computed result: everything but [run], [release] and [serve]."""
     project = house.project
-    sections = (project.privacy, project.model, project.train, project.budget, project.deid)
+    sections = (project.privacy, project.model, project.train, project.budget, project.deid, *([project.search] if project.search.declared else []))
     return digest_of(
         [project.audit.canaries]
         + [section.model_dump(mode="json") for section in sections]
