@@ -596,6 +596,36 @@ def test_alerts_begin_at_half(house):
     assert house.ledger.show("queries").alerts == ("budget 'queries': 80% of epsilon 1 is spent; it is never refilled",)
 
 
+def test_a_raise_keeps_what_was_spent_and_admits_what_fits_now(tight, plan):
+    """The first plan uses up epsilon 1; raised to 8, the budget counts it as if it had been opened with 8."""
+    tight.ledger.reserve("main", plan, snapshot(), "run-1")
+    with pytest.raises(BudgetExhausted):
+        tight.ledger.reserve("main", plan, snapshot(), "run-2")
+    for wrong in (TIGHT, 0.5, math.inf, math.nan):
+        with pytest.raises(PlanInvalid):
+            tight.ledger.raise_to("main", wrong, reason="the board decided")
+    with pytest.raises(PlanInvalid):
+        tight.ledger.raise_to("main", EPSILON, reason=" ")
+    tight.ledger.raise_to("main", EPSILON, reason="the board decided")
+    assert tight.ledger.filter("main") == RdpFilter.open(epsilon=EPSILON, delta=DELTA).charge(plan.event)
+    tight.ledger.reserve("main", plan, snapshot(), "run-2")
+    [said] = tight.log.select(Predicate.BUDGET_RAISED)
+    assert said.fields == {"budget": "main", "epsilon": EPSILON, "earlier": TIGHT, "reason": "the board decided"}
+    with pytest.raises(ReservationRefused):
+        tight.ledger.open("main", epsilon=TIGHT, delta=DELTA, unit="patient")
+    tight.log.verify()
+
+
+def test_a_raise_of_one_budget_raises_no_other(house):
+    """Somebody bound by two budgets stays bound by the one that was not raised."""
+    for name in ("first", "second"):
+        house.ledger.open(name, epsilon=1.0, delta=1e-6, unit="patient")
+        house.ledger.reserve_epsilon(name, 0.3)
+    house.ledger.raise_to("first", 10.0, reason="the board decided")
+    with pytest.raises(BudgetExhausted, match="second"):
+        house.ledger.reserve_epsilon("first", 0.6)
+
+
 def test_affordable_steps_are_the_most_that_fit(opened, plan):
     left = opened.ledger.filter("main")
     steps = affordable_steps(left, sampling_probability=0.03, noise_multiplier=1.0)
