@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from discreet import __version__
-from discreet.errors import DiscreetError, NotFound, NotReleased, PlanInvalid, RequestInvalid, SourceMissing
+from discreet.errors import ConfigInvalid, DiscreetError, NotFound, NotReleased, PlanInvalid, RequestInvalid, SourceMissing
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Sensitive text to a language model that keeps it, with proof."
@@ -401,6 +401,13 @@ def serve(
     allow_private: Annotated[list[str] | None, typer.Option(help="Host that may be private, or plain http; may be repeated.")] = None,
     upstream_key_env: Annotated[str, typer.Option(help="Environment variable with the upstream's API key.")] = "OPENAI_API_KEY",
     cache_salt: Annotated[bool, typer.Option("--cache-salt", help="Send vLLM a cache_salt for each tenant.")] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain in PEM: callers speak TLS (with --upstream).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate, in PEM.")] = None,
+    tls_callers: Annotated[Path | None, typer.Option(help="Authorities in PEM whose certificates callers must show.")] = None,
+    trail: Annotated[Path, typer.Option(help="Folder of the gateway's own signed log (with --upstream).")] = Path(".discreet-gateway"),
+    no_trail: Annotated[bool, typer.Option("--no-trail", help="Keep no signed log of what was served.")] = False,
+    traces: Annotated[str | None, typer.Option(help="URL of an OTLP collector for traces, such as http://127.0.0.1:4318/v1/traces.")] = None,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds that running answers may take after a signal to stop.")] = 10,
     new_key: Annotated[bool, typer.Option("--new-key", help="Print a fresh API key and its hash for the tenants file, and stop.")] = False,
 ) -> None:
     """Starts the gateway and the dashboard from the verified release, or the privacy gateway alone in front of another server."""
@@ -409,8 +416,25 @@ def serve(
     elif upstream is None:
         _serve(project, port=port)
     else:
-        private = frozenset(allow_private or ())
-        _serve_upstream(upstream, (host, 8765 if port is None else port), tenants, private, upstream_key_env, cache_salt)
+        from discreet.serve import alone
+        from discreet.serve.asgi import Tls
+
+        if (tls_cert is None) != (tls_key is None) or (tls_callers and not tls_cert):
+            raise ConfigInvalid("--tls-cert and --tls-key together", remedy="--tls-callers needs both.")
+        options = alone.Options(
+            upstream=upstream,
+            host=host,
+            port=8765 if port is None else port,
+            tenants=tenants,
+            private=frozenset(allow_private or ()),
+            key_env=upstream_key_env,
+            cache_salt=cache_salt,
+            tls=None if tls_cert is None or tls_key is None else Tls(certificate=tls_cert, key=tls_key, callers=tls_callers),
+            trail=None if no_trail else trail,
+            traces=traces,
+            grace_s=grace,
+        )
+        alone.run(options, say=lambda line: stderr.print(line, markup=False, soft_wrap=True))
 
 
 def _new_key() -> None:
@@ -419,27 +443,6 @@ def _new_key() -> None:
     api_key, hashed = asgi.new_api_key()
     stderr.print("The key goes to the tenant, the hash into the tenants file; the key is not kept.", markup=False)
     stdout.print(f"key         {api_key}\nkey_sha256  {hashed}", markup=False)
-
-
-def _serve_upstream(url: str, address: tuple[str, int], tenants: Path | None, private: frozenset[str], key_env: str, cache_salt: bool) -> None:
-    from discreet.keys import Key
-    from discreet.serve import asgi, proxy
-    from discreet.serve.tenants import Tenant, load
-    from discreet.serve.upstream import Upstream, resolve
-
-    server = Upstream(address=resolve(url, private=private), api_key=os.environ.get(key_env, ""))
-    host, port = address
-    stderr.print(f"gateway    http://{host}:{port}/v1  ->  {server.address.host}", markup=False)
-    known: tuple[Tenant, ...]
-    metrics_key: str | None = None
-    if tenants is None:
-        api_key, hashed = asgi.new_api_key()
-        known = (Tenant(name="default", key_hashes=(hashed,)),)
-        stderr.print(f'key (shown once)  {api_key}\n\nOpenAI(base_url="http://{host}:{port}/v1", api_key="{api_key}")', markup=False, soft_wrap=True)
-    else:
-        known, metrics_key = load(tenants)
-        stderr.print(f"tenants    {len(known)}", markup=False)
-    asgi.run(proxy.app(server, tenants=known, key=Key.random(), metrics_key_hash=metrics_key, cache_salt=cache_salt), host=host, port=port)
 
 
 def _serve(project: Path, *, port: int | None) -> None:
@@ -739,7 +742,7 @@ def _math(call: Callable[[], T]) -> T:
     try:
         return call()
     except ValueError as error:
-        raise PlanInvalid("parameters that the mathematics accepts", value=str(error)) from None
+        raise PlanInvalid.of(error) from None
 
 
 def _finite(value: float | None) -> float | str:
@@ -964,6 +967,9 @@ def catalog_register(
 def evidence_export(
     out: Annotated[Path, typer.Option("--out", help="New folder for the bundle.")] = Path("evidence"),
     public: Annotated[bool, typer.Option("--public", help="Only what may be published.")] = False,
+    trail: Annotated[
+        Path | None, typer.Option("--trail", help="Folder of a gateway's trail (`discreet serve --upstream`) in place of a project.")
+    ] = None,
     project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
@@ -971,9 +977,14 @@ def evidence_export(
     from discreet import pipeline
     from discreet.evidence.log import verify_bundle
 
-    with pipeline.open_house(project) as house:
-        bundle, key = pipeline.export_evidence(house, out, public=public)
-        verified = verify_bundle(bundle, public_key=key.read_text())
+    if trail is not None:
+        from discreet.serve.trail import export
+
+        bundle, key = export(trail, out, public=public)
+    else:
+        with pipeline.open_house(project) as house:
+            bundle, key = pipeline.export_evidence(house, out, public=public)
+    verified = verify_bundle(bundle, public_key=key.read_text())
     document = {"bundle": str(bundle), "key": str(key), "public": public, "entries": len(verified.entries), "checkpoint": verified.note.decode()}
     _print(as_json, document, [f"bundle: {bundle}", f"key:    {key}"])
 
@@ -1112,8 +1123,78 @@ def federate_enroll(project: Folder = HERE, as_json: Json = False) -> None:
     """Freezes a site's corpus and prints the public key that goes into the fleet's roster.json."""
     from discreet import federate as fleets
 
-    enrolled = fleets.enroll(project, _Bars())
-    _print(as_json, {"name": enrolled.name, "key": enrolled.key.hex(), "base": enrolled.base.digest}, [f"{enrolled.name} {enrolled.key.hex()}"])
+    document = fleets.document(fleets.enroll(project, _Bars()))
+    _print(as_json, document, [f"{document['name']} {document['key']}"])
+
+
+@federate.command("roster")
+def federate_roster(
+    enrolled: Annotated[list[Path], typer.Argument(help="What `enroll --json` printed at each site, one file each.")],
+    base: Annotated[Path, typer.Option("--base", help="Folder of the base model.")],
+    host: Annotated[str, typer.Option("--host", help="By which the sites reach the coordinator; it is in the certificate.")] = "127.0.0.1",
+    fleet: Fleet = HERE,
+    as_json: Json = False,
+) -> None:
+    """Writes roster.json and ca.crt, which every site gets beside fleet.toml."""
+    from discreet import federate as fleets
+
+    made = fleets.roster(fleet, [_json_file(path) for path in enrolled], base=base, host=host)
+    _print(as_json, made, [f"session {made['session']} of {', '.join(made['sites'])}", f"roster  {made['digest']}  (compare it at every site)"])
+
+
+@federate.command("server")
+def federate_server(
+    fleet: Fleet = HERE,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on, the one of the certificate.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port")] = 9700,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds that a stage of a round may take.")] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Coordinates a fleet over Flower; started again after its death, it continues the round that was under way."""
+    from discreet import federate as fleets
+
+    result = fleets.serve(fleet, host=host, port=port, timeout=timeout, observer=_Bars())
+    _print(as_json, result, fleets.lines(result))
+
+
+@federate.command("client")
+def federate_client(
+    superlink: Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.")],
+    project: Folder = HERE,
+    fleet: Annotated[Path, typer.Option("--fleet", help="Folder with fleet.toml, roster.json and ca.crt.")] = HERE,
+    as_json: Json = False,
+) -> None:
+    """Takes part with this site until the session is closed; exit 4 when its receipts are not honoured."""
+    from discreet import federate as fleets
+
+    result = fleets.attend(project, fleet=fleet, superlink=superlink, observer=_Bars())
+    said = "each counted once under the agreed model and plan" if result["valid"] else f"NOT HONOURED: {'; '.join(result['failed'])}"
+    _print(as_json, result, [f"receipt    {result['site']}: {result['rounds']} uploads, {said}"])
+    if not result["valid"]:
+        raise typer.Exit(4)
+
+
+@federate.command("leave")
+def federate_leave(
+    project: Folder = HERE,
+    fleet: Annotated[Path, typer.Option("--fleet", help="Folder with fleet.toml and roster.json.")] = HERE,
+    as_json: Json = False,
+) -> None:
+    """Takes this site out of its session for good; what it spent stays spent."""
+    from discreet import federate as fleets
+
+    left = fleets.leave(project, fleet=fleet)
+    _print(as_json, left, [f"{left['site']} left session {left['session']} after {left['rounds']} rounds"])
+
+
+def _json_file(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceMissing("a file that `discreet federate enroll --json` printed", value=f"{path.name}: {type(error).__name__}") from None
+    if not isinstance(content, dict) or not {"name", "key", "node", "base", "model"} <= set(content):
+        raise SourceMissing("a file that `discreet federate enroll --json` printed", value=path.name)
+    return content
 
 
 # --- plumbing ---------------------------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ from typing import Any
 
 from discreet import __version__, report
 from discreet.dp import accounting
-from discreet.dp.mechanism import Mechanism, Sampling
+from discreet.dp.combine import Combine
+from discreet.dp.mechanism import Mechanism, Sampling, mechanism_from_json
 from discreet.errors import EvidenceInvalid, NotReleased, OperationFailed
 from discreet.evidence import note, statement
 from discreet.evidence.log import Log, VerifiedBundle, verify_bundle
@@ -250,17 +251,17 @@ def _statement(entries: Sequence[Logged], trained: Logged | None) -> tuple[Secti
 _ENFORCED = {
     Sampling.POISSON.value: "in each step at most cap documents of a unit are taken, and clipped as one",
     Sampling.TRUNCATED_POISSON.value: "in each step at most cap documents of a unit are taken, and clipped as one",
+    Sampling.CYCLIC_POISSON.value: "in each step at most cap documents of a unit are taken, and clipped as one",
     Sampling.POISSON_DOCUMENTS.value: "at most cap documents of a unit are taken, once for the whole run, each clipped alone",
 }
 
 
 def _mechanism(claim: Mapping[str, Any]) -> Mechanism:
     """The mechanism that the claim says ran."""
-    names = ("sampling_probability", "noise_multiplier", "clip_norm", "steps", "population", "cap", "batch_limit")
+    assumed = {"sampling": claim.get("sampler", Sampling.POISSON), "combine": Combine.SUM, "population": 1, "cap": 1}
     try:
-        given = {name: claim[name] for name in names if claim.get(name) is not None}
-        return Mechanism(sampling=Sampling(claim.get("sampler", "poisson")), **given)
-    except (ValueError, TypeError) as error:
+        return mechanism_from_json(assumed | dict(claim))
+    except (KeyError, ValueError, TypeError) as error:
         raise _disagree(str(error)) from None
 
 

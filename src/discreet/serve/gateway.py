@@ -271,7 +271,7 @@ class _Gateway:
                 return EventStream(_events(pieces, first, label, asked), headers=self._headers())
             return self._json(await _whole(pieces, first, label))
 
-    async def _pieces(self, asked: wire.ChatRequest, prompt: filters.Prompt, restorer: filters.Restorer) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, asked: wire.ChatRequest, prompt: filters.Prompt, restorer: filters.Growing) -> AsyncGenerator[Piece, None]:
         """Yields the answer, restored, cut at the caller's stop strings, which are applied to what the caller sees and never reach the engine."""
         stop = StopAt(asked.stop or ())
         deadline = asyncio.get_running_loop().time() + self._limits.max_seconds
