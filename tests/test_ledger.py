@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import sys
+import threading
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -485,6 +486,44 @@ def test_a_batch_is_charged_whole_or_not_at_all(house):
     ]
     with pytest.raises(PlanInvalid):
         house.ledger.charge("queries", [])
+
+
+def test_threads_share_transactions_and_each_gets_its_own_answer(house):
+    """Sixty-four threads, room for ten of a tenth: ten are granted with ten numbers, the others and a mistake are refused, in fewer transactions than threads."""
+    house.ledger.open("queries", epsilon=1.0, delta=1e-6, unit="patient")
+    barrier, outcomes, commits = threading.Barrier(64), [], []
+    append_all = house.log.append_all
+    house.log.append_all = lambda tx, statements: (commits.append(len(statements)), append_all(tx, statements))[1]
+
+    def ask(number):
+        barrier.wait()
+        try:
+            outcomes.append(house.ledger.reserve_epsilon("queries" if number else "nothing", 0.1).id)
+        except (BudgetExhausted, NotFound) as refusal:
+            outcomes.append(type(refusal))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    granted = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    assert sorted(granted) == sorted(f"queries-{number}" for number in range(1, 11))
+    assert (outcomes.count(BudgetExhausted), outcomes.count(NotFound)) == (53, 1)
+    assert sum(commits) == 10
+    shown = house.ledger.show("queries")
+    assert (shown.num_reservations, shown.remaining_epsilon) == (10, 0.0)
+    assert len(house.log.verify().entries) == 11
+
+
+def test_what_breaks_a_shared_transaction_is_told_to_all_of_them(house, monkeypatch):
+    house.ledger.open("queries", epsilon=1.0, delta=1e-6, unit="patient")
+    monkeypatch.setattr(house.ledger._log, "append_all", lambda tx, statements: (_ for _ in ()).throw(OperationFailed("a disk")))
+    with pytest.raises(OperationFailed, match="a disk"):
+        house.ledger.reserve_epsilon("queries", 0.1)
+    monkeypatch.undo()
+    assert house.ledger.show("queries").num_reservations == 0
+    house.ledger.reserve_epsilon("queries", 0.1)
 
 
 def test_a_query_with_a_delta_takes_it_from_what_was_kept_for_queries(house):

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
-import numpy as np
 import pytest
 
 from discreet import corpus, demo, model, pipeline

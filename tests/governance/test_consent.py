@@ -220,7 +220,9 @@ def test_after_an_erasure_no_leaf_links_to_the_person(house, records):
     with pytest.raises(Forgotten):
         house.keyring.subject(subject)
     labels = ("suppression", "request", "consent", "ledger", "tombstone", "access", "consent import")
-    known = [value.encode() for value in (subject, stranger, "P-1", "Zebediah", token(house.keyring, subject), token(house.keyring, stranger))] + content
+    known = [
+        value.encode() for value in (subject, stranger, "P-1", "Zebediah", token(house.keyring, subject), token(house.keyring, stranger))
+    ] + content
     computable = {"sha256:" + house.keyring.hmac(label, each).hex() for label in labels for each in known}
     computable |= {"sha256:" + hashlib.sha256(each).hexdigest() for each in known}
     entries = [entry for predicate in Predicate for entry in house.log.select(predicate)]

@@ -46,9 +46,9 @@ def _planted() -> dict[str, bytes]:
     around = b"before " * 20, b" after" * 20
     forms = {
         "as it is": TEXT.encode(),
-        "as it is, cut": TEXT.encode()[:60],
+        "as it is, cut": TEXT.encode()[:20],
         "UTF-16": TEXT.encode("utf-16"),
-        "JSON escapes": json.dumps({"text": "x" + TEXT.replace(NAME, "")[-40:]}).encode(),
+        "JSON escapes": json.dumps({"text": TEXT}).encode(),
         "URL escapes": urllib.parse.quote_plus(TEXT).encode(),
         "hexadecimal": TEXT.encode().hex().encode(),
         **{f"base64 {shift}": base64.b64encode(b"x" * shift + TEXT.encode()) for shift in range(3)},

@@ -5,8 +5,8 @@
     token ids      runs of 16, 32 or 64 bits in both orders, and as printed lists
     archives       gzip, bzip2, xz, zstd, zip (so npz), tar, and Parquet by its columns, inside one another up to three deep
 
-Why this way: an erasure is believed only if somebody else looked, with another eye than the stores' own. Long needles are looked for whole and by their first and last words, so that a text that
-was cut is found too.
+Why this way: an erasure is believed only if somebody else looked, with another eye than the stores' own. A needle is looked for whole: give the identifiers beside the texts, so that a text that was
+cut is found by them (pieces of texts are not looked for: people share phrases).
 
 Does not cover: what is encrypted (the caller opens it with the keys that live), paraphrases, vectors (nothing of a text can be read in them; a store of vectors answers for itself), compressed
 pieces inside a file of another format.
@@ -32,8 +32,6 @@ MAX_DEPTH = 3
 MAX_UNPACKED_BYTES = 1 << 30
 _LEAST_BYTES = 8
 """A shorter form would be found by chance in weights."""
-WHOLE = 48
-"""Characters above which a needle is looked for in parts too."""
 
 
 def find(folder: Path, needles: Sequence[str], *, tokens: Sequence[Sequence[int]] = ()) -> list[str]:
@@ -56,25 +54,18 @@ def find(folder: Path, needles: Sequence[str], *, tokens: Sequence[Sequence[int]
 def _patterns(needles: Sequence[str], tokens: Sequence[Sequence[int]]) -> dict[bytes, str]:
     made: dict[bytes, str] = {}
     for needle in needles:
-        for part in _parts(needle):
-            plain = part.encode()
-            made |= dict.fromkeys((part.encode("utf-16-le"), part.encode("utf-16-be")), "UTF-16")
-            made |= dict.fromkeys((plain.hex().encode(), plain.hex().upper().encode()), "hexadecimal")
-            made |= dict.fromkeys((urllib.parse.quote(part).encode(), urllib.parse.quote_plus(part).encode()), "URL escapes")
-            made |= dict.fromkeys(_base64(plain), "base64")
-            made |= {json.dumps(part)[1:-1].encode(): "JSON escapes", plain: "as it is"}
+        plain = needle.encode()
+        made |= dict.fromkeys((needle.encode("utf-16-le"), needle.encode("utf-16-be")), "UTF-16")
+        made |= dict.fromkeys((plain.hex().encode(), plain.hex().upper().encode()), "hexadecimal")
+        made |= dict.fromkeys((urllib.parse.quote(needle).encode(), urllib.parse.quote_plus(needle).encode()), "URL escapes")
+        made |= dict.fromkeys(_base64(plain), "base64")
+        made |= {json.dumps(needle)[1:-1].encode(): "JSON escapes", plain: "as it is"}
     for ids in tokens:
         for width, largest in ((2, 1 << 16), (4, 1 << 32), (8, 1 << 63)):
             if max(ids) < largest:
                 made |= {b"".join(i.to_bytes(width, order) for i in ids): f"token ids of {8 * width} bits" for order in ("little", "big")}  # type: ignore[misc, arg-type]  # a literal in a loop
         made |= {glue.join(map(str, ids)).encode(): "token ids, printed" for glue in (",", ", ", " ", "\n")}
     return {pattern: form for pattern, form in made.items() if form == "as it is" or len(pattern) >= _LEAST_BYTES}
-
-
-def _parts(needle: str) -> set[str]:
-    """The needle, and of a long one its beginning, middle and end."""
-    half = len(needle) // 2
-    return {needle} if len(needle) <= WHOLE else {needle, needle[: WHOLE // 2], needle[half - WHOLE // 4 : half + WHOLE // 4], needle[-WHOLE // 2 :]}
 
 
 def _base64(plain: bytes) -> Iterator[bytes]:
@@ -103,7 +94,7 @@ def _unpacked(content: bytes | mmap.mmap) -> Iterator[tuple[str, bytes]]:
         elif head.startswith(b"BZh"):
             yield "bzip2", bz2.BZ2File(io.BytesIO(content)).read(MAX_UNPACKED_BYTES)
         elif head.startswith(b"\xfd7zXZ\x00"):
-            yield "xz", lzma.LZMAFile(io.BytesIO(content)).read(MAX_UNPACKED_BYTES)
+            yield "xz", lzma.LZMADecompressor().decompress(bytes(content), MAX_UNPACKED_BYTES)
         elif head.startswith(b"\x28\xb5\x2f\xfd"):
             from pyarrow import BufferReader, CompressedInputStream  # 0.3 s to import; only folders with such files pay
 
