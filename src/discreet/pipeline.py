@@ -61,7 +61,7 @@ from discreet.errors import (
 )
 from discreet.evidence.log import Log
 from discreet.evidence.statement import JSON, Entry, Predicate, Statement
-from discreet.governance import lineage
+from discreet.governance import lineage, residue
 from discreet.governance.access import Access, Action, current_user
 from discreet.governance.catalog import Catalog, RegisteredSource, SourceFiles, subject_id
 from discreet.governance.classify import classify
@@ -1543,11 +1543,14 @@ def drill(house: House) -> dict[str, Any]:
     return {"certificate": outcome["certificate"], "stores": outcome["stores"], "seconds": round(time.monotonic() - began, 2), "left": []}
 
 
-def remains(house: House, needles: Sequence[str]) -> list[str]:
-    """Returns the files of the project's state that hold one of `needles`: raw bytes, and every living document decoded."""
-    wanted = [needle.encode() for needle in needles]
-    files = [path for path in sorted(house.project.state.rglob("*")) if path.is_file() and not path.is_symlink()]
-    found = [str(path.relative_to(house.project.state)) for path in files if any(needle in path.read_bytes() for needle in wanted)]
+def remains(house: House, needles: Sequence[str], *, tokens: Sequence[Sequence[int]] = ()) -> list[str]:
+    """Returns the files of the project's state that hold something of somebody (`governance.residue`), every living document decoded among them.
+
+    Args:
+        needles: their texts and identifiers.
+        tokens: their texts as token ids.
+    """
+    found = residue.find(house.project.state, needles, tokens=tokens)
     for root in sorted(house.snapshots.glob("*")) if house.snapshots.is_dir() else []:
         if len(root.name) == 64:
             snapshot = corpus.open_snapshot(Digest(f"sha256:{root.name}"), keyring=house.keyring, folder=house.snapshots)
