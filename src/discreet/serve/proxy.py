@@ -424,6 +424,8 @@ class _Proxy:
                     event = wire.parse_json(text.encode(), max_bytes=answers.MAX_EVENT_BYTES, max_depth=MAX_DEPTH)
                     for each in _events(route, answer, event):
                         frames.append(frame(wire.to_json(each), event=str(each["type"]) if route.named_events else None))
+                if route.done is not None and texts is not None and "[DONE]" in texts:
+                    frames += [frame(wire.to_json(each)) for each in answer.done()]
                 if frames:
                     yield "".join(frames)
         if not answer.ended:
