@@ -31,7 +31,7 @@ from typing import Any, Protocol, final
 from discreet import config, corpus
 from discreet import model as models
 from discreet.config import ModelSection, digest_of
-from discreet.dp.accounting import guarantee
+from discreet.dp.accounting import rdp_epsilon
 from discreet.dp.mechanism import event_of
 from discreet.errors import DiscreetError, EvidenceInvalid, MessageReplayed, NotFound, RoundAborted, SourceMissing, TermsRefused
 from discreet.evidence.log import Log
@@ -189,13 +189,7 @@ class Site:
             self._member = self._new_member()
         elif self._member is None:
             self._member = self._taken_up(kind)
-        try:
-            reply = self._member.send(request)
-        except (DiscreetError, StopIteration) as error:
-            self._member = None  # a refused message ends the generator, not the round: the right one is answered from the journal's state
-            if isinstance(error, StopIteration):
-                raise MessageReplayed("a message of a stage that is still open", value=kind if kind in STAGES else None) from None
-            raise
+        reply = self._sent(kind, request)
         write_atomically(self.place / f"{kind}.request", request)
         self.said = f"{self.name}: answered {kind}"
         if kind == STAGES[-1]:
@@ -220,6 +214,19 @@ class Site:
         if self._ledger.has_run(run) and (held := self._ledger.of_run(run)).state.value != "closed":
             self._ledger.close(held, CloseReason.CRASH, executed_steps=self._spent_steps)
         self._keyring.close_run(run)
+
+    def _sent(self, kind: str, request: bytes) -> bytes:
+        """The member's answer. A stage that was answered before is asked again by a coordinator that was killed: the round is taken up anew and the journal answers."""
+        try:
+            with suppress(DiscreetError, StopIteration):
+                return self._member.send(request) if self._member is not None else b""
+            self._member = self._taken_up(kind)
+            return self._member.send(request)
+        except (DiscreetError, StopIteration) as error:
+            self._member = None  # a refused message ends the generator, not the round
+            if isinstance(error, StopIteration):
+                raise MessageReplayed("a message of a stage that is still open", value=kind if kind in STAGES else None) from None
+            raise
 
     @property
     def _spent_steps(self) -> int:
@@ -542,7 +549,7 @@ class Coordinator:
         event = event_of(
             sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=self.agreement.spent_steps(done)
         )
-        spent = guarantee(event, delta=plan.delta, unit=plan.unit).epsilon_rdp
+        spent = rdp_epsilon(event, delta=plan.delta)
         figures = {"clients": survivors, "epsilon": f"{spent:.2f}", "up": f"{self.received / 1e6:.1f} MB", "down": f"{self.sent / 1e6:.1f} MB"}
         self.observer.progress("rounds", done, self.agreement.fleet.rounds, figures)
 
