@@ -130,7 +130,9 @@ class DeidSection(_Section):
         default_factory=dict,
         description="label -> least score that counts, from `discreet redact calibrate`; on public or separately charged samples only",
     )
-    labelled: str = Field("", description="JSON Lines of public or generated texts with their identifiers marked: recall and precision are measured on them")
+    labelled: str = Field(
+        "", description="JSON Lines of public or generated texts with their identifiers marked: recall and precision are measured on them"
+    )
 
 
 @final

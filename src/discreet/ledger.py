@@ -774,7 +774,9 @@ def _opened(terms: _Terms) -> Statement:
 def _other_numbers(found: _Terms) -> ReservationRefused:
     opened = f"epsilon {found.filter.epsilon:g}, delta {found.delta:g}, unit {found.unit}, {found.filter.relation}"
     return ReservationRefused(
-        f"budget '{found.name}' with the numbers that it was opened with", value=f"other numbers than {opened}", remedy="They are fixed; two people may raise its epsilon: `discreet budget raise`."
+        f"budget '{found.name}' with the numbers that it was opened with",
+        value=f"other numbers than {opened}",
+        remedy="They are fixed; two people may raise its epsilon: `discreet budget raise`.",
     )
 
 

@@ -15,7 +15,9 @@ def sample(text: str, *values: str) -> Sample:
 
 
 def test_counts_are_of_values_and_of_spans():
-    found = measure([sample("write to ann@example.org or swordfish", "ann@example.org", "swordfish"), sample("call bob@example.org")], builtin("label"))
+    found = measure(
+        [sample("write to ann@example.org or swordfish", "ann@example.org", "swordfish"), sample("call bob@example.org")], builtin("label")
+    )
     assert (found.samples, found.values, found.covered, found.found, found.right) == (2, 2, 1, 2, 1)
     assert (found.recall, found.precision) == (0.5, 0.5)
 

@@ -18,7 +18,6 @@ import anthropic
 import httpx
 import openai
 import pytest
-from . import test_oidc
 
 from discreet.deid.vault import PLACEHOLDER
 from discreet.errors import UpstreamFailed
@@ -29,6 +28,8 @@ from discreet.serve.answers import ToolArguments
 from discreet.serve.leaks import Canaries, Guard, OwnIdentifiers
 from discreet.serve.tenants import Limits, Settings, Tenant
 from discreet.serve.upstream import Address, Upstream
+
+from . import test_oidc
 
 NAME, EMAIL, SSN = "Aurelia Quistgaard", "aurelia.quistgaard@example.org", "536-22-8145"
 PROMPT = f"Patient {NAME} can be reached at {EMAIL}, SSN {SSN}. Summarise."
