@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -1154,7 +1155,15 @@ def federate_roster(
     from discreet import federate as fleets
 
     made = fleets.roster(fleet, [_json_file(path) for path in enrolled], base=base, host=host)
-    _print(as_json, made, [f"session {made['session']} of {', '.join(made['sites'])}", f"roster  {made['digest']}  (compare it at every site)"])
+    _print(
+        as_json,
+        made,
+        [
+            f"session {made['session']} of {', '.join(made['sites'])}",
+            f"roster  {made['digest']}  (compare it at every site)",
+            f"binding {made['binding']}  (report data of an attestation)",
+        ],
+    )
 
 
 @federate.command("server")
@@ -1177,12 +1186,15 @@ def federate_client(
     superlink: Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.")],
     project: Folder = HERE,
     fleet: Annotated[Path, typer.Option("--fleet", help="Folder with fleet.toml, roster.json and ca.crt.")] = HERE,
+    verifier: Annotated[
+        str, typer.Option("--verifier", help="Program that accepts the coordinator's `attestation` (stdin; the binding is its argument) by exit 0.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Takes part with this site until the session is closed; exit 4 when its receipts are not honoured."""
     from discreet import federate as fleets
 
-    result = fleets.attend(project, fleet=fleet, superlink=superlink, observer=_Bars())
+    result = fleets.attend(project, fleet=fleet, superlink=superlink, observer=_Bars(), verifier=shlex.split(verifier))
     said = "each counted once under the agreed model and plan" if result["valid"] else f"NOT HONOURED: {'; '.join(result['failed'])}"
     _print(as_json, result, [f"receipt    {result['site']}: {result['rounds']} uploads, {said}"])
     if not result["valid"]:

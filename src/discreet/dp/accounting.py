@@ -180,6 +180,30 @@ def pld_epsilon(event: DpEvent, *, delta: float, grid: float | None = COARSE) ->
     return trade_off(event, grid=grid).epsilons([delta])[0]
 
 
+def rdp_epsilon(event: DpEvent, *, delta: float, relation: Relation = "add_remove") -> float:
+    """Computes the RDP epsilon alone: quick, looser than PLD, and what discrete noise is accounted by (`dp/discrete.py`).
+
+    Args:
+        delta: in (0, 1).
+
+    Returns:
+        infinity for an event without noise.
+
+    Raises:
+        ValueError: when a parameter is out of range or RDP does not know the event under this relation.
+    """
+    _check_relation(relation)
+    if not 0 < delta < 1:
+        raise ValueError(f"Expected 0 < delta={delta} < 1.")
+    parts = _parts(event)
+    if not parts:
+        return 0.0
+    found = math.inf if any(_is_unprotected(part) for part, _ in parts) else _epsilon_rdp(parts, delta, relation)
+    if found is None:
+        raise ValueError(f"Expected an event that RDP knows under {relation}, got {event}.")
+    return found
+
+
 def rdp(event: DpEvent, orders: Sequence[float], *, relation: Relation = "add_remove") -> Vector:
     """Computes the Renyi divergence of an event at each order.
 
