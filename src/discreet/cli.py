@@ -167,7 +167,7 @@ def train(
     project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
-    """Trains under differential privacy: reserves and spends the budget, then takes the noisy steps."""
+    """Trains under differential privacy: reserves and spends the budget, then takes the noisy steps. On several processes: `torchrun --no-python ... discreet train`."""
     from discreet import config
 
     if search is not config.load(project).search.declared:
@@ -177,7 +177,15 @@ def train(
             else "Give --search, or remove [search]: a search costs more than a run."
         )
         raise RequestInvalid("--search exactly where [search] declares candidates", remedy=remedy)
-    _one_stage("train", project, as_json)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _one_stage("train", project, as_json)
+        return
+    from discreet import pipeline
+
+    if search:
+        raise RequestInvalid("a search on one process", value=os.environ["WORLD_SIZE"], remedy="Run `discreet train --search` without torchrun.")
+    if (result := pipeline.train_together(project, _Bars())) is not None:
+        _print(as_json, result, [f"{key}: {value}" for key, value in _flat(result)])
 
 
 @app.command()

@@ -265,6 +265,9 @@ class RunSection(_Section):
         "padded", description="padded: one document a row, grouped by length (CPU); packed: several that do not see each other (GPU)"
     )
     checkpoint_every: Count = 1
+    weights: Literal["replicated", "sharded"] = Field(
+        "replicated", description="under torchrun: every rank holds the model, or its shard of it (FSDP2) with optimiser state and noise"
+    )
 
 
 @final

@@ -15,6 +15,7 @@ Does not cover: more than one machine (federated/), serving itself (serve/), the
 from __future__ import annotations
 
 import csv
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -73,9 +74,10 @@ from discreet.model import Base, PublicText
 from discreet.record import Basis, Deidentified, Digest, Purpose, Record, Release, Sensitivity, Snapshot, SubjectId
 from discreet.serve import gateway
 from discreet.store import Store, metadata, write_atomically
-from discreet.train import loop, optimizers
+from discreet.train import loop, optimizers, parallel
 from discreet.train import search as searching
 from discreet.train.checkpoint import PURPOSE, Checkpoints, CheckpointStore
+from discreet.train.parallel import ALONE, Ranks
 from discreet.train.step import tokenize
 
 if TYPE_CHECKING:
@@ -117,6 +119,16 @@ class Observer(Protocol):
     def progress(self, task: str, done: int, total: int, figures: Mapping[str, object]) -> None: ...
 
 
+class _Silent:
+    """Hears and says nothing."""
+
+    def stage(self, name: str) -> None: ...
+
+    def note(self, line: str) -> None: ...
+
+    def progress(self, task: str, done: int, total: int, figures: Mapping[str, object]) -> None: ...
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
 class House:
@@ -130,6 +142,7 @@ class House:
     consent: Consent
     ledger: Ledger
     access: Access
+    ranks: Ranks = ALONE
 
     @property
     def snapshots(self) -> Path:
@@ -188,6 +201,34 @@ def open_house(folder: Path, *, exclusive: bool = True, lost: tuple[str, str] | 
                     log.pin()
         finally:
             store.close()
+
+
+def train_together(folder: Path, observer: Observer) -> dict[str, Any] | None:
+    """`train` on the ranks that torchrun announces: rank 0 does everything that is written, the others compute their share of every step.
+
+    Returns:
+        as `train`; None on every rank but the first.
+
+    Raises:
+        as `open_house` and `train`; torchrun then ends the other ranks.
+    """
+    with parallel.joined(config.load(folder).run.device) as ranks:
+        if ranks.writes:
+            with open_house(folder) as house:
+                return train(dataclasses.replace(house, ranks=ranks), observer)
+        if ranks.follow():
+            with open_house(folder, exclusive=False) as house:
+                _assist(dataclasses.replace(house, ranks=ranks))
+        return None
+
+
+def _assist(house: House) -> None:
+    """What a resumed run does up to its steps: all of it is stored already, so this rank reads it and writes nothing."""
+    silent = _Silent()
+    frozen = ingest(house, silent)
+    run, plan, reservation = _reserve(house, frozen.snapshot)
+    base, folder = load_base(house, frozen.public, silent), house.project.state / "runs" / run
+    _take_steps(house, frozen, run, plan, reservation, base, _public_track(house, base, frozen, folder, silent), lambda _: None)
 
 
 @contextmanager
@@ -589,6 +630,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     """
     done = _finished(house, "train")
     if done is not None:
+        house.ranks.announce(False)
         return _close_run(house, done)
     frozen = ingest(house, observer)
     observer.stage("train")
@@ -601,23 +643,15 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     rehearsed = _rehearsed(house, plan, run)
     start = _public_track(house, base, frozen, folder, observer)
     began = time.monotonic()
+    house.ledger.spend(reservation)
+    house.keyring.run(run)
+    house.ranks.announce(True)
     on_step = _while_admitted(house, frozen.snapshot, _shown(observer, "train"))
-    setup, texts = _setup(house, base, held_out=frozen.held_out, start=start), _all_texts(house, frozen.snapshot)
-    spent, chosen = house.ledger.spend(reservation), {}
+    chosen: dict[str, Any] = {}
     if plan.search is None:
-        trained = loop.train(
-            plan,
-            frozen.snapshot,
-            spent,
-            texts=texts,
-            setup=setup,
-            run_key=house.keyring.run(run),
-            checkpoints=_checkpoints(house, run),
-            adapter=folder / "adapter",
-            on_step=on_step,
-        )
+        trained = _take_steps(house, frozen, run, plan, reservation, base, start, on_step)
     else:
-        won = _search(house, plan, frozen.snapshot, spent, texts=texts, setup=setup, run=run, on_step=on_step)
+        won = _search(house, frozen, run, plan, reservation, base, start, on_step)
         trained, chosen = won.trained, dict(won.chosen)
     moved, trainable = model.moved(base, house.project.model, start=start, adapter=trained.adapter)
     result = {
@@ -642,17 +676,18 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
 
 def _search(
     house: House,
-    plan: mechanism.Plan,
-    snapshot: Snapshot,
-    spent: Reservation,
-    *,
-    texts: Sequence[str],
-    setup: loop.Setup,
+    frozen: Corpus,
     run: str,
-    on_step: Callable[[loop.StepReport], None],
+    plan: mechanism.Plan,
+    reservation: Reservation,
+    base: Base,
+    start: Path | None,
+    on_step: loop.OnStep,
 ) -> searching.Winner:
     """Tries settings, each a private run under a key of its own, and keeps the best (`train/search.py`)."""
     section, key = house.project.search, house.keyring.run(run)
+    spent, snapshot = house.ledger.spend(reservation), frozen.snapshot
+    setup, texts = _setup(house, base, held_out=frozen.held_out, start=start), _all_texts(house, snapshot)
 
     def one(number: int, train_: TrainSection, adapter: Path) -> loop.Trained:
         return loop.train(
@@ -681,6 +716,30 @@ def _search(
         score=score,
         run_key=key,
         folder=house.project.state / "runs" / run,
+    )
+
+
+def _take_steps(
+    house: House,
+    frozen: Corpus,
+    run: str,
+    plan: mechanism.Plan,
+    reservation: Reservation,
+    base: Base,
+    start: Path | None,
+    on_step: loop.OnStep,
+) -> loop.Trained:
+    return loop.train(
+        plan,
+        frozen.snapshot,
+        house.ledger.spend(reservation),
+        texts=_all_texts(house, frozen.snapshot),
+        setup=_setup(house, base, held_out=frozen.held_out, start=start),
+        run_key=house.keyring.run(run),
+        checkpoints=_checkpoints(house, run),
+        adapter=house.project.state / "runs" / run / "adapter",
+        on_step=on_step,
+        ranks=house.ranks,
     )
 
 
