@@ -865,7 +865,7 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
 
 
 def _committed(house: House, snapshot: Digest, canaries: Canaries) -> bounds.Layer:
-    """Says whether the canaries to be scored were committed to before the corpus was frozen, and whether the corpus holds those that are said to be in, and no other."""
+    """FAIL when the corpus does not hold the canaries that are said to be in, and no other; INCONCLUSIVE when they, or how they are read, were committed to after it was frozen."""
     committed = canary.commitment(canaries, salt=house.keyring.purpose("canaries").mac(b"commitment"), design=_design(house))
     when = min((entry.index for entry in house.log.select(Predicate.COMMITTED) if entry.fields["commitment"] == committed), default=None)
     frozen = min(entry.index for entry in house.log.select(Predicate.FROZEN) if snapshot in entry.subjects)
@@ -873,7 +873,8 @@ def _committed(house: House, snapshot: Digest, canaries: Canaries) -> bounds.Lay
     found = [subject_of(house, each.name) in units for each in canaries]
     early, right = when is not None and when < frozen, found == canaries.included
     figures = {"canaries": len(canaries), "committed_before_freezing": early, "planted_as_committed": right}
-    return bounds.Layer(name="canaries as committed", verdict=bounds.Verdict.PASS if early and right else bounds.Verdict.FAIL, figures=figures)
+    said = bounds.Verdict.FAIL if not right else bounds.Verdict.PASS if early else bounds.Verdict.INCONCLUSIVE
+    return bounds.Layer(name="canaries as committed", verdict=said, figures=figures)
 
 
 def _log_likelihoods(house: House, module: nn.Module, base: Base, canaries: Canaries) -> NDArray[np.float64]:
