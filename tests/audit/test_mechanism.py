@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from discreet.audit import mechanism as rehearsal
 from discreet.audit.bounds import Layer, Verdict
-from discreet.dp.mechanism import Plan, Sampling, calibrate
+from discreet.dp import mechanism, noise
+from discreet.dp.mechanism import Adaptive, Plan, Sampling, calibrate
 from discreet.keys import Key
 
 CANARIES = "mechanism: canaries"
@@ -46,9 +49,31 @@ def test_every_sampler_passes(sampling: Sampling) -> None:
         unit="patient",
         sampling=sampling,
         cap=1,
-        **({"batch_limit": 120} if sampling is Sampling.TRUNCATED_POISSON else {}),
+        **({"batch_limit": 120} if sampling is Sampling.TRUNCATED_POISSON else {"bands": 2} if sampling is Sampling.CYCLIC_POISSON else {}),
     )
     assert failed(rehearsal.layers(made, key=Key(bytes(32)))) == set()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"sampling": Sampling.CYCLIC_POISSON, "bands": 4}, {"adaptive": Adaptive(quantile=0.3, rate=0.2, votes_multiplier=5.0)}],
+    ids=["bands", "adaptive"],
+)
+def test_correlated_noise_and_a_moving_clip_norm_pass(plan: Plan, more: dict[str, Any]) -> None:
+    made = calibrate(epsilon=2.4, delta=1e-4, population=1000, expected_batch=100, steps=20, clip_norm=0.5, unit="patient", cap=2, **more)
+    assert failed(rehearsal.layers(made, key=Key(bytes(32)))) == set()
+
+
+def test_noise_that_is_not_correlated_as_planned_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"epsilon": 2.4, "delta": 1e-4, "population": 1000, "expected_batch": 100, "steps": 20, "clip_norm": 0.5, "unit": "patient"}
+    made = calibrate(**common, sampling=Sampling.CYCLIC_POISSON, bands=4)
+    add, draw = noise.add, mechanism.draw
+    with monkeypatch.context() as patch:
+        patch.setattr(noise, "add", lambda clipped, *, noise_multiplier, key, memory: add(clipped, noise_multiplier=noise_multiplier, key=key))
+        assert NOISE in failed(rehearsal.layers(made, key=Key(bytes(32))))
+    everyone = calibrate(**common)
+    monkeypatch.setattr(mechanism, "draw", lambda plan, sizes, names, *, key, step: draw(everyone, sizes, names, key=key, step=step))
+    assert INCLUSION in failed(rehearsal.layers(made, key=Key(bytes(32))))
 
 
 def test_inclusion_counts_of_fair_coins_rarely_alarm() -> None:

@@ -58,7 +58,9 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 def noise_of(factor: float) -> Patch:
     def apply(patch: pytest.MonkeyPatch) -> None:
         add = noise.add
-        patch.setattr(noise, "add", lambda clipped, *, noise_multiplier, key: add(clipped, noise_multiplier=factor * noise_multiplier, key=key))
+        patch.setattr(
+            noise, "add", lambda clipped, *, noise_multiplier, key, **how: add(clipped, noise_multiplier=factor * noise_multiplier, key=key, **how)
+        )
 
     return apply
 
@@ -69,7 +71,9 @@ def noise_reused(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         noise,
         "add",
-        lambda clipped, *, noise_multiplier, key: add(clipped, noise_multiplier=noise_multiplier, key=first.stream("n", next(number) // 2)),
+        lambda clipped, *, noise_multiplier, key, **how: add(
+            clipped, noise_multiplier=noise_multiplier, key=first.stream("n", next(number) // 2), **how
+        ),
     )
 
 
