@@ -234,6 +234,16 @@ class AuditSection(_Section):
     false_positive_rate: Probability = 0.05
     control_epochs: Count = Field(6, description="passes of the non-private control over its canaries; it must be caught")
     control_learning_rate: Positive = 7e-4
+    withheld: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="share of people whom a coin keeps out of training, so that real records can be attacked; they must be in none of it"
+    )
+    people: Count = Field(100, description="people attacked on each side, at most, with two records each")
+    references: Annotated[int, Field(ge=0, le=16)] = Field(0, description="reference adapters for LiRA (2 or more) and RMIA, trained on public text")
+    neighbours: Annotated[int, Field(ge=0, le=32)] = Field(0, description="edited copies of each record for the neighbourhood attack")
+    answers: Annotated[int, Field(ge=0, le=256)] = Field(32, description="texts that the model is let write, to look for identifiers in")
+    deployed: tuple[Literal["bfloat16", "q8_0", "q4_0"], ...] = Field(
+        (), description="merged children that are audited too, by what their weights are stored as"
+    )
 
 
 @final

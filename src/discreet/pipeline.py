@@ -30,10 +30,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
+import numpy as np
 from sqlalchemy import Column, Connection, String, Table, Text, delete, insert, select
 
 from discreet import config, corpus, model
-from discreet.audit import bounds, extraction, membership
+from discreet.audit import bounds, deployed, extraction, membership, records, risk
 from discreet.audit import canaries as canary
 from discreet.audit import mechanism as rehearsal
 from discreet.audit.canaries import Canaries
@@ -83,7 +84,6 @@ from discreet.train.step import tokenize
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
     from numpy.typing import NDArray
     from starlette.applications import Starlette
     from torch import nn
@@ -95,6 +95,8 @@ CONSENT_S = 30.0
 INCONCLUSIVE_RULE = "an audit that could have seen a violation"
 CANARY_SOURCE = "audit-canaries-{count}"
 CONTROL_BATCH = 16
+OF_RECORDS, OF_CHILDREN = 0.1, 0.1
+"""Shares of an audit's level for real records and for deployed children; the rest is the canaries'."""
 RECITED = 40
 """Planted canaries that both models are asked to recite."""
 SERVED_BATCH = 100
@@ -248,13 +250,14 @@ def _lock(path: Path, *, exclusive: bool) -> Iterator[None]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What ingest gives: the frozen snapshot of the DP track, public text for the other track, held-out text, and the planted canaries."""
+    """What ingest gives: the frozen snapshot of the DP track, public text for the other track, held-out text, the planted canaries, and the people whom a coin withheld."""
 
     snapshot: Snapshot
     public: PublicText | None
     held_out: PublicText
     canaries: Canaries
     refused: int
+    withheld: Snapshot | None = None
 
 
 def ingest(house: House, observer: Observer) -> Corpus:
@@ -276,11 +279,24 @@ def ingest(house: House, observer: Observer) -> Corpus:
         refused += num_refused
     if not documents["evaluation"]:
         raise ConfigInvalid("a [[source]] with role = 'evaluation': public held-out text", remedy="`discreet init DIR` shows one.")
+    documents["train"], kept_out = _by_coin(house, documents["train"])
     snapshot = _freeze(house, "train", documents["train"])
+    withheld = _freeze(house, "withheld", kept_out) if kept_out else None
     public = _public_text(house, _freeze(house, "public", documents["public"], track=corpus.Track.PUBLIC)) if documents["public"] else None
     held_out = _public_text(house, _freeze(house, "evaluation", documents["evaluation"], track=corpus.Track.PUBLIC))
     observer.note(f"frozen {snapshot.root}; {refused} records refused")
-    return Corpus(snapshot=snapshot, public=public, held_out=held_out, canaries=canaries, refused=refused)
+    return Corpus(snapshot=snapshot, public=public, held_out=held_out, canaries=canaries, refused=refused, withheld=withheld)
+
+
+def _by_coin(house: House, documents: Sequence[Deidentified]) -> tuple[list[Deidentified], list[Deidentified]]:
+    """Parts the people who are trained on from those whom the audit keeps out: a coin for each under the project's key, whatever they wrote and whoever else there is."""
+    key, share = house.keyring.purpose("withheld"), house.project.audit.withheld
+    canaries = {CANARY_SOURCE.format(count=house.project.audit.canaries)}
+
+    def out(document: Deidentified) -> bool:
+        return document.source not in canaries and int.from_bytes(key.mac(document.subject.encode())[:8]) < share * 2**64
+
+    return [each for each in documents if not out(each)], [each for each in documents if out(each)]
 
 
 def _source_documents(house: House, section: SourceSection, observer: Observer, *, generated: bytes | None = None) -> tuple[list[Deidentified], int]:
@@ -669,6 +685,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
         "curve": _rounded(trained.curve),
         "mechanism": rehearsed,
         **({"chosen": chosen} if chosen else {}),
+        "withheld": frozen.withheld.root if frozen.withheld else None,
     }
     _record_training(house, result, reservation)
     return _close_run(house, result)
@@ -980,6 +997,9 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     observer.note("scored the private model; training the control on canaries alone")
     control = _control(house, base, canaries, observer)
     controlled = _log_likelihoods(house, control, base, canaries) - untouched
+    level, claim = bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))), _claimed_curve(plan)
+    rounded = _children(house, private, base, canaries, untouched, trade_off=claim, level=OF_CHILDREN * level)
+    attacked = _attack(house, trained, base, private, observer, trade_off=claim, level=OF_RECORDS * level)
     found = bounds.verdict(
         scored,
         canaries.included,
@@ -990,10 +1010,11 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
         },
         epsilon=plan.guarantee.epsilon,
         delta=plan.delta,
-        trade_off=_claimed_curve(plan),
+        trade_off=claim,
         fpr=house.project.audit.false_positive_rate,
-        level=bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))),
+        level=(1 - OF_CHILDREN - OF_RECORDS) * level,
         mechanism=[
+            _committed(house, Digest(trained["snapshot"]), canaries),
             bounds.mechanism_layer(
                 accounted_steps=plan.steps, executed_steps=trained["steps"], trainable=trained["parameters"], moved=trained["moved"]
             ),
@@ -1001,10 +1022,13 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
                 bounds.Layer(name=each["name"], verdict=bounds.Verdict(each["verdict"]), figures=each["figures"])
                 for each in trained.get("mechanism", ())
             ),
+            *rounded,
+            *(bounds.Layer(name=each["name"], verdict=bounds.Verdict(each["verdict"]), figures={}) for each in attacked["layers"]),
         ],
     )
     observer.note(f"verdict {found.verdict}; asking both models to recite")
-    result = found.to_json() | {"adapter": trained["adapter"], "run": trained["run"], "canaries": len(canaries)}
+    result = found.to_json() | {"adapter": trained["adapter"], "run": trained["run"], "canaries": len(canaries), "level": level}
+    result["records"] = attacked
     result["recitation"] = _recitation(house, base, private, control, canaries) | {
         "exposure": {
             "private": extraction.exposure_counts(scored, canaries.included),
@@ -1017,6 +1041,8 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     with house.store.transaction() as tx:
         subject = (Digest(trained["adapter"]),)
         house.log.append(tx, Statement(predicate=Predicate.AUDITED, subjects=subject, fields=_audit_fields(result)))
+        inside: dict[str, JSON] = {"adapter": trained["adapter"], "run": trained["run"], **attacked}
+        house.log.append(tx, Statement(predicate=Predicate.ATTACKED, subjects=subject, fields=inside))
         fields = {"control": f"control of {trained['run']}", "run": trained["run"], "kind": "non-private, canaries only", "reason": "audit done"}
         house.log.append(tx, Statement(predicate=Predicate.CONTROL_DESTROYED, subjects=subject, fields=fields))
         _record(tx, "audit", _config_of(house, "audit"), result)
@@ -1030,8 +1056,116 @@ def _claimed_curve(plan: mechanism.Plan) -> bounds.TradeOff:
     return LooseTradeOff(epsilon=plan.guarantee.epsilon, delta=plan.delta)
 
 
+def _committed(house: House, snapshot: Digest, canaries: Canaries) -> bounds.Layer:
+    """FAIL when the corpus does not hold the canaries that are said to be in, and no other; INCONCLUSIVE when they, or how they are read, were committed to after it was frozen."""
+    committed = canary.commitment(canaries, salt=house.keyring.purpose("canaries").mac(b"commitment"), design=_design(house))
+    when = min((entry.index for entry in house.log.select(Predicate.COMMITTED) if entry.fields["commitment"] == committed), default=None)
+    frozen = min(entry.index for entry in house.log.select(Predicate.FROZEN) if snapshot in entry.subjects)
+    units = corpus.open_snapshot(snapshot, keyring=house.keyring, folder=house.snapshots).units.reveal()
+    found = [subject_of(house, each.name) in units for each in canaries]
+    early, right = when is not None and when < frozen, found == canaries.included
+    figures = {"canaries": len(canaries), "committed_before_freezing": early, "planted_as_committed": right}
+    said = bounds.Verdict.FAIL if not right else bounds.Verdict.PASS if early else bounds.Verdict.INCONCLUSIVE
+    return bounds.Layer(name="canaries as committed", verdict=said, figures=figures)
+
+
 def _log_likelihoods(house: House, module: nn.Module, base: Base, canaries: Canaries) -> NDArray[np.float64]:
     return membership.log_likelihoods(module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget)
+
+
+def _children(
+    house: House,
+    private: nn.Module,
+    base: Base,
+    canaries: Canaries,
+    untouched: NDArray[np.float64],
+    *,
+    trade_off: accounting.TradeOff,
+    level: float,
+) -> list[bounds.Layer]:
+    """Audits the model as it will be deployed, with the same canaries."""
+    kinds, found = house.project.audit.deployed, []
+    for kind, child in deployed.children(private, kinds):
+        scored = _log_likelihoods(house, child, base, canaries) - untouched
+        fpr = house.project.audit.false_positive_rate
+        found.append(deployed.layer(kind, scored, canaries.included, trade_off=trade_off, fpr=fpr, level=level / len(kinds)))
+    return found
+
+
+def _attack(
+    house: House, trained: Mapping[str, Any], base: Base, private: nn.Module, observer: Observer, *, trade_off: accounting.TradeOff, level: float
+) -> dict[str, Any]:
+    """Layers 3 and 4 on the records of those who were trained on and of those whom the coin withheld; and the most exposed, without names. All of it stays inside."""
+    rules = house.project.audit
+    if trained.get("withheld") is None:
+        said = bounds.Verdict.INCONCLUSIVE
+        layers = [bounds.Layer(name=name, verdict=said, figures={"withheld": rules.withheld}).to_json() for name in records.NAMES]
+        return {"layers": layers, "people": [], "roc": {}}
+    observer.note("attacking real records")
+    found = records.attack(_attacked(house, trained), _means(house, base, private, observer), trade_off=trade_off, level=level)
+    exposed = risk.ranked(found.scores, found.members, trade_off=trade_off) if len(found.scores) else []
+    return {
+        "layers": [layer.to_json() for layer in found.layers],
+        "people": [each.figures() for each in exposed],
+        "roc": {name: [list(point) for point in points] for name, points in found.roc.items()},
+    }
+
+
+def _attacked(house: House, trained: Mapping[str, Any]) -> records.Attacked:
+    """At most `[audit] people` on each side, chosen by a keyed hash, with two records each."""
+    key, planted = house.keyring.purpose("attacked"), {subject_of(house, each.name) for each in plant_canaries(house)}
+    rows: list[tuple[str, str, bool]] = []
+    for root, inside in ((trained["snapshot"], True), (trained["withheld"], False)):
+        snapshot = corpus.open_snapshot(Digest(root), keyring=house.keyring, folder=house.snapshots)
+        units = {subject: positions for subject, positions in snapshot.units.reveal().items() if subject not in planted}
+        chosen = sorted(units, key=lambda subject: key.mac(subject.encode()))[: house.project.audit.people]
+        where = [(subject, position) for subject in chosen for position in units[subject][:2]]
+        texts = corpus.texts(snapshot, [position for _, position in where], house.keyring)
+        rows += [(text, subject, inside) for text, (subject, _) in zip(texts, where, strict=True)]
+    return records.Attacked(texts=[row[0] for row in rows], subjects=[row[1] for row in rows], members=np.array([row[2] for row in rows]))
+
+
+def _means(house: House, base: Base, private: nn.Module, observer: Observer) -> records.Means:
+    """What the attacker has: the base, adapters trained on public text alone, public beginnings."""
+    rules, held_out = house.project.audit, _frozen_public(house, "evaluation")
+    key = house.keyring.purpose("attack")
+    return records.Means(
+        module=private,
+        reference=base.module,
+        tokenizer=base.tokenizer,
+        key=key.stream("draws"),
+        references=_references(house, base, held_out, key, observer),
+        population=held_out,
+        neighbours=rules.neighbours,
+        prompts=[" ".join(held_out[number % len(held_out)].split()[: 4 + number % 5]) for number in range(rules.answers)],
+        token_budget=min(512, house.project.run.token_budget),
+    )
+
+
+def _references(house: House, base: Base, held_out: Sequence[str], key: Key, observer: Observer) -> list[nn.Module]:
+    """Reference adapters of the audited kind, each on a random half of the project's public text: never on a sensitive record (PITFALLS 38). They live in memory only."""
+    text, made = _frozen_public(house, "public"), []
+    for number in range(house.project.audit.references if text else 0):
+        coins = key.stream("half", number).bytes(len(text))
+        half = PublicText.of(
+            [each for each, coin in zip(text, coins, strict=True) if coin & 1][:256], sensitivity=Sensitivity.PUBLIC, basis=Basis.CONSENT
+        )
+        setup = _setup(house, base, held_out=PublicText(tuple(held_out[:1])), evaluations=1)
+        steps = -(-len(half.texts) // CONTROL_BATCH)
+        made.append(
+            loop.fit(
+                half, setup=setup, steps=steps, batch=CONTROL_BATCH, order=key.stream("order", number), on_step=_shown(observer, "reference")
+            ).module
+        )
+    return made
+
+
+def _frozen_public(house: House, name: str) -> tuple[str, ...]:
+    """Texts of the public snapshot that was frozen last under this name; none when there is no such."""
+    roots = [entry.subjects[0] for entry in house.log.select(Predicate.FROZEN) if entry.fields["name"] == name]
+    if not roots:
+        return ()
+    return _public_text(house, corpus.open_snapshot(roots[-1], keyring=house.keyring, folder=house.snapshots)).texts
 
 
 def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module, canaries: Canaries) -> dict[str, Any]:
@@ -1819,7 +1953,7 @@ def _run_config(house: House) -> str:
     project = house.project
     sections = (project.privacy, project.model, project.train, project.budget, project.deid, *([project.search] if project.search.declared else []))
     return digest_of(
-        [project.audit.canaries]
+        [project.audit.canaries, *([project.audit.withheld] if project.audit.withheld else [])]
         + [section.model_dump(mode="json") for section in sections]
         + [section.model_dump(mode="json") for section in project.source]
     )

@@ -331,6 +331,13 @@ class TradeOff:
             return 1.0
         return float(min(1.0, max(fpr, 1.0 - float(get_beta_from_pld(self._pld, alpha=fpr)))))
 
+    def tprs(self, fprs: Sequence[float] | Vector) -> Vector:
+        """Returns `tpr` of many rates at once, in the time of one."""
+        rates = np.asarray(fprs, dtype=np.float64)
+        if not ((rates >= 0) & (rates <= 1)).all():
+            raise ValueError("Expected every false positive rate in [0, 1].")
+        return np.ones_like(rates) if self._pld is None else np.clip(1.0 - np.asarray(get_beta_from_pld(self._pld, alpha=rates)), rates, 1.0)
+
     def epsilons(self, deltas: Sequence[float]) -> list[float]:
         """Returns epsilon for each delta in (0, 1)."""
         return [math.inf if self._pld is None else float(self._pld.get_epsilon_for_delta(delta)) for delta in deltas]
@@ -348,8 +355,7 @@ class TradeOff:
         """
         if self._mu is None:
             fprs = np.geomspace(1e-5, 0.5, 128)
-            tprs = np.ones_like(fprs) if self._pld is None else np.clip(1.0 - np.asarray(get_beta_from_pld(self._pld, alpha=fprs)), fprs, 1.0)
-            self._mu = float(np.max(stats.norm.ppf(tprs) - stats.norm.ppf(fprs)))
+            self._mu = float(np.max(stats.norm.ppf(self.tprs(fprs)) - stats.norm.ppf(fprs)))
         return self._mu
 
 
