@@ -88,13 +88,24 @@ def detect(
     found: list[Span] = []
     regions: Regions = [(0, len(view.text))]
     for _ in range(MAX_ROUNDS):
-        spans = _read(view, values, regions, reader, wanted)
+        spans = _whole(view, _read(view, values, regions, reader, wanted))
         if not spans:
             break
         found += [Span(*view.original(s.start, s.end), s.label, s.score) for s in spans]
         view = view.blank([(s.start, s.end) for s in spans])
         regions = _around((match.span() for match in _OPAQUES.finditer(view.text)), view.text)  # elsewhere nothing has changed
     return sorted((s for s in found if s.label in wanted), key=lambda s: s.start)
+
+
+def _whole(view: View, spans: Iterable[Span]) -> list[Span]:
+    """Returns the spans, sorted, each widened to whole characters of the original."""
+    kept: list[Span] = []
+    for span in spans:
+        start, end = view.whole(span.start, span.end)
+        start = max(start, kept[-1].end) if kept else start
+        if start < end:
+            kept.append(Span(start, end, span.label, span.score))
+    return kept
 
 
 def parse_label(label: str) -> Label:
