@@ -125,7 +125,7 @@ class DeidSection(_Section):
     policy: Literal["surrogate", "label", "redact"] = Field(
         "surrogate", description="surrogate: consistent stand-ins per subject; label: [PERSON]; redact: removed"
     )
-    names: Literal["rules", "model"] = Field("rules", description="rules: lists and cues alone; model: the tagger of names as well (extra: ner)")
+    names: Literal["rules", "model"] = Field("model", description="rules: lists and cues alone; model: the tagger of names as well")
     thresholds: dict[str, Share] = Field(
         default_factory=dict,
         description="label -> least score that counts, from `discreet redact calibrate`; on public or separately charged samples only",

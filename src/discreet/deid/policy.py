@@ -44,7 +44,7 @@ class Channel(StrEnum):
 
 @final
 class Names(StrEnum):
-    """What finds names: lists, cues and propagation alone, or the tagger of `ner` as well (extra: ner)."""
+    """What finds names: lists, cues and propagation alone, or the tagger of `ner` as well."""
 
     RULES = "rules"
     MODEL = "model"
@@ -76,7 +76,7 @@ class Policy:
     operators: Mapping[Label, Operator]
     version: int = 1
     thresholds: Mapping[Label, float] = field(default_factory=dict)
-    names: Names = Names.RULES
+    names: Names = Names.MODEL
 
     def __post_init__(self) -> None:
         missing = [label for label in Label if label not in self.operators]
@@ -107,7 +107,7 @@ class Policy:
                 "detector": patterns.VERSION,
                 "lists": _lists_digest(),
                 **({"thresholds": {str(label): self.thresholds[label] for label in Label if label in self.thresholds}} if self.thresholds else {}),
-                **({"model": ner.digest(), "least": dict(ner.LEAST)} if self.names is Names.MODEL else {}),
+                **({"model": ner.digest(), "least": ner.rules()} if self.names is Names.MODEL else {}),
             }
         )
 
@@ -167,7 +167,7 @@ def redact(
     *,
     known: Mapping[str, Sequence[str]] = MappingProxyType({}),
     key: Key | None = None,
-    names: Names | None = None,
+    names: Names = Names.MODEL,
     found: Sequence[Span] | None = None,
 ) -> Redacted:
     """Replaces the identifiers of a text as a policy says.
@@ -177,14 +177,14 @@ def redact(
         policy: a policy, or the name of a built-in one.
         known: identifiers that the text is known to be about, label -> values.
         key: the subject's key, for surrogates, shifted dates and tokens; left out, they are consistent within this call only.
-        names: what finds names, where the policy is given by its name; None for the model where its extra is installed, rules elsewhere. A `Policy` says it itself.
+        names: what finds names, where the policy is given by its name. A `Policy` says it itself.
         found: what `find` has found in this text already; None to look for it here.
 
     Raises:
         ConfigInvalid: when there is no such policy, or it wants a vault (use `protect`).
         RequestInvalid: when the text is too long or a label unknown.
     """
-    chosen = replace(builtin(policy), names=names or _best()) if isinstance(policy, str) else policy
+    chosen = replace(builtin(policy), names=names) if isinstance(policy, str) else policy
     if chosen.channel is Channel.PROMPT:
         raise ConfigInvalid("a policy of the channel training or log", value=chosen.name, remedy="Prompts need a vault: use deid.policy.protect.")
     spans = _chosen(_found(text, chosen, known) if found is None else found, chosen)
@@ -192,7 +192,7 @@ def redact(
 
 
 def find(
-    text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({}), labels: Iterable[str] | None = None, names: Names | None = None
+    text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({}), labels: Iterable[str] | None = None, names: Names = Names.MODEL
 ) -> list[Span]:
     """Returns what `detect.detect` finds, with the tagger of names beside the table. Known to callers as `discreet.detect`.
 
@@ -200,17 +200,12 @@ def find(
         text: at most `detect.MAX_CHARS` code points.
         known: identifiers that the text is known to be about, label -> values.
         labels: only these labels; None for all.
-        names: what finds names; None for the model where its extra is installed, rules elsewhere.
+        names: what finds names.
 
     Raises:
-        MissingExtra: when the model is asked for and its extra is not installed.
         RequestInvalid: when the text is too long or a label unknown.
     """
-    return detect(text, known=known, labels=labels, reader=_reader(names or _best()))
-
-
-def _best() -> Names:
-    return Names.MODEL if ner.available() else Names.RULES
+    return detect(text, known=known, labels=labels, reader=_reader(names))
 
 
 def _reader(names: Names) -> Reader | None:
@@ -292,15 +287,12 @@ def builtin(name: str) -> Policy:
     return BUILTIN[name]
 
 
-def configured(name: str, thresholds: Mapping[str, float], *, names: Names | str = Names.RULES) -> Policy:
+def configured(name: str, thresholds: Mapping[str, float], *, names: Names | str = Names.MODEL) -> Policy:
     """Returns the built-in policy of that name with the thresholds and the finder of names of a configuration.
 
     Raises:
         ConfigInvalid: when there is no such policy or label.
-        MissingExtra: when the model is asked for and its extra is not installed.
     """
-    if names == Names.MODEL:
-        ner.installed()
     try:
         least = {parse_label(label): value for label, value in thresholds.items()}
     except RequestInvalid as error:
