@@ -69,7 +69,7 @@ class Conversation:
             policy: of the channel prompt.
         """
         self._name = Key.random().mac(b"conversation").hex()
-        self._vault = Vault(key, self._name)
+        self._vault = Vault(key, self._name, policy=policy.name)
         self._policy = policy
         self._known: Sensitive[Mapping[str, Sequence[str]]] = Sensitive({})
         self._words: Sensitive[frozenset[str]] = Sensitive(frozenset())
