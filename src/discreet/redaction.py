@@ -139,7 +139,7 @@ class Redactor:
 
     def spans(self, text: str) -> list[Span]:
         """Returns what would be replaced in a text."""
-        return policies.found(text, self.policy)
+        return policies.spans_in(text, self.policy)
 
     @property
     def lines(self) -> bool:

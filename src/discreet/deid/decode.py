@@ -69,6 +69,21 @@ def hidden(text: str, is_word: Callable[[str], bool]) -> tuple[list[Edit], list[
     return edits, kinds
 
 
+def plain(text: str) -> str:
+    """Returns a normalised text with everything but line breaks read through, `MAX_DEPTH` times at most, for those who need no places."""
+    for _ in range(MAX_DEPTH):
+        pieces: list[str] = []
+        at, room = 0, MAX_DECODED
+        for start, end, put in sorted(_codes(text)):
+            if start >= at and len(put) <= room:
+                pieces += (text[at:start], put)
+                at, room = end, room - len(put)
+        if not pieces:
+            break
+        text = "".join([*pieces, text[at:]])
+    return text
+
+
 def _codes(text: str) -> Iterator[Edit]:
     if "&" in text or "%" in text or "\\" in text:
         for match in _ESCAPE.finditer(text):

@@ -190,6 +190,7 @@ def redact(
     known: Mapping[str, Sequence[str]] = MappingProxyType({}),
     key: Key | None = None,
     names: Names | None = None,
+    found: Sequence[Span] | None = None,
     subject: str = "",
 ) -> Redacted:
     """Replaces the identifiers of a text as a policy says.
@@ -201,13 +202,14 @@ def redact(
         key: the subject's key, for surrogates, shifted dates and tokens; left out, they are consistent within this call only.
         names: what finds names, where the policy is given by its name; None for the model where its extra is installed, rules elsewhere. A `Policy` says it itself.
         subject: whom tokens are bound to, beside their label and the policy; `restore` needs the same.
+        found: what `find` has found in this text already; None to look for it here.
 
     Raises:
         ConfigInvalid: when there is no such policy, or it wants a vault (use `protect`).
         RequestInvalid: when the text is too long or a label unknown.
     """
     chosen = resolve(policy, names)
-    spans = found(text, chosen, known)
+    spans = _chosen(_found(text, chosen, known) if found is None else found, chosen)
     render = renderer(text, spans, chosen, known=known, key=key, subject=subject)
     if not chosen.k:
         return Redacted(text=_rewrite(text, [(s.start, s.end, render(s)) for s in spans]), spans=tuple(spans))
@@ -273,7 +275,13 @@ def _reader(names: Names) -> Reader | None:
 
 
 def protect(
-    text: str, vault: Vault, *, policy: Policy = BUILTIN["prompt"], known: Mapping[str, Sequence[str]] = MappingProxyType({}), key: Key | None = None
+    text: str,
+    vault: Vault,
+    *,
+    policy: Policy = BUILTIN["prompt"],
+    known: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    key: Key | None = None,
+    found: Sequence[Span] | None = None,
 ) -> Redacted:
     """Replaces the identifiers of a prompt with placeholders of its conversation, and what looks like a placeholder already with one of its own.
 
@@ -283,6 +291,7 @@ def protect(
         policy: of the channel prompt.
         known: identifiers that the text is known to be about, label -> values.
         key: for policies with keyed operators beside the vault.
+        found: what `find` has found in this text already; None to look for it here.
 
     Raises:
         ConfigInvalid: when the policy is for another channel.
@@ -291,7 +300,7 @@ def protect(
     if policy.channel is not Channel.PROMPT:
         raise ConfigInvalid("a policy of the channel prompt", value=policy.name)
     typed = [Span(start, end, Label.PLACEHOLDER, 1.0) for start, end in vault.typed(text)]
-    spans = _chosen(_around(_found(text, policy, known), typed), policy)
+    spans = _chosen(_around(_found(text, policy, known) if found is None else found, typed), policy)
     plain = renderer(text, spans, policy, known=known, key=key)
 
     def render(span: Span) -> str:
@@ -422,7 +431,7 @@ def known_word(word: str, known: Iterable[str], kind: str) -> str:
     raise ConfigInvalid(f"{kind} that is known (docs/labels.md)", value=word, remedy=remedy)
 
 
-def found(text: str, policy: Policy, known: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Span]:
+def spans_in(text: str, policy: Policy, known: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Span]:
     """Returns the spans that a policy replaces: what its finders find, less what it keeps and what is below its thresholds."""
     return _chosen(_found(text, policy, known), policy)
 

@@ -497,7 +497,7 @@ _LEXERS: Mapping[Syntax, Callable[[str], Iterator[Piece]]] = MappingProxyType(
 
 
 def _spans(text: str, pieces: Sequence[Piece], policy: Policy, known: Mapping[str, Sequence[str]]) -> list[Span]:
-    found = policies.found(text, policy, known)
+    found = policies.spans_in(text, policy, known)
     columns: dict[str, list[Piece]] = defaultdict(list)
     for name, piece in _fields(text, pieces):
         columns[name].append(piece)
@@ -832,7 +832,7 @@ def _spans_of_cells(text: str, cells: Sequence[tuple[str, Piece]], policy: Polic
         places.append(at + len(name) + 2)
         at += len(lines[-1])
     found = []
-    for span in policies.found("".join(lines), policy, known):
+    for span in policies.spans_in("".join(lines), policy, known):
         index = max(0, bisect_right(places, span.start) - 1)
         while index < len(cells) and places[index] < span.end:
             cell, place = cells[index][1], places[index]
