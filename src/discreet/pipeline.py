@@ -170,6 +170,7 @@ def open_house(folder: Path, *, exclusive: bool = True, lost: tuple[str, str] | 
         ConfigInvalid, SourceMissing, KeyUnavailable: when the project cannot be opened.
     """
     project = config.load(folder)
+    deid.check(project.deid)
     project.state.mkdir(mode=0o700, exist_ok=True)
     with _lock(project.state / "lock", exclusive=exclusive):
         store = Store(project.database_url())
@@ -308,7 +309,7 @@ def _source_documents(house: House, section: SourceSection, observer: Observer, 
         _refuse_mislabelled(house, source, records)
     admitted, refused = house.consent.admit_all(records, house.project.purpose)
     keys = house.keyring.subjects([each.record.subject for each in admitted])
-    policy = _policy(house)
+    policy = _policy(house, section)
     kept = []
     for number, each in enumerate(admitted, start=1):
         kept.append(deid.deidentify(each, policy, keys[each.record.subject]))
@@ -342,14 +343,56 @@ def confirm_public(house: House, name: str, *, by: str, reason: str) -> None:
     if section is None:
         raise NotFound("a [[source]] of that name in discreet.toml", value=name)
     source = house.catalog.register(house.project, section)
-    fields: dict[str, JSON] = {"rule": "the sample of a public source holds no personal data", "reason": reason, "name": name, "by": by}
+    fields: dict[str, JSON] = {
+        "rule": "the sample of a public source holds no personal data",
+        "reason": for_log(house, reason),
+        "name": name,
+        "by": by,
+    }
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(source.digest,), fields=fields))
 
 
-def _policy(house: House) -> deid.Policy:
-    section = house.project.deid
-    return deid.configured(section.policy, section.thresholds, names=section.names)
+def _policy(house: House, source: SourceSection) -> deid.Policy:
+    return deid.configured(house.project.deid, deid.Channel.TRAINING, source.sensitivity)
+
+
+def for_log(house: House, text: str) -> str:
+    """Returns what a person typed as it may stand in the log: without identifiers."""
+    return deid.redact(text, deid.configured(house.project.deid, deid.Channel.LOG)).text
+
+
+def subject_key(house: House, unit: str) -> tuple[SubjectId, Key]:
+    """Returns a person's pseudonym and key, for stand-ins and tokens outside of the corpus.
+
+    Raises:
+        Forgotten: when they were erased.
+    """
+    house.access.require(Action.RUN, who=current_user())
+    subject = subject_of(house, unit)
+    return subject, house.keyring.subject(subject)
+
+
+def restore_tokens(house: House, unit: str, text: str, *, policy: str) -> tuple[str, int]:
+    """Puts the values of a person's tokens back into a text, and says so in the log, by number. Returns the text and how many were opened.
+
+    Raises:
+        AccessDenied: when whoever asks may not, or nobody else approved it for this person.
+        Forgotten: when the person was erased: nothing opens their tokens any more.
+        NotFound: when the project has no key of theirs.
+    """
+    who, subject = current_user(), subject_of(house, unit)
+    house.access.require(Action.REIDENTIFY, who=who, about=subject)
+    if not house.keyring.has_subject(subject):
+        raise NotFound("a subject of whom this project has tokens")
+    restored, count = deid.restore(text, house.keyring.subject(subject), policy=policy, subject=subject)
+    fields: dict[str, JSON] = {"kind": "re-identification", "action": Action.REIDENTIFY.value, "by": who.name, "policy": policy, "values": count}
+    with house.store.transaction() as tx:
+        digest = Digest("sha256:" + house.keyring.hmac("reidentified", subject.encode()).hex())
+        house.log.append(
+            tx, Statement(predicate=Predicate.ACCESS_GRANTED, subjects=(digest,), fields={**fields, "role": ", ".join(house.access.roles(who))})
+        )
+    return restored, count
 
 
 def _log_deidentified(house: House, source: str, documents: Sequence[Deidentified], policy: deid.Policy) -> None:
@@ -1080,7 +1123,7 @@ def _children(
     canaries: Canaries,
     untouched: NDArray[np.float64],
     *,
-    trade_off: accounting.TradeOff,
+    trade_off: bounds.TradeOff,
     level: float,
 ) -> list[bounds.Layer]:
     """Audits the model as it will be deployed, with the same canaries."""
@@ -1093,7 +1136,7 @@ def _children(
 
 
 def _attack(
-    house: House, trained: Mapping[str, Any], base: Base, private: nn.Module, observer: Observer, *, trade_off: accounting.TradeOff, level: float
+    house: House, trained: Mapping[str, Any], base: Base, private: nn.Module, observer: Observer, *, trade_off: bounds.TradeOff, level: float
 ) -> dict[str, Any]:
     """Layers 3 and 4 on the records of those who were trained on and of those whom the coin withheld; and the most exposed, without names. All of it stays inside."""
     rules = house.project.audit
@@ -1310,7 +1353,13 @@ def override_inconclusive(house: House, *, by: str, reason: str) -> None:
         raise PlanInvalid("an INCONCLUSIVE audit to override", value=audited["verdict"], remedy="PASS needs no override, FAIL admits none.")
     if not by.strip() or not reason.strip():
         raise PlanInvalid("the name and the reason of whoever overrides", remedy="Give --by and --reason.")
-    fields: dict[str, JSON] = {"rule": INCONCLUSIVE_RULE, "value": audited["verdict"], "reason": reason, "run": audited["run"], "by": by}
+    fields: dict[str, JSON] = {
+        "rule": INCONCLUSIVE_RULE,
+        "value": audited["verdict"],
+        "reason": for_log(house, reason),
+        "run": audited["run"],
+        "by": by,
+    }
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(Digest(audited["adapter"]),), fields=fields))
 
@@ -1387,6 +1436,7 @@ def gateway_app(house: House, served: Served, *, api_key_hash: str) -> Starlette
         adapter=released.adapter,
         key=house.keyring.purpose("gateway"),
         api_key_hash=api_key_hash,
+        policy=deid.configured(house.project.deid, deid.Channel.PROMPT),
         on_served=served.count,
         limits=gateway.Limits(max_request_bytes=serving.max_request_bytes, max_new_tokens=serving.max_new_tokens),
     )
@@ -1460,6 +1510,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "ledger": "budgets under pseudonyms by HMAC, which have to outlive the erasure: a budget is not refunded",
     "model": "weights and base models: decided by the machine itself, `models decided`",
     "pipeline": "digests, parameters and curves on public text; releases are weights",
+    "redaction": "text that the operator asked to have redacted, where they said",
     "report": "computed from the log",
     "serve.trail": "roll-ups of a gateway: digests and counts by label, never text or users",
     "serve.gateway": "a private copy of released weights while it serves",
@@ -1583,30 +1634,34 @@ def _transcript(guarantee: Mapping[str, Any] | None) -> Transcript:
     return Transcript(**{name: guarantee[name] for name in names}) if guarantee else Transcript()
 
 
-def _own_texts(house: House, subject: SubjectId) -> list[tuple[str, Mapping[str, tuple[str, ...]]]]:
+_Own = tuple[str, Mapping[str, tuple[str, ...]], deid.Policy]
+"""A text, the identifiers that it is known to be about, and the policy of its source."""
+
+
+def _own_texts(house: House, subject: SubjectId) -> list[_Own]:
     """What the sensitive training sources say about a subject now."""
     sections = [section for section in house.project.source if section.role == "train"]
     try:
         found = [house.catalog.texts_of(house.catalog.register(house.project, section), subject) for section in sections]
     except SourceChanged:  # a restored database beside rewritten files: what was trained on can no longer be told
         return []
-    return [(text.reveal(), known.reveal()) for of_source in found for _, text, known in of_source]
+    policies = [_policy(house, section) for section in sections]
+    return [(text.reveal(), known.reveal(), policy) for of_source, policy in zip(found, policies, strict=True) for _, text, known in of_source]
 
 
 def _rank_among_twins(
     house: House,
     subject: SubjectId,
-    own: Sequence[tuple[str, Mapping[str, tuple[str, ...]]]],
+    own: Sequence[_Own],
     base: Base,
     module: nn.Module,
     *,
     twins: int,
 ) -> int | None:
     """Returns how many of `twins` the module prefers to the subject's own text; None when stand-ins make no difference."""
-    policy = _policy(house)
 
     def frozen(key: Key) -> list[str]:
-        return [deid.redact(text, policy, known=known, key=key).text for text, known in own]
+        return [deid.redact(text, policy, known=known, key=key).text for text, known, policy in own]
 
     mine = frozen(house.keyring.subject(subject))
     others = [frozen(Key.random()) for _ in range(twins)]
