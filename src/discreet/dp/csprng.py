@@ -1,4 +1,4 @@
-"""Samplers on the stream cipher of `keys.Stream`: uniform, Bernoulli and Gaussian tensors that nobody without the key can regenerate.
+"""Samplers on the stream cipher of `keys.Stream`: uniform, Bernoulli, Gaussian and Laplace tensors that nobody without the key can regenerate.
 
 Why not `torch.randn`: its Mersenne Twister or Philox seed is guessable and 64 bits wide, and whoever knows the seed subtracts the noise. Here every bit comes
 from ChaCha20 (RFC 8439) under a 256-bit key, so that a resumed run replays the same draws from the same key and nobody else can.
@@ -103,6 +103,16 @@ def normal_part(
         elif not key and start < first:
             stream.bytes(16 * pairs)  # the cipher alone: what another rank draws
     return values
+
+
+def laplace(stream: Stream, count: int) -> torch.Tensor:
+    """Draws independent standard Laplace numbers, each the difference of two exponentials; they end at 36.7.
+
+    Returns:
+        float64 [count].
+    """
+    logarithms = (uniform(stream, 2 * count).view(2, count) + _UNIT).log_()
+    return logarithms[1] - logarithms[0]
 
 
 def _integers(stream: Stream, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
