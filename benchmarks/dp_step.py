@@ -55,15 +55,15 @@ class Case(NamedTuple):
 RAGGED = (16, 24, 40, 48, 64, 96, 128, 128)
 PAIR = ("plain", "ours")
 CASES = {
-    "full-128": Case("pythia", 2, 4096, None, (128,) * 4, ALL),
-    "full-512": Case("pythia", 1, 2048, None, (512,) * 2, ALL),
-    "full-ragged": Case("pythia", 2, 4096, None, RAGGED, ALL),
-    "smollm2-full-64": Case("smollm2", 3, 4915, None, (64,) * 8, PAIR),
-    "smollm2-full-128": Case("smollm2", 2, 3277, None, (128,) * 8, PAIR),
-    "smollm2-full-512": Case("smollm2", 2, 3277, None, (512,) * 2, PAIR),
-    "lora-128": Case("smollm2", 6, 9830, 8, (128,) * 4, PAIR),
+    "full-128": Case("pythia", 1, 2048, None, (128,) * 4, ALL),
+    "full-512": Case("pythia", 1, 2048, None, (512,), ALL),
+    "full-ragged": Case("pythia", 1, 2048, None, RAGGED, ALL),
+    "smollm2-full-64": Case("smollm2", 2, 3277, None, (64,) * 8, PAIR),
+    "smollm2-full-128": Case("smollm2", 2, 3277, None, (128,) * 4, PAIR),
+    "smollm2-full-512": Case("smollm2", 2, 3277, None, (512,), PAIR),
+    "lora-128": Case("smollm2", 4, 6554, 8, (128,) * 4, PAIR),
     "lora-whole-128": Case("smollm2", 30, 49152, 8, (128,) * 4, PAIR),
-    "lora-128-peers": Case("smollm2", 3, 4915, 8, (128,) * 4, ALL),
+    "lora-128-peers": Case("smollm2", 2, 3277, 8, (128,) * 4, ALL),
 }
 
 
