@@ -180,6 +180,30 @@ def pld_epsilon(event: DpEvent, *, delta: float, grid: float | None = COARSE) ->
     return trade_off(event, grid=grid).epsilons([delta])[0]
 
 
+def rdp_epsilon(event: DpEvent, *, delta: float, relation: Relation = "add_remove") -> float:
+    """Computes the RDP epsilon alone: quick, looser than PLD, and what discrete noise is accounted by (`dp/discrete.py`).
+
+    Args:
+        delta: in (0, 1).
+
+    Returns:
+        infinity for an event without noise.
+
+    Raises:
+        ValueError: when a parameter is out of range or RDP does not know the event under this relation.
+    """
+    _check_relation(relation)
+    if not 0 < delta < 1:
+        raise ValueError(f"Expected 0 < delta={delta} < 1.")
+    parts = _parts(event)
+    if not parts:
+        return 0.0
+    found = math.inf if any(_is_unprotected(part) for part, _ in parts) else _epsilon_rdp(parts, delta, relation)
+    if found is None:
+        raise ValueError(f"Expected an event that RDP knows under {relation}, got {event}.")
+    return found
+
+
 def rdp(event: DpEvent, orders: Sequence[float], *, relation: Relation = "add_remove") -> Vector:
     """Computes the Renyi divergence of an event at each order.
 
@@ -307,6 +331,13 @@ class TradeOff:
             return 1.0
         return float(min(1.0, max(fpr, 1.0 - float(get_beta_from_pld(self._pld, alpha=fpr)))))
 
+    def tprs(self, fprs: Sequence[float] | Vector) -> Vector:
+        """Returns `tpr` of many rates at once, in the time of one."""
+        rates = np.asarray(fprs, dtype=np.float64)
+        if not ((rates >= 0) & (rates <= 1)).all():
+            raise ValueError("Expected every false positive rate in [0, 1].")
+        return np.ones_like(rates) if self._pld is None else np.clip(1.0 - np.asarray(get_beta_from_pld(self._pld, alpha=rates)), rates, 1.0)
+
     def epsilons(self, deltas: Sequence[float]) -> list[float]:
         """Returns epsilon for each delta in (0, 1)."""
         return [math.inf if self._pld is None else float(self._pld.get_epsilon_for_delta(delta)) for delta in deltas]
@@ -324,8 +355,7 @@ class TradeOff:
         """
         if self._mu is None:
             fprs = np.geomspace(1e-5, 0.5, 128)
-            tprs = np.ones_like(fprs) if self._pld is None else np.clip(1.0 - np.asarray(get_beta_from_pld(self._pld, alpha=fprs)), fprs, 1.0)
-            self._mu = float(np.max(stats.norm.ppf(tprs) - stats.norm.ppf(fprs)))
+            self._mu = float(np.max(stats.norm.ppf(self.tprs(fprs)) - stats.norm.ppf(fprs)))
         return self._mu
 
 
