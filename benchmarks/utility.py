@@ -51,13 +51,13 @@ def private(base: Base, section: ModelSection, texts: list[str], plan: Plan, *, 
     optimizer = optimizers.make(trained_parameters(module).values(), TrainSection(learning_rate=rate), noise_std=plan.noise_std_of_mean)
     key, course, rows = Key.random(), Course.of(plan), Rows.PACKED if device == "cuda" else Rows.PADDED
     for step in range(1, plan.steps + 1):
-        parallel.private_step(
-            module, optimizer, corpus, plan, run_key=key, step=step, token_budget=budget, rows=rows, ranks=ALONE, course=course
-        )
+        parallel.private_step(module, optimizer, corpus, plan, run_key=key, step=step, token_budget=budget, rows=rows, ranks=ALONE, course=course)
     return module
 
 
-def without_privacy(base: Base, section: ModelSection, texts: list[str], *, steps: int, batch: int, rate: float, budget: int, device: str) -> nn.Module:
+def without_privacy(
+    base: Base, section: ModelSection, texts: list[str], *, steps: int, batch: int, rate: float, budget: int, device: str
+) -> nn.Module:
     module = models.attach(base, section).to(device)
     documents = tokenize(texts, base, max_tokens=LONGEST)
     optimizer = optimizers.make(trained_parameters(module).values(), TrainSection(learning_rate=rate), noise_std=0.0)
@@ -115,9 +115,16 @@ def arms(options: argparse.Namespace) -> list[dict[str, Any]]:
                 common["arm"] = "non-private"
             else:
                 delta = 1 / (2 * len(texts))
-                plan = calibrate(epsilon=epsilon, delta=delta, population=len(texts), expected_batch=options.batch, steps=options.steps, clip_norm=options.clip)
+                plan = calibrate(
+                    epsilon=epsilon, delta=delta, population=len(texts), expected_batch=options.batch, steps=options.steps, clip_norm=options.clip
+                )
                 module = private(base, section, texts, plan, rate=rate, **where)
-                common |= {"arm": "private", "noise_multiplier": round(plan.noise_multiplier, 4), "delta": delta, "epsilon_pld": round(plan.guarantee.epsilon, 4)}
+                common |= {
+                    "arm": "private",
+                    "noise_multiplier": round(plan.noise_multiplier, 4),
+                    "delta": delta,
+                    "epsilon_pld": round(plan.guarantee.epsilon, 4),
+                }
             found.append(common | {"bleu": bleu(module, base, references, device=options.device), "seconds": round(time.monotonic() - began)})
             print(json.dumps(found[-1]), flush=True)
     return found

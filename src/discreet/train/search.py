@@ -130,8 +130,9 @@ def search(
 
 
 def forget(folder: Path) -> None:
-    """Destroys what a finished search kept beside its winner. Idempotent."""
+    """Destroys what a search kept beside its winner, finished or not. Idempotent."""
     (folder / _STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder / _TRY, ignore_errors=True)
 
 
 def public_score(_: int, trained: Trained) -> float:
