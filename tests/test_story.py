@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from discreet import corpus, demo, model, pipeline
+from discreet import corpus, demo, derived, model, pipeline
 from discreet.config import load
 from discreet.deid import policy as deid
 from discreet.errors import (
@@ -28,6 +28,7 @@ from discreet.errors import (
     NotReleased,
     PlanInvalid,
     RecordInvalid,
+    RequestInvalid,
     RunInProgress,
     SourceChanged,
     SourceMissing,
@@ -35,7 +36,7 @@ from discreet.errors import (
 )
 from discreet.evidence.log import verify_bundle, verify_proof
 from discreet.evidence.statement import Predicate
-from discreet.governance import residue
+from discreet.governance import lineage, residue
 from discreet.governance.consent import Reason
 from discreet.pipeline import House, Silent
 from discreet.record import Basis, Digest, Sensitivity
@@ -406,6 +407,37 @@ def test_a_model_of_unknown_origin_is_not_served(copied: House):
         tx.execute(text("DELETE FROM derivations"))
     with pytest.raises(NotReleased, match="parents"):
         pipeline.gateway_app(copied, pipeline.Served(copied), api_key_hash="0" * 64)
+
+
+def test_statistics_are_charged_and_said(copied: House):
+    pytest.importorskip("opendp")
+    before = copied.ledger.show(copied.project.budget.name).remaining_epsilon
+    with pytest.raises(BudgetExhausted):
+        derived.statistics(copied, epsilon=9.0, observer=Silent())
+    assert not copied.log.select(Predicate.MEASURED)
+    found = derived.statistics(copied, epsilon=1e-4, observer=Silent())
+    assert found["remaining"] < before
+    assert [len(found["values"]["documents_by_length"]), found["unit"]] == [8, "patient"]
+    [said] = copied.log.select(Predicate.MEASURED)
+    assert said.fields["values"] == found["values"]
+    with pytest.raises(PlanInvalid, match="an epsilon > 0"):
+        derived.statistics(copied, epsilon=0.0, observer=Silent())
+
+
+def test_synthetic_text_is_below_its_model_in_the_lineage(copied: House, tmp_path: Path):
+    out = tmp_path / "synthetic.jsonl"
+    before = copied.ledger.show(copied.project.budget.name).remaining_epsilon
+    made = derived.synthesize(copied, count=3, out=out, max_tokens=8)
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["synthetic-0", "synthetic-1", "synthetic-2"]
+    assert copied.ledger.show(copied.project.budget.name).remaining_epsilon == before
+    with copied.store.transaction() as tx:
+        [node] = [each for each in lineage.descendants(tx, [Digest(made["adapter"])]) if each.kind is lineage.Kind.SYNTHETIC]
+    assert (node.digest, node.protects) == (made["digest"], "patient")
+    [said] = copied.log.select(Predicate.SYNTHESIZED)
+    assert said.fields["reservation"] == copied.ledger.of_run(pipeline._needed(copied, "train")["run"]).id
+    for wrong in ({"count": 0}, {"max_tokens": 0}, {"temperature": 0.0}):
+        with pytest.raises(RequestInvalid):
+            derived.synthesize(copied, **{"count": 1, "out": out, **wrong})
 
 
 def test_two_runs_at_once_are_refused(project: Path):

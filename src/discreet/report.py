@@ -417,6 +417,10 @@ def _deid(log: _Log) -> Section:
     return Section(name="deidentification", title="What is left of the person before training", facts=facts)
 
 
+def _search(declared: Mapping[str, Any] | None) -> str | None:
+    return None if declared is None else f"{declared['tries']}, {declared['mean']:g}"
+
+
 _SAMPLERS = {
     "poisson": "Poisson: each unit takes part in each step independently",
     "truncated_poisson": "truncated Poisson: each unit independently, and of too many a public number, chosen uniformly",
@@ -449,6 +453,7 @@ def _statement(guarantee: Mapping[str, Any]) -> Section:
         ("sampling_probability", "Sampling probability", get("sampling_probability")),
         ("expected_batch", "Expected units in a step", get("expected_batch")),
         ("steps", "Steps", get("steps")),
+        ("search", "Search for settings, charged as a whole: how the number of tries came about, and its mean", _search(get("search"))),
         ("accountant", "Accountant of the figure above", get("accountant")),
         ("filter_epsilon", "Epsilon that the budget's filter was charged", get("filter_epsilon")),
         (

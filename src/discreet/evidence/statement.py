@@ -80,6 +80,8 @@ class Predicate(StrEnum):
     CONSENT_CHANGED = "consent_changed"
     ERASED = "erased"
     SERVED = "served"
+    MEASURED = "measured"
+    SYNTHESIZED = "synthesized"
 
     @property
     def public(self) -> bool:
@@ -142,6 +144,8 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.CONSENT_CHANGED: _internal("change"),
         Predicate.ERASED: _internal("reason"),
         Predicate.SERVED: _internal("release requests"),
+        Predicate.MEASURED: _public("what reservation epsilon values", "delta unit cap mechanism"),
+        Predicate.SYNTHESIZED: _public("adapter guarantee reservation", "texts kind"),
     }
 )
 """The closed table. `track` of a `trained` statement is "dp" or "public"; `plan` and `guarantee` are null on the public track."""
