@@ -60,7 +60,9 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 sys.path.insert(0, sys.argv.pop(1))
 import socket
-socket.socket = None
+def connect(*_):
+    raise SystemExit("network")
+socket.socket.connect = connect
 from discreet.cli import main
 main()
 """
