@@ -342,13 +342,19 @@ def test_init_makes_projects_that_load(run: Run, tmp_path: Path):
 def test_serve_upstream_refuses_private_hosts_and_bad_tenants(run, tmp_path, monkeypatch):
     from discreet.serve import asgi
 
+    monkeypatch.chdir(tmp_path)
     started: list[dict] = []
     monkeypatch.setattr(asgi, "run", lambda application, **address: started.append(address))
     assert run("serve", "--upstream", "http://127.0.0.1:9")[0] == 2
     assert run("serve", "--upstream", "https://127.0.0.1:9")[0] == 2
     code, _, err = run("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--port", "9999")
-    assert (code, started) == (0, [{"host": "127.0.0.1", "port": 9999}])
+    assert (code, [(each["host"], each["port"], each["tls"]) for each in started]) == (0, [("127.0.0.1", 9999, None)])
     assert "dk-" in err
+    code, out, _ = run("evidence", "export", "--trail", ".discreet-gateway", "--out", "bundle", "--json")
+    assert (code, document("evidence-export", out)["entries"]) == (0, 0)
+    assert run("evidence", "export", "--trail", "nowhere", "--out", "bundle2", "--json")[0] == 2
+    assert run("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--tls-cert", "none.pem")[0] == 2
+    assert run("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--tls-cert", "none.pem", "--tls-key", "none.pem")[0] == 2
     code, out, _ = run("serve", "--new-key")
     key, hashed = (line.split()[1] for line in out.splitlines())
     assert (code, asgi.hash_api_key(key)) == (0, hashed)

@@ -658,8 +658,12 @@ class Ledger:
             return _of_run(tx, run) is not None
 
     def open_runs(self) -> list[Reservation]:
-        """Returns the reservations of training runs that are not closed."""
-        open_ = (_reservations.c.state != State.CLOSED.value) & _reservations.c.snapshot.is_not(None) & (_reservations.c.kind == Kind.TRAINING.value)
+        """Returns the reservations of training runs, and of searches, that are not closed."""
+        open_ = (
+            (_reservations.c.state != State.CLOSED.value)
+            & _reservations.c.snapshot.is_not(None)
+            & _reservations.c.kind.in_((Kind.TRAINING.value, Kind.SEARCH.value))
+        )
         with self._store.transaction() as tx:
             return [_reservation(tx, row) for row in tx.execute(select(_reservations).where(open_)).all()]
 

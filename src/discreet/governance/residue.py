@@ -27,9 +27,11 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 MAX_DEPTH = 3
 MAX_UNPACKED_BYTES = 1 << 30
+_ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
 _LEAST_BYTES = 8
 """A shorter form would be found by chance in weights."""
 
@@ -63,7 +65,7 @@ def _patterns(needles: Sequence[str], tokens: Sequence[Sequence[int]]) -> dict[b
     for ids in tokens:
         for width, largest in ((2, 1 << 16), (4, 1 << 32), (8, 1 << 63)):
             if max(ids) < largest:
-                made |= {b"".join(i.to_bytes(width, order) for i in ids): f"token ids of {8 * width} bits" for order in ("little", "big")}  # type: ignore[misc, arg-type]  # a literal in a loop
+                made |= {b"".join(i.to_bytes(width, order) for i in ids): f"token ids of {8 * width} bits" for order in _ORDERS}
         made |= {glue.join(map(str, ids)).encode(): "token ids, printed" for glue in (",", ", ", " ", "\n")}
     return {pattern: form for pattern, form in made.items() if form == "as it is" or len(pattern) >= _LEAST_BYTES}
 
