@@ -1509,6 +1509,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "cohorts": "HMACs of pseudonyms under a key of their own, which have to outlive the erasure: a budget is not refunded",
     "cli": "text that the operator asked to have redacted, where they said",
     "config": "parameters that the operator wrote",
+    "deid.scan": "compiled patterns, in the user's cache",
     "demo": "generated people, written as the project's sources: `sources` is their store",
     "dossier": "computed from the log",
     "duties": "public keys, where the operator said",
@@ -1529,6 +1530,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "report": "computed from the log",
     "serve.trail": "roll-ups of a gateway: digests and counts by label, never text or users",
     "serve.gateway": "a private copy of released weights while it serves",
+    "train.search": "scores on public text, sealed under the run's key: destroyed with it when an erasure closes the run",
     "store": "the database itself: compacted by the machine, with its write-ahead log",
 }
 """Modules that write files or tables and are no store of the tuple below, each with the reason. An architecture test holds that there is no third kind."""
