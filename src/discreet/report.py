@@ -22,7 +22,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -33,7 +32,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from discreet.evidence.log import Log
-from discreet.evidence.statement import Predicate
+from discreet.evidence.statement import Exposure, Predicate
 from discreet.store import write_atomically
 
 SCHEMA = "urn:discreet:report:v1"
@@ -56,14 +55,6 @@ class Logged(Protocol):
 
     @property
     def time(self) -> str: ...
-
-
-class Exposure(StrEnum):
-    """Who may see a fact."""
-
-    PUBLIC = "public"
-    DP_RELEASED = "dp-released"
-    INTERNAL = "internal"
 
 
 @final
