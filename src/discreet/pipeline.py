@@ -15,6 +15,7 @@ Does not cover: more than one machine (federated/), serving itself (serve/), the
 from __future__ import annotations
 
 import csv
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -37,6 +38,7 @@ from discreet.audit import bounds, deployed, extraction, membership, records, ri
 from discreet.audit import canaries as canary
 from discreet.audit import mechanism as rehearsal
 from discreet.audit.canaries import Canaries
+from discreet.audit.external import LooseTradeOff
 from discreet.config import ModelSection, PrivacySection, Project, SourceSection, TrainSection, digest_of
 from discreet.deid import policy as deid
 from discreet.deid.calibrate import samples_of
@@ -61,20 +63,22 @@ from discreet.errors import (
 )
 from discreet.evidence.log import Log
 from discreet.evidence.statement import JSON, Entry, Predicate, Statement
-from discreet.governance import lineage
+from discreet.governance import lineage, residue
 from discreet.governance.access import Access, Action, current_user
 from discreet.governance.catalog import Catalog, RegisteredSource, SourceFiles, subject_id
 from discreet.governance.classify import classify
 from discreet.governance.consent import Consent
 from discreet.governance.erasure import Decision, Erasure, Finding, Identity, Reason, Transcript
 from discreet.keys import Key, Keyring, open_master
-from discreet.ledger import Budget, CloseReason, Ledger, Reservation
+from discreet.ledger import Budget, CloseReason, Kind, Ledger, Reservation
 from discreet.model import Base, PublicText
 from discreet.record import Basis, Deidentified, Digest, Purpose, Record, Release, Sensitivity, Snapshot, SubjectId
 from discreet.serve import gateway
 from discreet.store import Store, metadata, write_atomically
-from discreet.train import loop, optimizers
+from discreet.train import loop, optimizers, parallel
+from discreet.train import search as searching
 from discreet.train.checkpoint import PURPOSE, Checkpoints, CheckpointStore
+from discreet.train.parallel import ALONE, Ranks
 from discreet.train.step import tokenize
 
 if TYPE_CHECKING:
@@ -98,6 +102,7 @@ RECITED = 40
 RELEARNT = 16
 """Public texts that a model relearns from after an erasure."""
 SERVED_BATCH = 100
+"""Requests in one statement of what was served."""
 
 _stages = Table(
     "stages",
@@ -110,6 +115,16 @@ _stages = Table(
 
 class Observer(Protocol):
     """Hears what happens and may show it to the operator: counts and speeds that stay inside, never a text or an identifier."""
+
+    def stage(self, name: str) -> None: ...
+
+    def note(self, line: str) -> None: ...
+
+    def progress(self, task: str, done: int, total: int, figures: Mapping[str, object]) -> None: ...
+
+
+class _Silent:
+    """Hears and says nothing."""
 
     def stage(self, name: str) -> None: ...
 
@@ -131,6 +146,7 @@ class House:
     consent: Consent
     ledger: Ledger
     access: Access
+    ranks: Ranks = ALONE
 
     @property
     def snapshots(self) -> Path:
@@ -156,6 +172,7 @@ def open_house(folder: Path, *, exclusive: bool = True, lost: tuple[str, str] | 
         ConfigInvalid, SourceMissing, KeyUnavailable: when the project cannot be opened.
     """
     project = config.load(folder)
+    deid.check(project.deid)
     project.state.mkdir(mode=0o700, exist_ok=True)
     with _lock(project.state / "lock", exclusive=exclusive):
         store = Store(project.database_url())
@@ -189,6 +206,34 @@ def open_house(folder: Path, *, exclusive: bool = True, lost: tuple[str, str] | 
                     log.pin()
         finally:
             store.close()
+
+
+def train_together(folder: Path, observer: Observer) -> dict[str, Any] | None:
+    """`train` on the ranks that torchrun announces: rank 0 does everything that is written, the others compute their share of every step.
+
+    Returns:
+        as `train`; None on every rank but the first.
+
+    Raises:
+        as `open_house` and `train`; torchrun then ends the other ranks.
+    """
+    with parallel.joined(config.load(folder).run.device) as ranks:
+        if ranks.writes:
+            with open_house(folder) as house:
+                return train(dataclasses.replace(house, ranks=ranks), observer)
+        if ranks.follow():
+            with open_house(folder, exclusive=False) as house:
+                _assist(dataclasses.replace(house, ranks=ranks))
+        return None
+
+
+def _assist(house: House) -> None:
+    """What a resumed run does up to its steps: all of it is stored already, so this rank reads it and writes nothing."""
+    silent = _Silent()
+    frozen = ingest(house, silent)
+    run, plan, reservation = _reserve(house, frozen.snapshot)
+    base, folder = load_base(house, frozen.public, silent), house.project.state / "runs" / run
+    _take_steps(house, frozen, run, plan, reservation, base, _public_track(house, base, frozen, folder, silent), lambda _: None)
 
 
 @contextmanager
@@ -266,7 +311,7 @@ def _source_documents(house: House, section: SourceSection, observer: Observer, 
         _refuse_mislabelled(house, source, records)
     admitted, refused = house.consent.admit_all(records, house.project.purpose)
     keys = house.keyring.subjects([each.record.subject for each in admitted])
-    policy = _policy(house)
+    policy = _policy(house, section)
     kept = []
     for number, each in enumerate(admitted, start=1):
         kept.append(deid.deidentify(each, policy, keys[each.record.subject]))
@@ -300,14 +345,56 @@ def confirm_public(house: House, name: str, *, by: str, reason: str) -> None:
     if section is None:
         raise NotFound("a [[source]] of that name in discreet.toml", value=name)
     source = house.catalog.register(house.project, section)
-    fields: dict[str, JSON] = {"rule": "the sample of a public source holds no personal data", "reason": reason, "name": name, "by": by}
+    fields: dict[str, JSON] = {
+        "rule": "the sample of a public source holds no personal data",
+        "reason": for_log(house, reason),
+        "name": name,
+        "by": by,
+    }
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(source.digest,), fields=fields))
 
 
-def _policy(house: House) -> deid.Policy:
-    section = house.project.deid
-    return deid.configured(section.policy, section.thresholds, names=section.names)
+def _policy(house: House, source: SourceSection) -> deid.Policy:
+    return deid.configured(house.project.deid, deid.Channel.TRAINING, source.sensitivity)
+
+
+def for_log(house: House, text: str) -> str:
+    """Returns what a person typed as it may stand in the log: without identifiers."""
+    return deid.redact(text, deid.configured(house.project.deid, deid.Channel.LOG)).text
+
+
+def subject_key(house: House, unit: str) -> tuple[SubjectId, Key]:
+    """Returns a person's pseudonym and key, for stand-ins and tokens outside of the corpus.
+
+    Raises:
+        Forgotten: when they were erased.
+    """
+    house.access.require(Action.RUN, who=current_user())
+    subject = subject_of(house, unit)
+    return subject, house.keyring.subject(subject)
+
+
+def restore_tokens(house: House, unit: str, text: str, *, policy: str) -> tuple[str, int]:
+    """Puts the values of a person's tokens back into a text, and says so in the log, by number. Returns the text and how many were opened.
+
+    Raises:
+        AccessDenied: when whoever asks may not, or nobody else approved it for this person.
+        Forgotten: when the person was erased: nothing opens their tokens any more.
+        NotFound: when the project has no key of theirs.
+    """
+    who, subject = current_user(), subject_of(house, unit)
+    house.access.require(Action.REIDENTIFY, who=who, about=subject)
+    if not house.keyring.has_subject(subject):
+        raise NotFound("a subject of whom this project has tokens")
+    restored, count = deid.restore(text, house.keyring.subject(subject), policy=policy, subject=subject)
+    fields: dict[str, JSON] = {"kind": "re-identification", "action": Action.REIDENTIFY.value, "by": who.name, "policy": policy, "values": count}
+    with house.store.transaction() as tx:
+        digest = Digest("sha256:" + house.keyring.hmac("reidentified", subject.encode()).hex())
+        house.log.append(
+            tx, Statement(predicate=Predicate.ACCESS_GRANTED, subjects=(digest,), fields={**fields, "role": ", ".join(house.access.roles(who))})
+        )
+    return restored, count
 
 
 def _log_deidentified(house: House, source: str, documents: Sequence[Deidentified], policy: deid.Policy) -> None:
@@ -517,10 +604,12 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
             batch_limit=privacy.batch_limit,
             bands=privacy.bands or 0,
             adaptive=_adaptive(privacy),
+            search=searching.declared(house.project.search),
         )
     except ValueError as error:
         raise PlanInvalid.of(error, remedy="See [privacy] in discreet.toml and docs/choosing-unit-and-epsilon.md.") from None
-    optimizers.check(house.project.train, plan)
+    for chosen in searching.candidates(house.project.search):
+        optimizers.check(searching.settings(house.project.train, chosen), plan)
     if plan.delta >= 1 / snapshot.num_units and not plan.allow_large_delta:
         raise PlanInvalid("delta below one over the units really there", value=plan.delta, remedy="Lower [privacy] population or delta.")
     left = budget.remaining_epsilon() if budget else privacy.epsilon
@@ -602,6 +691,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     """
     done = _finished(house, "train")
     if done is not None:
+        house.ranks.announce(False)
         return _close_run(house, done)
     frozen = ingest(house, observer)
     observer.stage("train")
@@ -614,17 +704,16 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     rehearsed = _rehearsed(house, plan, run)
     start = _public_track(house, base, frozen, folder, observer)
     began = time.monotonic()
-    trained = loop.train(
-        plan,
-        frozen.snapshot,
-        house.ledger.spend(reservation),
-        texts=_all_texts(house, frozen.snapshot),
-        setup=_setup(house, base, held_out=frozen.held_out, start=start),
-        run_key=house.keyring.run(run),
-        checkpoints=_checkpoints(house, run),
-        adapter=folder / "adapter",
-        on_step=_while_admitted(house, frozen.snapshot, _shown(observer, "train")),
-    )
+    house.ledger.spend(reservation)
+    house.keyring.run(run)
+    house.ranks.announce(True)
+    on_step = _while_admitted(house, frozen.snapshot, _shown(observer, "train"))
+    chosen: dict[str, Any] = {}
+    if plan.search is None:
+        trained = _take_steps(house, frozen, run, plan, reservation, base, start, on_step)
+    else:
+        won = _search(house, frozen, run, plan, reservation, base, start, on_step)
+        trained, chosen = won.trained, dict(won.chosen)
     moved, trainable = model.moved(base, house.project.model, start=start, adapter=trained.adapter)
     result = {
         "run": run,
@@ -640,10 +729,80 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
         "guarantee": guarantee_fields(plan) | {"privacy_digest": house.project.privacy_digest()},
         "curve": _rounded(trained.curve),
         "mechanism": rehearsed,
+        **({"chosen": chosen} if chosen else {}),
         "withheld": frozen.withheld.root if frozen.withheld else None,
     }
     _record_training(house, result, reservation)
     return _close_run(house, result)
+
+
+def _search(
+    house: House,
+    frozen: Corpus,
+    run: str,
+    plan: mechanism.Plan,
+    reservation: Reservation,
+    base: Base,
+    start: Path | None,
+    on_step: loop.OnStep,
+) -> searching.Winner:
+    """Tries settings, each a private run under a key of its own, and keeps the best (`train/search.py`)."""
+    section, key = house.project.search, house.keyring.run(run)
+    spent, snapshot = house.ledger.spend(reservation), frozen.snapshot
+    setup, texts = _setup(house, base, held_out=frozen.held_out, start=start), _all_texts(house, snapshot)
+
+    def one(number: int, train_: TrainSection, adapter: Path) -> loop.Trained:
+        return loop.train(
+            plan,
+            snapshot,
+            spent,
+            texts=texts,
+            setup=replace(setup, train=train_),
+            run_key=key.derive("try", number),
+            checkpoints=_checkpoints(house, f"{run}.{number}"),
+            adapter=adapter,
+            on_step=on_step,
+        )
+
+    def score(number: int, trained: loop.Trained) -> float:
+        if plan.search is None or plan.search.score_epsilon is None:
+            return searching.public_score(number, trained)
+        return searching.private_score(plan, section, snapshot, texts, setup, key)(number, trained)
+
+    return searching.search(
+        plan,
+        section,
+        train=house.project.train,
+        run=one,
+        drop=lambda number: _checkpoints(house, f"{run}.{number}").destroy(),
+        score=score,
+        run_key=key,
+        folder=house.project.state / "runs" / run,
+    )
+
+
+def _take_steps(
+    house: House,
+    frozen: Corpus,
+    run: str,
+    plan: mechanism.Plan,
+    reservation: Reservation,
+    base: Base,
+    start: Path | None,
+    on_step: loop.OnStep,
+) -> loop.Trained:
+    return loop.train(
+        plan,
+        frozen.snapshot,
+        house.ledger.spend(reservation),
+        texts=_all_texts(house, frozen.snapshot),
+        setup=_setup(house, base, held_out=frozen.held_out, start=start),
+        run_key=house.keyring.run(run),
+        checkpoints=_checkpoints(house, run),
+        adapter=house.project.state / "runs" / run / "adapter",
+        on_step=on_step,
+        ranks=house.ranks,
+    )
 
 
 def _rehearsed(house: House, plan: mechanism.Plan, run: str) -> list[dict[str, Any]]:
@@ -772,7 +931,8 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
             if plan.allow_large_delta:
                 fields: dict[str, JSON] = {"rule": "delta < 1 / population", "value": plan.delta, "reason": plan.allow_large_delta, "run": run}
                 house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(plan.digest,), fields=fields))
-    return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run)
+    kind = Kind.TRAINING if plan.search is None else Kind.SEARCH
+    return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run, kind=kind)
 
 
 def _refuse_unaffordable(house: House, plan: mechanism.Plan, snapshot: Snapshot) -> None:
@@ -790,6 +950,7 @@ def _record_training(house: House, result: Mapping[str, Any], reservation: Reser
     """Logs the trained model. The snapshot's root stays inside: the statement is public (PITFALLS 41)."""
     fields = {name: result[name] for name in ("run", "base", "adapter", "plan", "guarantee", "steps", "parameters")}
     fields |= {"track": "dp", "reservation": reservation.id, "public_loss": result["curve"]}
+    fields |= {"kind": "winner of a search", "chosen": result["chosen"]} if "chosen" in result else {}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(Digest(result["adapter"]),), fields=fields))
         artifact = lineage.Artifact(digest=Digest(result["adapter"]), kind=lineage.Kind.MODEL, protects=house.project.privacy.unit)
@@ -820,7 +981,7 @@ def _close_run(house: House, result: Mapping[str, Any]) -> dict[str, Any]:
         fields: dict[str, JSON] = {"run": run, "kind": "noise and sampling"}
         with house.store.transaction() as tx:
             house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(Digest(result["adapter"]),), fields=fields))
-    _checkpoints(house, run).destroy()
+    _destroy_state(house, run)
     return dict(result)
 
 
@@ -837,7 +998,15 @@ def _abandon(house: House, reservation: Reservation) -> None:
     fields: dict[str, JSON] = {"run": reservation.run, "kind": "noise and sampling", "reason": "abandoned"}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(reservation.plan,), fields=fields))
-    _checkpoints(house, reservation.run).destroy()
+    _destroy_state(house, reservation.run)
+
+
+def _destroy_state(house: House, run: str) -> None:
+    """Destroys the checkpoints of a run and of its tries."""
+    runs = house.project.state / "runs"
+    for folder in (runs / run, *runs.glob(f"{run}.*")):
+        _checkpoints(house, folder.name).destroy()
+    searching.forget(runs / run)
 
 
 def _checkpoints(house: House, run: str) -> Checkpoints:
@@ -873,7 +1042,7 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     observer.note("scored the private model; training the control on canaries alone")
     control = _control(house, base, canaries, observer)
     controlled = _log_likelihoods(house, control, base, canaries) - untouched
-    level, claim = bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))), accounting.trade_off(plan.event)
+    level, claim = bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))), _claimed_curve(plan)
     rounded = _children(house, private, base, canaries, untouched, trade_off=claim, level=OF_CHILDREN * level)
     attacked = _attack(house, trained, base, private, observer, trade_off=claim, level=OF_RECORDS * level)
     found = bounds.verdict(
@@ -925,6 +1094,13 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     return result
 
 
+def _claimed_curve(plan: mechanism.Plan) -> bounds.TradeOff:
+    """The curve of the event where PLD knows it; of a search, that of its (epsilon, delta) alone."""
+    if accounting.has_pld(plan.event):
+        return accounting.trade_off(plan.event)
+    return LooseTradeOff(epsilon=plan.guarantee.epsilon, delta=plan.delta)
+
+
 def _committed(house: House, snapshot: Digest, canaries: Canaries) -> bounds.Layer:
     """FAIL when the corpus does not hold the canaries that are said to be in, and no other; INCONCLUSIVE when they, or how they are read, were committed to after it was frozen."""
     committed = canary.commitment(canaries, salt=house.keyring.purpose("canaries").mac(b"commitment"), design=_design(house))
@@ -949,7 +1125,7 @@ def _children(
     canaries: Canaries,
     untouched: NDArray[np.float64],
     *,
-    trade_off: accounting.TradeOff,
+    trade_off: bounds.TradeOff,
     level: float,
 ) -> list[bounds.Layer]:
     """Audits the model as it will be deployed, with the same canaries."""
@@ -962,7 +1138,7 @@ def _children(
 
 
 def _attack(
-    house: House, trained: Mapping[str, Any], base: Base, private: nn.Module, observer: Observer, *, trade_off: accounting.TradeOff, level: float
+    house: House, trained: Mapping[str, Any], base: Base, private: nn.Module, observer: Observer, *, trade_off: bounds.TradeOff, level: float
 ) -> dict[str, Any]:
     """Layers 3 and 4 on the records of those who were trained on and of those whom the coin withheld; and the most exposed, without names. All of it stays inside."""
     rules = house.project.audit
@@ -1179,7 +1355,13 @@ def override_inconclusive(house: House, *, by: str, reason: str) -> None:
         raise PlanInvalid("an INCONCLUSIVE audit to override", value=audited["verdict"], remedy="PASS needs no override, FAIL admits none.")
     if not by.strip() or not reason.strip():
         raise PlanInvalid("the name and the reason of whoever overrides", remedy="Give --by and --reason.")
-    fields: dict[str, JSON] = {"rule": INCONCLUSIVE_RULE, "value": audited["verdict"], "reason": reason, "run": audited["run"], "by": by}
+    fields: dict[str, JSON] = {
+        "rule": INCONCLUSIVE_RULE,
+        "value": audited["verdict"],
+        "reason": for_log(house, reason),
+        "run": audited["run"],
+        "by": by,
+    }
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(Digest(audited["adapter"]),), fields=fields))
 
@@ -1256,6 +1438,7 @@ def gateway_app(house: House, served: Served, *, api_key_hash: str) -> Starlette
         adapter=released.adapter,
         key=house.keyring.purpose("gateway"),
         api_key_hash=api_key_hash,
+        policy=deid.configured(house.project.deid, deid.Channel.PROMPT),
         on_served=served.count,
         limits=gateway.Limits(max_request_bytes=serving.max_request_bytes, max_new_tokens=serving.max_new_tokens),
     )
@@ -1329,6 +1512,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "ledger": "budgets under pseudonyms by HMAC, which have to outlive the erasure: a budget is not refunded",
     "model": "weights and base models: decided by the machine itself, `models decided`",
     "pipeline": "digests, parameters and curves on public text; releases are weights",
+    "redaction": "text that the operator asked to have redacted, where they said",
     "report": "computed from the log",
     "serve.trail": "roll-ups of a gateway: digests and counts by label, never text or users",
     "serve.gateway": "a private copy of released weights while it serves",
@@ -1418,7 +1602,7 @@ class _ProjectModels:
         relearnt = _relearnt(self._house, base, adapter) if found is Finding.NOT_EXPOSED else None
         return found if relearnt is None else self._ranked(subject, own, base, relearnt)
 
-    def _ranked(self, subject: SubjectId, own: Sequence[tuple[str, Mapping[str, tuple[str, ...]]]], base: Base, module: nn.Module) -> Finding:
+    def _ranked(self, subject: SubjectId, own: Sequence[_Own], base: Base, module: nn.Module) -> Finding:
         for twins in (39, 999):
             rank = _rank_among_twins(self._house, subject, own, base, module, twins=twins)
             if rank is None:
@@ -1456,14 +1640,19 @@ def _transcript(guarantee: Mapping[str, Any] | None) -> Transcript:
     return Transcript(**{name: guarantee[name] for name in names}) if guarantee else Transcript()
 
 
-def _own_texts(house: House, subject: SubjectId) -> list[tuple[str, Mapping[str, tuple[str, ...]]]]:
+_Own = tuple[str, Mapping[str, tuple[str, ...]], deid.Policy]
+"""A text, the identifiers that it is known to be about, and the policy of its source."""
+
+
+def _own_texts(house: House, subject: SubjectId) -> list[_Own]:
     """What the sensitive training sources say about a subject now."""
     sections = [section for section in house.project.source if section.role == "train"]
     try:
         found = [house.catalog.texts_of(house.catalog.register(house.project, section), subject) for section in sections]
     except SourceChanged:  # a restored database beside rewritten files: what was trained on can no longer be told
         return []
-    return [(text.reveal(), known.reveal()) for of_source in found for _, text, known in of_source]
+    policies = [_policy(house, section) for section in sections]
+    return [(text.reveal(), known.reveal(), policy) for of_source, policy in zip(found, policies, strict=True) for _, text, known in of_source]
 
 
 def _relearnt(house: House, base: Base, adapter: Path) -> nn.Module | None:
@@ -1480,17 +1669,16 @@ def _relearnt(house: House, base: Base, adapter: Path) -> nn.Module | None:
 def _rank_among_twins(
     house: House,
     subject: SubjectId,
-    own: Sequence[tuple[str, Mapping[str, tuple[str, ...]]]],
+    own: Sequence[_Own],
     base: Base,
     module: nn.Module,
     *,
     twins: int,
 ) -> int | None:
     """Returns how many of `twins` the module prefers to the subject's own text; None when stand-ins make no difference."""
-    policy = _policy(house)
 
     def frozen(key: Key) -> list[str]:
-        return [deid.redact(text, policy, known=known, key=key).text for text, known in own]
+        return [deid.redact(text, policy, known=known, key=key).text for text, known, policy in own]
 
     mine = frozen(house.keyring.subject(subject))
     others = [frozen(Key.random()) for _ in range(twins)]
@@ -1620,11 +1808,14 @@ def drill(house: House) -> dict[str, Any]:
     return {"certificate": outcome["certificate"], "stores": outcome["stores"], "seconds": round(time.monotonic() - began, 2), "left": []}
 
 
-def remains(house: House, needles: Sequence[str]) -> list[str]:
-    """Returns the files of the project's state that hold one of `needles`: raw bytes, and every living document decoded."""
-    wanted = [needle.encode() for needle in needles]
-    files = [path for path in sorted(house.project.state.rglob("*")) if path.is_file() and not path.is_symlink()]
-    found = [str(path.relative_to(house.project.state)) for path in files if any(needle in path.read_bytes() for needle in wanted)]
+def remains(house: House, needles: Sequence[str], *, tokens: Sequence[Sequence[int]] = ()) -> list[str]:
+    """Returns the files of the project's state that hold something of somebody (`governance.residue`), every living document decoded among them.
+
+    Args:
+        needles: their texts and identifiers.
+        tokens: their texts as token ids.
+    """
+    found = residue.find(house.project.state, needles, tokens=tokens)
     for root in sorted(house.snapshots.glob("*")) if house.snapshots.is_dir() else []:
         if len(root.name) == 64:
             snapshot = corpus.open_snapshot(Digest(f"sha256:{root.name}"), keyring=house.keyring, folder=house.snapshots)
@@ -1832,7 +2023,7 @@ class Silent:
 def _run_config(house: House) -> str:
     """What identifies the computed result: everything but [run], [release] and [serve]."""
     project = house.project
-    sections = (project.privacy, project.model, project.train, project.budget, project.deid)
+    sections = (project.privacy, project.model, project.train, project.budget, project.deid, *([project.search] if project.search.declared else []))
     return digest_of(
         [project.audit.canaries, *([project.audit.withheld] if project.audit.withheld else [])]
         + [section.model_dump(mode="json") for section in sections]

@@ -452,7 +452,7 @@ def _statement(guarantee: Mapping[str, Any]) -> Section:
         ("unit", "Privacy unit", unit),
         ("relation", "Neighbouring data sets", get("relation")),
         ("cap", f"Documents of one {unit} in one step", get("cap")),
-        ("population", f"Population: number of {unit}s that the plan was made for, canaries counted", get("population"), Exposure.INTERNAL),
+        ("population", f"Population: number of {unit}s that the plan was made for, a public figure", get("population")),
         ("mechanism", "Mechanism", f"DP-SGD: per-{unit} gradients clipped, summed, {noise} added once a step"),
         ("clip_norm", clip, get("clip_norm")),
         ("noise_multiplier", "Noise multiplier", get("noise_multiplier")),

@@ -126,7 +126,7 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.RESERVED: _internal("reservation run budget plan snapshot"),
         Predicate.SPENT: _public("reservation run budget plan", _PRICE),
         Predicate.CLOSED: _public("reservation reason", "run budget plan steps"),
-        Predicate.TRAINED: _public("run track base adapter plan guarantee", "reservation budget steps parameters public_loss kind"),
+        Predicate.TRAINED: _public("run track base adapter plan guarantee", "reservation budget steps parameters public_loss kind chosen"),
         Predicate.AUDITED: _public(
             "adapter verdict epsilon_lower ceiling",
             "run level detectable detectable_mu claimed_epsilon claimed_delta layers canaries recitation roc control_roc report",
