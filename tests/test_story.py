@@ -114,6 +114,52 @@ def test_what_is_frozen_holds_no_identifier_of_anybody(house: House):
         assert row["email"] not in texts
 
 
+def test_identifiers_of_the_source_reach_no_store_log_report_bundle_prompt_or_sink(
+    copied: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+):
+    """From the source through every place where something is written, to a prompt and its answer."""
+    from starlette.testclient import TestClient
+
+    from discreet import report
+    from discreet.serve import asgi, gateway
+    from discreet.serve.engine import Piece
+
+    rows = [json.loads(line) for line in (copied.project.root / "notes.jsonl").read_text().splitlines()]
+    needles = sorted({row[column] for row in rows for column in ("mrn", "phone", "email", "name")})
+    assert pipeline.remains(copied, needles) == [], "state, database and decoded snapshots"
+    for public in (True, False):
+        pipeline.export_evidence(copied, tmp_path / "told" / str(public), public=public)
+    report.write(copied.log, tmp_path / "told")
+    written = [path.read_text(errors="replace") for path in (tmp_path / "told").rglob("*") if path.is_file()]
+    told = [json.dumps(pipeline.trace(copied, _one(copied).record.digest)), *written]
+    assert len(written) >= 6
+    seen: list[str] = []
+
+    class Echo:
+        async def generate(self, turns, sampling):
+            seen.append(" ".join(turn.text for turn in turns))
+            yield Piece(text=turns[-1].text, prompt_tokens=1, completion_tokens=1)
+            yield Piece(text="", prompt_tokens=1, completion_tokens=1, finish_reason="stop")
+
+    monkeypatch.setattr(gateway, "open_engine", lambda *_, **__: Echo())
+    api_key, hashed = asgi.new_api_key()
+    served = pipeline.Served(copied)
+    with TestClient(pipeline.gateway_app(copied, served, api_key_hash=hashed)) as client:
+        said = f"Patient: {rows[0]['name']}. Write to {rows[0]['email']} or call {rows[0]['phone']}, MRN: {rows[0]['mrn']}."
+        body = {"model": pipeline.released_name(copied), "messages": [{"role": "user", "content": said}]}
+        answer = client.post("/v1/chat/completions", json=body, headers={"authorization": f"Bearer {api_key}"})
+    served.write()
+    assert answer.json()["choices"][0]["message"]["content"] == said, "restored for the one who asked"
+    sinks = {
+        "prompt": seen[0],
+        "log": caplog.text,
+        "output": "".join(capsys.readouterr()),
+        **{f"told {number}": text for number, text in enumerate(told)},
+    }
+    assert [(sink, len(needle)) for sink, text in sinks.items() for needle in needles if needle in text] == []
+    assert pipeline.remains(copied, needles) == [], "after the prompt"
+
+
 def test_opted_out_patients_are_refused_and_said_to_be(house: House):
     opted_out = (house.project.root / "opt_outs.txt").read_text().split()
     rows = [json.loads(line) for line in (house.project.root / "notes.jsonl").read_text().splitlines()]

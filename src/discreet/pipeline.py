@@ -99,6 +99,8 @@ OF_RECORDS, OF_CHILDREN = 0.1, 0.1
 """Shares of an audit's level for real records and for deployed children; the rest is the canaries'."""
 RECITED = 40
 """Planted canaries that both models are asked to recite."""
+RELEARNT = 16
+"""Public texts that a model relearns from after an erasure."""
 SERVED_BATCH = 100
 """Requests in one statement of what was served."""
 
@@ -1207,7 +1209,7 @@ def _references(house: House, base: Base, held_out: Sequence[str], key: Key, obs
     for number in range(house.project.audit.references if text else 0):
         coins = key.stream("half", number).bytes(len(text))
         half = PublicText.of(
-            [each for each, coin in zip(text, coins, strict=True) if coin & 1][:256], sensitivity=Sensitivity.PUBLIC, basis=Basis.CONSENT
+            [each for each, coin in zip(text, coins, strict=True) if coin & 1][:128], sensitivity=Sensitivity.PUBLIC, basis=Basis.CONSENT
         )
         setup = _setup(house, base, held_out=PublicText(tuple(held_out[:1])), evaluations=1)
         steps = -(-len(half.texts) // CONTROL_BATCH)
@@ -1603,7 +1605,7 @@ class _ProjectModels:
 
     def test(self, subject: SubjectId, digest: Digest) -> Finding:
         """Compares the subject's frozen text with the same text under other stand-ins, which nobody trained on: under the null they are exchangeable, so the rank is an
-        exact test. 39 twins first; only a text that beats them all is looked at again among 999, so that one erasure in five hundred is a false alarm."""
+        exact test. 39 twins first; only a text that beats them all is looked at again among 999, so that one test in five hundred is a false alarm. What is not exposed is tested once more after a few steps on public text: relearning brings back what is merely covered."""
         adapter = next(
             (p for p in sorted((self._house.project.state / "runs").glob("*/adapter")) if _adapter_digest(p) == digest),
             None,
@@ -1615,9 +1617,13 @@ class _ProjectModels:
             base = load_base(self._house, None, Silent())
         except NotFound:  # the weights are there, what they were trained on is not: nobody can be asked
             return Finding.NO_POWER
-        private = model.load_adapter(base, adapter)
+        found = self._ranked(subject, own, base, model.load_adapter(base, adapter))
+        relearnt = _relearnt(self._house, base, adapter) if found is Finding.NOT_EXPOSED else None
+        return found if relearnt is None else self._ranked(subject, own, base, relearnt)
+
+    def _ranked(self, subject: SubjectId, own: Sequence[_Own], base: Base, module: nn.Module) -> Finding:
         for twins in (39, 999):
-            rank = _rank_among_twins(self._house, subject, own, base, private, twins=twins)
+            rank = _rank_among_twins(self._house, subject, own, base, module, twins=twins)
             if rank is None:
                 return Finding.NO_POWER
             if rank > 0:
@@ -1666,6 +1672,17 @@ def _own_texts(house: House, subject: SubjectId) -> list[_Own]:
         return []
     policies = [_policy(house, section) for section in sections]
     return [(text.reveal(), known.reveal(), policy) for of_source, policy in zip(found, policies, strict=True) for _, text, known in of_source]
+
+
+def _relearnt(house: House, base: Base, adapter: Path) -> nn.Module | None:
+    """The adapter after a few steps on the project's public text, in memory only; None where there is none. No sensitive record is read (PITFALLS 38)."""
+    texts = _frozen_public(house, "public")[:RELEARNT]
+    if not texts:
+        return None
+    public = PublicText.of(texts, sensitivity=Sensitivity.PUBLIC, basis=Basis.CONSENT)
+    setup = _setup(house, base, held_out=PublicText(public.texts[:1]), start=adapter, evaluations=1)
+    order = house.keyring.purpose("relearning").stream("order")
+    return loop.fit(public, setup=setup, steps=-(-len(texts) // 4), batch=4, order=order).module
 
 
 def _rank_among_twins(

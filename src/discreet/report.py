@@ -169,9 +169,20 @@ def render_html(report: Report) -> str:
     """Returns the report as one HTML page: one inline stylesheet, inline SVG, no script, nothing loaded from elsewhere."""
     page = _templates().get_template("report.html")
     style = Markup(stylesheet())  # noqa: S704 - our own file, no input in it
-    drawn = {"curves": _curves(report), "roc": _attack(report), "exposure": _exposure(report), "ceiling": _ceiling(report)}
-    attack = {"people_roc": _people(report), "rates": _rates(report)}
-    return page.render(report=report, style=style, **drawn, **attack)
+    drawn = dict.fromkeys(("curves", "roc", "exposure", "ceiling", "people_roc")) | charts(report)
+    return page.render(report=report, style=style, rates=_rates(report), **drawn)
+
+
+def charts(report: Report) -> dict[str, _Chart]:
+    """Returns the charts that the report has something for, by name, as `plot.save` draws them: curves, roc, exposure, ceiling, people_roc."""
+    drawn = {
+        "curves": _curves(report),
+        "roc": _attack(report),
+        "exposure": _exposure(report),
+        "ceiling": _ceiling(report),
+        "people_roc": _people(report),
+    }
+    return {name: chart for name, chart in drawn.items() if chart is not None}
 
 
 def of(log: Log, *, run: str | None = None) -> Report:
