@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from discreet import corpus, demo, model, pipeline
@@ -23,12 +27,15 @@ from discreet.errors import (
     NotFound,
     NotReleased,
     PlanInvalid,
+    RecordInvalid,
     RunInProgress,
     SourceChanged,
+    SourceMissing,
     TrackRefused,
 )
 from discreet.evidence.log import verify_bundle, verify_proof
 from discreet.evidence.statement import Predicate
+from discreet.governance import residue
 from discreet.governance.consent import Reason
 from discreet.pipeline import House, Silent
 from discreet.record import Basis, Digest, Sensitivity
@@ -210,6 +217,56 @@ def test_an_exhausted_budget_refuses_a_second_run(copied: House):
     assert len(copied.log.select(Predicate.SPENT)) == 1
 
 
+def test_a_plan_for_a_pld_epsilon_says_what_the_budget_counts(project: Path):
+    settings = project / "discreet.toml"
+    settings.write_text(settings.read_text().replace('target = "budget"', 'target = "pld"'))
+    with pipeline.open_house(project) as house:
+        assert not pipeline.price(house, Silent()).admitted
+        with pytest.raises(BudgetExhausted, match=r"by RDP for the plan's .* by PLD; 8 is left"):
+            pipeline.train(house, Silent())
+        assert not house.log.select(Predicate.RESERVED)
+        assert not house.log.select(Predicate.BUDGET_OPENED), "nothing was opened, nothing spent"
+
+
+def test_the_detectors_are_measured_on_labelled_text(house: House):
+    measured = [entry.fields["detector"] for entry in house.log.select(Predicate.DEIDENTIFIED)]
+    assert measured
+    assert all(each["values"] > 100 and 0.9 <= each["recall"] <= 1 and each["recall_at_least"] < each["recall"] for each in measured)
+
+
+def test_labelled_text_that_is_missing_or_broken_stops_the_ingest(project: Path):
+    with pipeline.open_house(project) as house:
+        (project / "labelled.jsonl").write_text("{broken\n")
+        with pytest.raises(RecordInvalid):
+            pipeline.ingest(house, Silent())
+        (project / "labelled.jsonl").unlink()
+        with pytest.raises(SourceMissing):
+            pipeline.ingest(house, Silent())
+
+
+def test_csv_parquet_and_a_folder_of_texts_train_too(project: Path):
+    notes = [json.loads(line) for line in (project / "notes.jsonl").read_text().splitlines()]
+    with (project / "notes.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(notes[0]))
+        writer.writeheader()
+        writer.writerows(notes)
+    public = [json.loads(line) for line in (project / "public_train.jsonl").read_text().splitlines()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(public), project / "public.parquet")
+    (project / "held" / "out").mkdir(parents=True)
+    for line in (project / "held_out.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        (project / "held" / "out" / f"{row['id']}.txt").write_text(row["text"])
+    settings = project / "discreet.toml"
+    said = settings.read_text().replace('"notes.jsonl"\nformat = "jsonl"', '"notes.csv"\nformat = "csv"')
+    said = said.replace('"public_train.jsonl"', '"public.parquet"\nformat = "parquet"').replace('"held_out.jsonl"', '"held"\nformat = "text"')
+    settings.write_text(said)
+    with pipeline.open_house(project) as house:
+        trained = pipeline.run(house, until="train", observer=Silent())["train"]
+        assert [section.format for section in house.project.source] == ["csv", "parquet", "text"]
+        assert house.log.select(Predicate.FROZEN)[-1].fields["name"] == "evaluation"
+    assert trained["moved"] == trained["parameters"] > 0
+
+
 def test_a_tampered_release_is_not_loaded(copied: House):
     from discreet.serve import gateway
 
@@ -287,20 +344,21 @@ def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House
     frozen = corpus.open_snapshot(root, keyring=copied.keyring, folder=copied.snapshots)
     texts = corpus.texts(frozen, frozen.units.reveal()[subject], copied.keyring)
     needles = [row[column] for row in mine for column in ("id", "patient", "text", "mrn", "phone", "email")] + [*texts, subject]
+    base = pipeline.load_base(copied, None, Silent())
+    ids = [tuple(base.tokenizer(text)["input_ids"]) for text in texts]
     assert pipeline.remains(copied, [subject]), "the search finds who is there"
+    np.savez_compressed(copied.project.state / "cache.npz", ids=np.array(ids[0], dtype=np.int32))
+    assert any("token ids" in place for place in pipeline.remains(copied, [], tokens=ids)), "and their tokens in an archive"
+    (copied.project.state / "cache.npz").unlink()
     (copied.project.root / "gold.jsonl").unlink()  # the answers of the detector's test: no store, and never read by the pipeline
     done = pipeline.erase(copied, unit)
     assert done["failed"] == []
     copied.store.close()
-    for path in [path for path in copied.project.root.rglob("*") if path.is_file()]:
-        content = path.read_bytes()
-        assert not [needle for needle in needles if needle.encode() in content], path
-    assert pipeline.remains(copied, needles) == []
-    base = pipeline.load_base(copied, None, Silent())
+    assert residue.find(copied.project.root, needles, tokens=ids) == []
+    assert pipeline.remains(copied, needles, tokens=ids) == []
     after = corpus.open_snapshot(root, keyring=copied.keyring, folder=copied.snapshots)
     alive = corpus.texts(after, [p for positions in after.units.reveal().values() for p in positions], copied.keyring)
-    gone = {tuple(base.tokenizer(text)["input_ids"]) for text in texts}
-    assert not gone & {tuple(base.tokenizer(text)["input_ids"]) for text in alive}
+    assert not set(ids) & {tuple(base.tokenizer(text)["input_ids"]) for text in alive}
     decided = copied.log.select(Predicate.ERASED)[-2].fields
     assert any(value.startswith("kept: trained with differential privacy") for value in decided["decisions"].values())
     assert set(decided["findings"].values()) == {"not exposed"}

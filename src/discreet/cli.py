@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -159,9 +160,32 @@ def _one_stage(name: str, project: Path, as_json: bool) -> None:
 
 
 @app.command()
-def train(project: Folder = HERE, as_json: Json = False) -> None:
-    """Trains under differential privacy: reserves and spends the budget, then takes the noisy steps."""
-    _one_stage("train", project, as_json)
+def train(
+    search: Annotated[
+        bool, typer.Option("--search", help="Try the settings of [search]; the whole search is one charge, only its winner leaves.")
+    ] = False,
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Trains under differential privacy: reserves and spends the budget, then takes the noisy steps. On several processes: `torchrun --no-python ... discreet train`."""
+    from discreet import config
+
+    if search is not config.load(project).search.declared:
+        remedy = (
+            "Declare candidates such as learning_rate = [0.001, 0.004]."
+            if search
+            else "Give --search, or remove [search]: a search costs more than a run."
+        )
+        raise RequestInvalid("--search exactly where [search] declares candidates", remedy=remedy)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _one_stage("train", project, as_json)
+        return
+    from discreet import pipeline
+
+    if search:
+        raise RequestInvalid("a search on one process", value=os.environ["WORLD_SIZE"], remedy="Run `discreet train --search` without torchrun.")
+    if (result := pipeline.train_together(project, _Bars())) is not None:
+        _print(as_json, result, [f"{key}: {value}" for key, value in _flat(result)])
 
 
 @app.command()
@@ -238,10 +262,12 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Writes the privacy report (HTML and JSON) from the log alone."""
-    from discreet import pipeline
+    from discreet import duties, pipeline
     from discreet import report as reports
+    from discreet.governance.access import Action
 
     with pipeline.open_house(project) as house:
+        duties.ask(house, Action.READ)
         written = reports.write(house.log, house.project.root, public=public)
     _print(as_json, {"files": [str(p) for p in written]}, [str(p) for p in written])
 
@@ -377,7 +403,7 @@ def _approval(verb: str, action: str, about: str, project: Path, as_json: bool) 
     if action not in Action.__members__.values():
         raise RequestInvalid(f"an action out of {', '.join(Action)}", value=action)
     with pipeline.open_house(project, exclusive=False) as house:
-        named = {"reason": about} if verb == "break_glass" else {"about": about}
+        named = {"reason": pipeline.for_log(house, about)} if verb == "break_glass" else {"about": about}
         getattr(house.access, verb)(Action(action), who=current_user(), **named)
     document = {
         "action": action,
@@ -455,7 +481,7 @@ def _serve(project: Path, *, port: int | None) -> None:
         application.router.routes.extend(pages.routes(pages.HouseProvider(house)))
         host, chosen = house.project.serve.host, house.project.serve.port if port is None else port
         for line in _invitation(f"http://{host}:{chosen}", api_key, pipeline.released_name(house)):
-            stderr.print(line, markup=False)
+            stderr.print(line, markup=False, soft_wrap=True)
         try:
             asgi.run(application, host=host, port=chosen)
         finally:
@@ -478,92 +504,133 @@ def _invitation(address: str, api_key: str, name: str) -> list[str]:
 
 # --- text -----------------------------------------------------------------------------------------------------------------------------------------
 
-MAX_REDACT_BYTES = 100_000_000
+Project = Annotated[Path | None, typer.Option("--project", "-C", help="Folder of a discreet.toml whose [deid] decides, and whose keys are used.")]
 
 
 @redacting.command("text")
 def redact(
-    file: Annotated[str, typer.Argument(help="A file, or - for standard input.")] = "-",
+    file: Annotated[str, typer.Argument(help="A file, a folder, or - for standard input.")] = "-",
     lines: Annotated[bool, typer.Option("--lines", help="JSON Lines in, JSON Lines out; the text is in the field `text`.")] = False,
-    policy: Annotated[str, typer.Option("--policy", help="label, redact or log.")] = "label",
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the redacted files, when FILE is a folder; files already there are not done again.")
-    ] = None,
+    policy: Annotated[str, typer.Option("--policy", help="label, redact, log, surrogate or token.")] = "label",
+    out: Annotated[Path | None, typer.Option("--out", help="File or folder for the result; a killed call resumes when it is called again.")] = None,
+    written_in: Annotated[
+        str, typer.Option("--syntax", help="text, python, javascript, sql, json, jsonl, yaml or csv; auto: by the file's name.")
+    ] = "auto",
+    review: Annotated[bool, typer.Option("--review", help="An HTML page on which a person corrects what was found, for `calibrate`.")] = False,
+    project: Project = None,
+    channel: Annotated[str, typer.Option("--channel", help="With -C: training, prompt, log or archive.")] = "training",
+    sensitivity: Annotated[str, typer.Option("--sensitivity", help="With -C: public, internal, personal or special.")] = "special",
+    subject: Annotated[str, typer.Option("--subject", help="With -C: whose text it is; stand-ins and tokens are then under this person's key.")] = "",
+    k: Annotated[int, typer.Option("--k", help="Make ages, places and rare terms coarser until so many people share them.")] = 0,
+    jobs: Annotated[int, typer.Option("--jobs", help="Processes; 0 for all cores.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Removes identifiers from a text, from JSON Lines, or from every file of a folder."""
-    from discreet.deid.policy import BUILTIN
+    """Removes identifiers from a text, source code, a table, JSON Lines, or every file of a folder."""
+    from discreet import redaction
 
-    if policy not in BUILTIN:
-        raise RequestInvalid(f"a policy out of {', '.join(sorted(BUILTIN))}", value=policy)
+    spec = redaction.Task(
+        policy=policy, project="" if project is None else str(project), channel=channel, sensitivity=sensitivity, k=k, syntax=written_in, lines=lines
+    ).checked(file)
+    many = jobs if jobs > 0 else os.cpu_count() or 1
     if file != "-" and Path(file).is_dir():
-        _redact_folder(Path(file), out, policy, lines=lines)
+        _redact_folder(Path(file), out, spec, many)
         return
-    text = _read_text(file)
-    if not lines:
-        found = _redacted(text, policy)
-        if as_json:
-            _print(True, found, [])
+    with redaction.redactor(spec, subject) as own:
+        if review:
+            _written(redaction.review_page(file, own), out)
+        elif as_json or spec.syntax != "text":
+            done = own.text(redaction.read_whole(file))
+            _written(json.dumps(redaction.document(done), indent=2, ensure_ascii=False) + "\n" if as_json else done.text, out)
+        elif out is not None:
+            redaction.to_file(file, out, spec, bars := _Bars(), jobs=many, redactor=own if subject else None)
+            bars.stop()
         else:
-            typer.echo(found["text"], nl=not found["text"].endswith("\n"))
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            typer.echo(json.dumps(_redact_line(line, number, policy), ensure_ascii=False))
+            redaction.to_stream(file, spec, sys.stdout.write, jobs=many, redactor=own if subject else None)
+            sys.stdout.flush()
 
 
-def _redact_line(line: str, number: int, policy: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        row = None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or any("\ud800" <= c <= "\udfff" for c in row["text"]):
-        raise RequestInvalid("a JSON object with a string field `text` (no lone surrogates) on every line", value=f"line {number}")
-    return {**row, **_redacted(row["text"], policy)}
+def _written(text: str, out: Path | None) -> None:
+    from discreet import redaction
+
+    if out is None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        redaction.write_new(out, text)
 
 
-def _redact_folder(source: Path, out: Path | None, policy: str, *, lines: bool) -> None:
-    """Redacts every file below a folder on all cores; a finished file is renamed into place, so that the next call skips it."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+def _redact_folder(source: Path, out: Path | None, spec: Any, jobs: int) -> None:
+    from discreet import redaction
 
-    if out is None or out.resolve().is_relative_to(source.resolve()):
-        raise RequestInvalid("--out with a folder outside the one that is read")
-    wanted = [path for path in sorted(source.rglob("*")) if path.is_file() and not path.is_symlink()]
-    todo = [(str(path), str(out / path.relative_to(source)), policy, lines) for path in wanted if not (out / path.relative_to(source)).exists()]
-    bars, failed = _Bars(), 0
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, max(len(todo), 1)), mp_context=get_context("spawn")) as pool:
-        for done, problem in enumerate(pool.map(_redact_file, todo), start=1):
-            bars.progress("files", done, len(todo), {})
-            if problem:
-                failed += 1
-                bars.note(problem)
+    if out is None:
+        raise RequestInvalid("--out with a folder for the results")
+    bars = _Bars()
+    total, failed = redaction.folder(source, out, spec, bars, jobs=jobs)
     bars.stop()
     if failed:
-        raise RequestInvalid(
-            "files of text", value=f"{failed} of {len(todo)} not redacted", remedy="They are named above and left out; nothing of them was written."
-        )
+        remedy = "They are named above and left out; nothing of them was written."
+        raise RequestInvalid("files of text", value=f"{failed} of {total} not redacted", remedy=remedy)
 
 
-def _redact_file(task: tuple[str, str, str, bool]) -> str | None:
-    """Redacts one file; returns what is wrong with it, without a word of its text."""
-    path, target, policy, lines = task
-    try:
-        text = _read_text(path)
-        made = (
-            "".join(
-                json.dumps(_redact_line(line, n, policy), ensure_ascii=False) + "\n" for n, line in enumerate(text.split("\n"), 1) if line.strip()
-            )
-            if lines
-            else _redacted(text, policy)["text"]
-        )
-    except DiscreetError as error:
-        return f"{path}: {error}"
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(target + ".partial")
-    partial.write_text(made, encoding="utf-8", newline="")
-    partial.replace(target)
-    return None
+@redacting.command("restore")
+def redact_restore(
+    subject: Annotated[str, typer.Option("--subject", help="Whose tokens they are, as the sources name them.")],
+    file: Annotated[str, typer.Argument(help="A file, or - for standard input.")] = "-",
+    policy: Annotated[str, typer.Option("--policy", help="Name of the policy that made the tokens.")] = "token",
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Puts the values of one person's tokens back, for whoever may re-identify; the log says who did."""
+    from discreet import pipeline, redaction
+
+    text = redaction.read_whole(file)
+    with pipeline.open_house(project, exclusive=False) as house:
+        restored, count = pipeline.restore_tokens(house, subject, text, policy=policy)
+    if as_json:
+        _print(True, {"text": restored, "restored": count}, [])
+    else:
+        _written(restored, None)
+
+
+@redacting.command("risk")
+def redact_risk(
+    file: Annotated[str, typer.Argument(help="A file, or - for standard input.")] = "-",
+    population: Annotated[int, typer.Option("--population", help="People that the subject could be; default: the United States.")] = 331_000_000,
+    as_json: Json = False,
+) -> None:
+    """Says how many people are expected to share a text's age, place and rare terms: its quasi-identifiers."""
+    from discreet import redaction
+    from discreet.deid import quasi
+
+    found = quasi.uniqueness(redaction.read_whole(file), population=population)
+    shares = {kind.value: share for kind, share in found.shares.items()}
+    document = {"population": population, "expected": found.expected, "bits": found.bits, "shares": shares}
+    said = [f"{kind}: shared by 1 in {1 / share:,.0f}" for kind, share in shares.items()]
+    _print(as_json, document, [f"expected people who share all of it: {found.expected:,.1f} of {population:,} ({found.bits:.1f} bits)", *said])
+
+
+@redacting.command("table")
+def redact_table(
+    file: Annotated[str, typer.Argument(help="A CSV file with a header, or - for standard input.")],
+    column: Annotated[list[str], typer.Option("--column", help="A quasi-identifier (age, ZIP, date, other); may be repeated.")],
+    k: Annotated[int, typer.Option("--k", help="People that must share every row.")] = 11,
+    population: Annotated[str, typer.Option("--population", help="CSV file of everybody who could be in it; left out: the table itself.")] = "",
+    suppress: Annotated[float, typer.Option("--suppress", help="Largest share of rows that may be left out instead.")] = 0.0,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the coarser table here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Makes a table coarse enough that at least k people share every row (k-map; without --population k-anonymity)."""
+    from discreet import redaction
+
+    document, table = redaction.coarser_table(file, column, k=k, population=population, suppress=suppress)
+    if out is not None:
+        redaction.write_new(out, table)
+    told = [f"{name}: {step['kind']}, {step['step']} of {step['steps']} steps coarser" for name, step in document["columns"].items()]
+    least = f"fewest people of a row: {document['before']} before, {document['smallest']} after; {document['suppressed']} of {document['rows']} rows left out"
+    if out is None and not as_json:
+        _written(table, None)
+    else:
+        _print(as_json, document, [least, *told])
 
 
 @redacting.command("calibrate")
@@ -571,13 +638,18 @@ def redact_calibrate(
     file: Annotated[str, typer.Argument(help="JSON Lines of labelled samples: text, spans of start, end, label; - for standard input.")] = "-",
     miss_rate: Annotated[float, typer.Option("--miss-rate", help="Largest share of values that may be missed, per label.")] = 0.05,
     confidence: Annotated[float, typer.Option("--confidence", help="Of all statements together.")] = 0.95,
+    project: Project = None,
+    write: Annotated[bool, typer.Option("--write", help="With -C: put the thresholds into its discreet.toml.")] = False,
     as_json: Json = False,
 ) -> None:
     """Chooses score thresholds per label from labelled samples, with the miss rate they keep and its confidence interval."""
+    from discreet import config, redaction
+    from discreet.deid import policy
     from discreet.deid.calibrate import calibrate, samples_of
 
-    rows = [_json_line(line, number) for number, line in enumerate(_read_text(file).split("\n"), start=1) if line.strip()]
-    chosen = calibrate(samples_of(rows), miss_rate=miss_rate, confidence=confidence)
+    rows = [_json_line(line, number) for number, line in enumerate(redaction.read_whole(file).split("\n"), start=1) if line.strip()]
+    names = policy.Names.MODEL if project is None else policy.Names(config.load(project).deid.names)
+    chosen = calibrate(samples_of(rows), miss_rate=miss_rate, confidence=confidence, find=policy.finder(names))
     labels = [
         {
             "label": str(c.label), "threshold": c.threshold, "values": c.values, "missed": c.missed, "lower": c.lower, "upper": c.upper, "met": c.met,
@@ -585,10 +657,10 @@ def redact_calibrate(
         }
         for c in chosen
     ]  # fmt: skip
+    said = redaction.thresholds(chosen, confidence)
+    if write:
+        redaction.store_thresholds(project, said)
     document = {"miss_rate": miss_rate, "confidence": confidence, "met": all(c.met for c in chosen), "labels": labels}
-    said = [
-        f"{c.label} = {c.threshold}  # missed {c.missed} of {c.values}, at most {c.upper:.3f}{'' if c.met else ' (target not met)'}" for c in chosen
-    ]
     _print(as_json, document, ["[deid.thresholds]", *said])
 
 
@@ -597,25 +669,6 @@ def _json_line(line: str, number: int) -> object:
         return json.loads(line)
     except (json.JSONDecodeError, RecursionError):
         raise RequestInvalid("JSON on every line", value=f"line {number}") from None
-
-
-def _redacted(text: str, policy: str) -> dict[str, Any]:
-    from discreet.deid.policy import redact as redact_text
-
-    done = redact_text(text, policy=policy)
-    return {"text": done.text, "spans": [{"start": s.start, "end": s.end, "label": s.label, "score": s.score} for s in done.spans]}
-
-
-def _read_text(file: str) -> str:
-    if file != "-" and not Path(file).is_file():
-        raise SourceMissing("a file that exists", value=file)
-    content = sys.stdin.buffer.read(MAX_REDACT_BYTES + 1) if file == "-" else Path(file).read_bytes()
-    if len(content) > MAX_REDACT_BYTES:
-        raise RequestInvalid(f"at most {MAX_REDACT_BYTES} bytes of text", remedy="Split the file; each part is redacted alone.")
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise RequestInvalid("text in UTF-8", value=f"byte {error.start}") from None
 
 
 # --- privacy ----------------------------------------------------------------------------------------------------------------------------------------
@@ -740,7 +793,7 @@ def _math(call: Callable[[], T]) -> T:
     try:
         return call()
     except ValueError as error:
-        raise PlanInvalid("parameters that the mathematics accepts", value=str(error)) from None
+        raise PlanInvalid.of(error) from None
 
 
 def _finite(value: float | None) -> float | str:
@@ -764,30 +817,42 @@ def budget_open(
     as_json: Json = False,
 ) -> None:
     """Opens a budget; it can never be refilled."""
-    from discreet import pipeline
+    from discreet import duties, pipeline
     from discreet.ledger import CarryOver, Period
 
     if carry_over not in set(CarryOver):
         raise RequestInvalid(f"--carry-over out of {', '.join(CarryOver)}", value=carry_over)
     period = Period(days=period_days, count=periods, carry_over=CarryOver(carry_over)) if periods else None
     with pipeline.open_house(project) as house:
-        held = house.ledger.open(name, epsilon=epsilon, delta=delta, unit=unit, query_delta=query_delta, period=period)
-        opened = pipeline.budget_fields(held) | ({"period": held.period.to_json(), "unlocked": held.unlocked} if held.period else {})
+        opened = duties.open_budget(house, name, epsilon=epsilon, delta=delta, unit=unit, query_delta=query_delta, period=period)
     _print(as_json, opened, [f"{k}: {v}" for k, v in _flat(opened)])
+
+
+@budget.command("raise")
+def budget_raise(
+    name: str,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="The new, larger epsilon.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; the log keeps it, and it is public.")],
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Raises a budget; where roles are set, after another person approved "NAME to EPSILON"."""
+    from discreet import duties, pipeline
+
+    with pipeline.open_house(project) as house:
+        raised = duties.raise_budget(house, name, epsilon=epsilon, reason=reason)
+    _print(as_json, raised, [f"{k}: {v}" for k, v in _flat(raised)])
 
 
 @budget.command("show")
 def budget_show(name: Annotated[str | None, typer.Argument()] = None, project: Folder = HERE, as_json: Json = False) -> None:
-    """Shows what was spent and what remains."""
-    from discreet import pipeline
+    """Shows what was spent and what remains, and warns from half on."""
+    from discreet import duties, pipeline
 
     with pipeline.open_house(project) as house:
-        budgets = [pipeline.budget_fields(b) for b in ([house.ledger.show(name)] if name else house.ledger.budgets())]
-    _print(
-        as_json,
-        {"budgets": budgets},
-        [f"{b['name']}: epsilon {b['remaining']:.3f} of {b['epsilon']:g} left, delta {b['delta']:.2g}, unit {b['unit']}" for b in budgets],
-    )
+        budgets = duties.show_budgets(house, name)
+    lines = [f"{b['name']}: epsilon {b['remaining']:.3f} of {b['epsilon']:g} left, delta {b['delta']:.2g}, unit {b['unit']}" for b in budgets]
+    _print(as_json, {"budgets": budgets}, [*lines, *(f"ALERT {alert}" for b in budgets for alert in b["alerts"])])
 
 
 @budget.command("reserve")
@@ -800,13 +865,13 @@ def budget_reserve(
     as_json: Json = False,
 ) -> None:
     """Charges an (epsilon, delta)-DP query to everyone, or refuses it (exit 3)."""
-    from discreet import pipeline
-    from discreet.ledger import Kind, Spend
+    from discreet import duties, pipeline
+    from discreet.ledger import Kind
 
     if kind not in set(Kind):
         raise RequestInvalid(f"--kind out of {', '.join(Kind)}", value=kind)
     with pipeline.open_house(project) as house:
-        held = house.ledger.charge(name, [Spend(kind=Kind(kind), epsilon=epsilon, delta=delta)])[0]
+        held = duties.reserve(house, name, epsilon=epsilon, delta=delta, kind=Kind(kind))
     document = {"reservation": held.id, "remaining": held.remaining_epsilon}
     _print(as_json, document, [f"reserved {held.id}; epsilon left: {held.remaining_epsilon:.4f}"])
 
@@ -823,41 +888,21 @@ def budget_plan(
     as_json: Json = False,
 ) -> None:
     """Says what can still be trained now at this utility, and what more noise would buy. Charges nothing."""
-    from discreet import pipeline
+    from discreet import duties, pipeline
     from discreet import report as reports
     from discreet.store import write_atomically
 
     with pipeline.open_house(project) as house:
-        held = house.ledger.show(name)
-        factors = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
-        curve = [
-            {"noise_multiplier": sigma, "steps": house.ledger.affordable(name, sampling_probability=sampling_probability, noise_multiplier=sigma)}
-            for sigma in (noise_multiplier * factor for factor in factors)
-        ]
-    steps = curve[factors.index(1.0)]["steps"]
-    document = {
-        "budget": name,
-        "remaining": held.remaining_epsilon,
-        "unlocked": held.unlocked,
-        "sampling_probability": sampling_probability,
-        "noise_multiplier": noise_multiplier,
-        "steps": steps,
-        "epochs": steps * sampling_probability,
-        "curve": curve,
-        **({"plot": str(plot)} if plot else {}),
-    }
+        document = duties.plan(house, name, sampling_probability=sampling_probability, noise_multiplier=noise_multiplier)
     if plot:
-        drawn = reports.affordable_chart([(row["noise_multiplier"], int(row["steps"])) for row in curve], chosen=noise_multiplier)
-        write_atomically(plot, drawn.encode())
-    _print(
-        as_json,
-        document,
-        [
-            f"{name}: epsilon {held.remaining_epsilon:.3f} of {held.epsilon:g} left, {held.unlocked:.0%} unlocked",
-            f"at noise multiplier {noise_multiplier:g}: {steps} more steps ({steps * sampling_probability:.1f} epochs)",
-            *(f"  noise multiplier {row['noise_multiplier']:6.3g}: {row['steps']:>8} steps" for row in curve),
-        ],
-    )
+        points = [(row["noise_multiplier"], int(row["steps"])) for row in document["curve"]]
+        write_atomically(plot, reports.affordable_chart(points, chosen=noise_multiplier).encode())
+        document["plot"] = str(plot)
+    lines = [
+        f"{name}: epsilon {document['remaining']:.3f} of {document['epsilon']:g} left, {document['unlocked']:.0%} unlocked",
+        f"at noise multiplier {noise_multiplier:g}: {document['steps']} more steps ({document['epochs']:.1f} epochs)",
+    ]
+    _print(as_json, document, [*lines, *(f"  noise multiplier {row['noise_multiplier']:6.3g}: {row['steps']:>8} steps" for row in document["curve"])])
 
 
 # --- governance -------------------------------------------------------------------------------------------------------------------------------------
@@ -888,9 +933,11 @@ def consent_grant(subject: str, project: Folder = HERE, as_json: Json = False) -
 @consent.command("history")
 def consent_history(subject: str, project: Folder = HERE, as_json: Json = False) -> None:
     """Shows everything a person said about their data, oldest first."""
-    from discreet import pipeline
+    from discreet import duties, pipeline
+    from discreet.governance.access import Action
 
     with pipeline.open_house(project, exclusive=False) as house:
+        duties.ask(house, Action.CONSENT)
         words = house.consent.history(pipeline.subject_of(house, subject))
     said = [
         {"purpose": w.purpose, "state": "granted" if w.basis else "withdrawn", "basis": w.basis.value if w.basis else None, "at": w.at} for w in words
@@ -932,9 +979,11 @@ def catalog_confirm(
 @catalog.command("list")
 def catalog_list(project: Folder = HERE, as_json: Json = False) -> None:
     """Lists the registered sources."""
-    from discreet import pipeline
+    from discreet import duties, pipeline
+    from discreet.governance.access import Action
 
     with pipeline.open_house(project) as house:
+        duties.ask(house, Action.READ)
         sources = house.catalog.sources()
     _print(
         as_json, {"sources": sources}, [f"{s['name']}: {s['sensitivity']}, owner {s['owner']}, purposes {', '.join(s['purposes'])}" for s in sources]
@@ -949,9 +998,11 @@ def catalog_register(
     as_json: Json = False,
 ) -> None:
     """Registers a source, or with --again what became of it since; its name, and so its budget, stay."""
-    from discreet import pipeline
+    from discreet import duties, pipeline
+    from discreet.governance.access import Action
 
     with pipeline.open_house(project) as house:
+        duties.ask(house, Action.REGISTER_SOURCE)
         section = next((section for section in house.project.source if section.name == name), None)
         if section is None:
             raise NotFound("a [[source]] of that name in discreet.toml", value=name)
@@ -997,10 +1048,12 @@ def evidence_dossier(
     as_json: Json = False,
 ) -> None:
     """Writes what a privacy officer needs as one signed folder, and the public key beside it; verifies it once."""
-    from discreet import dossier, pipeline
+    from discreet import dossier, duties, pipeline
+    from discreet.governance.access import Action
     from discreet.store import write_atomically
 
     with pipeline.open_house(project) as house:
+        duties.ask(house, Action.READ)
         folder = dossier.write(house.log, house.store, out, public=public, namespace=house.log.origin)
         key = out.with_name(out.name + ".pub")
         write_atomically(key, (house.log.public_key() + "\n").encode())
@@ -1026,27 +1079,82 @@ def evidence_witness(
     _print(as_json, signed, [signed["checkpoint"], f"witness key: {signed['key']}"])
 
 
-@evidence.command("verify")
-def evidence_verify(
-    bundle: Path,
-    key: Annotated[Path, typer.Option("--key", help="File with the log's public key.")],
+@evidence.command("rotate-key")
+def evidence_rotate_key(
+    out: Annotated[Path, typer.Option("--out", help="Where the public keys go, oldest first; hand the file out in place of the earlier one.")] = Path(
+        "log.pub"
+    ),
+    project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
-    """Verifies a bundle with a public key alone: no network, no database (exit 4 when anything is broken)."""
+    """Gives the log a new key; what the old one signed stays verifiable, and its private half is destroyed."""
+    from discreet import duties, pipeline
+
+    with pipeline.open_house(project) as house:
+        done = duties.rotate_key(house, out)
+    _print(as_json, done, [*done["keys"], f"written to {out}"])
+
+
+@evidence.command("pin")
+def evidence_pin(
+    accept: Annotated[bool, typer.Option("--accept-rollback", help="Go on with a database that lost entries; needs --by and --reason.")] = False,
+    by: Annotated[str, typer.Option("--by", help="Who accepts the loss; the log keeps it.")] = "",
+    reason: Annotated[str, typer.Option("--reason")] = "",
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Signs a checkpoint and keeps it outside the database; a restored backup is refused from then on."""
+    from discreet import duties, pipeline
+
+    if accept:
+        done = duties.accept_rollback(project, by=by, reason=reason)
+    else:
+        with pipeline.open_house(project) as house:
+            done = duties.pin(house)
+    _print(as_json, done, [done["checkpoint"]])
+
+
+@evidence.command("tiles")
+def evidence_tiles(
+    out: Annotated[Path, typer.Option("--out", help="Folder to be served; an earlier export grows.")] = Path("tiles"),
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Writes checkpoint and tiles of the log (c2sp.org/tlog-tiles) for mirrors and monitors: hashes only, no statement."""
+    from discreet import duties, pipeline
+
+    with pipeline.open_house(project) as house:
+        done = duties.tiles(house, out)
+    _print(as_json, done, [f"{done['tiles']} tiles in {out}"])
+
+
+@evidence.command("verify")
+def evidence_verify(
+    bundle: Annotated[Path, typer.Argument(help="A folder (bundle or dossier), or a JSON file with a statement and its proof.")],
+    key: Annotated[Path, typer.Option("--key", help="File with the log's public key; of a log whose key was rotated one a line.")],
+    as_json: Json = False,
+) -> None:
+    """Verifies a bundle, a dossier or a certificate with a public key alone: no network, no database (exit 4 when anything is broken)."""
     from discreet import dossier
     from discreet.errors import EvidenceInvalid
-    from discreet.evidence.log import verify_bundle
+    from discreet.evidence.log import verify_bundle, verify_certificate
 
-    if not key.is_file():
-        raise SourceMissing("a file with the log's public key", value=str(key))
-    check = dossier.verify if dossier.is_dossier(bundle) else verify_bundle
+    for path in (key, bundle):
+        if not path.exists():
+            raise SourceMissing("a bundle, and a file with the log's public key", value=str(path))
+    public_key = key.read_text()
     try:
-        verified = check(bundle, public_key=key.read_text().strip())
+        if bundle.is_file():
+            entry, signed = verify_certificate(bundle, public_key=public_key)
+            statements, said = 1, f"VALID: '{entry.predicate}' of {entry.time} is in the log under this checkpoint"
+        else:
+            verified = (dossier.verify if dossier.is_dossier(bundle) else verify_bundle)(bundle, public_key=public_key)
+            statements, signed = len(verified.entries), verified.note
+            said = f"VALID: {statements} statements under this checkpoint"
     except EvidenceInvalid as error:
-        _print(as_json, {"valid": False, "failed": error.failed, "checkpoint": None}, ["BROKEN", *error.failed])
+        _print(as_json, {"valid": False, "failed": error.failed or [str(error)], "checkpoint": None}, ["BROKEN", *error.failed])
         raise typer.Exit(error.exit_code) from None
-    document = {"valid": True, "failed": [], "checkpoint": verified.note.decode(), "statements": len(verified.entries)}
-    _print(as_json, document, [f"VALID: {len(verified.entries)} statements under this checkpoint", verified.note.decode()])
+    _print(as_json, {"valid": True, "failed": [], "checkpoint": signed.decode(), "statements": statements}, [said, signed.decode()])
 
 
 # --- federation -------------------------------------------------------------------------------------------------------------------------------------
@@ -1066,8 +1174,89 @@ def federate_enroll(project: Folder = HERE, as_json: Json = False) -> None:
     """Freezes a site's corpus and prints the public key that goes into the fleet's roster.json."""
     from discreet import federate as fleets
 
-    enrolled = fleets.enroll(project, _Bars())
-    _print(as_json, {"name": enrolled.name, "key": enrolled.key.hex(), "base": enrolled.base.digest}, [f"{enrolled.name} {enrolled.key.hex()}"])
+    document = fleets.document(fleets.enroll(project, _Bars()))
+    _print(as_json, document, [f"{document['name']} {document['key']}"])
+
+
+@federate.command("roster")
+def federate_roster(
+    enrolled: Annotated[list[Path], typer.Argument(help="What `enroll --json` printed at each site, one file each.")],
+    base: Annotated[Path, typer.Option("--base", help="Folder of the base model.")],
+    host: Annotated[str, typer.Option("--host", help="By which the sites reach the coordinator; it is in the certificate.")] = "127.0.0.1",
+    fleet: Fleet = HERE,
+    as_json: Json = False,
+) -> None:
+    """Writes roster.json and ca.crt, which every site gets beside fleet.toml."""
+    from discreet import federate as fleets
+
+    made = fleets.roster(fleet, [_json_file(path) for path in enrolled], base=base, host=host)
+    _print(
+        as_json,
+        made,
+        [
+            f"session {made['session']} of {', '.join(made['sites'])}",
+            f"roster  {made['digest']}  (compare it at every site)",
+            f"binding {made['binding']}  (report data of an attestation)",
+        ],
+    )
+
+
+@federate.command("server")
+def federate_server(
+    fleet: Fleet = HERE,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on, the one of the certificate.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port")] = 9700,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds that a stage of a round may take.")] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Coordinates a fleet over Flower; started again after its death, it continues the round that was under way."""
+    from discreet import federate as fleets
+
+    result = fleets.serve(fleet, host=host, port=port, timeout=timeout, observer=_Bars())
+    _print(as_json, result, fleets.lines(result))
+
+
+@federate.command("client")
+def federate_client(
+    superlink: Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.")],
+    project: Folder = HERE,
+    fleet: Annotated[Path, typer.Option("--fleet", help="Folder with fleet.toml, roster.json and ca.crt.")] = HERE,
+    verifier: Annotated[
+        str, typer.Option("--verifier", help="Program that accepts the coordinator's `attestation` (stdin; the binding is its argument) by exit 0.")
+    ] = "",
+    as_json: Json = False,
+) -> None:
+    """Takes part with this site until the session is closed; exit 4 when its receipts are not honoured."""
+    from discreet import federate as fleets
+
+    result = fleets.attend(project, fleet=fleet, superlink=superlink, observer=_Bars(), verifier=shlex.split(verifier))
+    said = "each counted once under the agreed model and plan" if result["valid"] else f"NOT HONOURED: {'; '.join(result['failed'])}"
+    _print(as_json, result, [f"receipt    {result['site']}: {result['rounds']} uploads, {said}"])
+    if not result["valid"]:
+        raise typer.Exit(4)
+
+
+@federate.command("leave")
+def federate_leave(
+    project: Folder = HERE,
+    fleet: Annotated[Path, typer.Option("--fleet", help="Folder with fleet.toml and roster.json.")] = HERE,
+    as_json: Json = False,
+) -> None:
+    """Takes this site out of its session for good; what it spent stays spent."""
+    from discreet import federate as fleets
+
+    left = fleets.leave(project, fleet=fleet)
+    _print(as_json, left, [f"{left['site']} left session {left['session']} after {left['rounds']} rounds"])
+
+
+def _json_file(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceMissing("a file that `discreet federate enroll --json` printed", value=f"{path.name}: {type(error).__name__}") from None
+    if not isinstance(content, dict) or not {"name", "key", "node", "base", "model"} <= set(content):
+        raise SourceMissing("a file that `discreet federate enroll --json` printed", value=path.name)
+    return content
 
 
 # --- plumbing ---------------------------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
@@ -28,17 +27,6 @@ Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-
-
-@final
-class Optimizer(StrEnum):
-    """The optimisers that a run may use."""
-
-    ADAM = "adam"
-    ADAMW = "adamw"
-    ADAM_CORRECTED = "adam_corrected"
-    """Adam whose second moment is corrected for the variance of the noise (DP-AdamBC)."""
-    SGD = "sgd"
 
 
 class _Section(BaseModel):
@@ -131,16 +119,33 @@ class AccessSection(_Section):
 
 
 @final
+class ThresholdSection(_Section):
+    """A threshold and what it misses, as `discreet redact calibrate` prints it."""
+
+    least: Share = Field(description="least score that counts")
+    miss_rate: tuple[Share, Share] = Field(description="lower and upper limit of the share of values that are missed")
+    confidence: Probability = Field(description="probability that all limits of the calibration hold together")
+    values: Count = Field(description="labelled values that it was computed from")
+
+
+@final
 class DeidSection(_Section):
-    """What happens to identifiers on the training path."""
+    """What happens to identifiers: on the training path, and where other channels are named, on those."""
 
     policy: Literal["surrogate", "label", "redact"] = Field(
         "surrogate", description="surrogate: consistent stand-ins per subject; label: [PERSON]; redact: removed"
     )
-    names: Literal["rules", "model"] = Field("rules", description="rules: lists and cues alone; model: the tagger of names as well (extra: ner)")
-    thresholds: dict[str, Share] = Field(
+    names: Literal["rules", "model"] = Field("model", description="rules: lists and cues alone; model: the tagger of names as well")
+    thresholds: dict[str, Share | ThresholdSection] = Field(
         default_factory=dict,
         description="label -> least score that counts, from `discreet redact calibrate`; on public or separately charged samples only",
+    )
+    operators: dict[str, dict[str, dict[str, str]]] = Field(
+        default_factory=dict, description="channel -> sensitivity, or 'any' -> label -> operator, where it is another than the policy's"
+    )
+    k: int = Field(0, ge=0, description="quasi-identifiers are made coarser until at least so many people are expected to share them; 0 leaves them")
+    labelled: str = Field(
+        "", description="JSON Lines of public or generated texts with their identifiers marked: recall and precision are measured on them"
     )
 
 
@@ -172,9 +177,20 @@ class PrivacySection(_Section):
     )
     cap: Count = Field(1, description="documents of one unit used in one step, chosen by keyed hash")
     combine: Literal["sum", "mean"] = Field("sum", description="what of a unit's documents is clipped: their sum or their mean")
-    clip_norm: Positive = 0.5
+    clip_norm: Positive = Field(0.5, description="largest gradient norm of one contribution; with clip_quantile that of the first step")
+    clip_quantile: Probability | None = Field(
+        None, description="share of the contributions that should lie within the clip norm, which then follows them; the votes are part of the price"
+    )
+    clip_rate: Positive = Field(0.2, description="how fast the clip norm follows, in logarithm a step")
+    votes_noise: Positive | None = Field(None, description="standard deviation of the noise on the votes; left out: expected_batch / 20")
     steps: Count = 25
-    expected_batch: Count = Field(64, description="expected number of units in a step (Poisson)")
+    expected_batch: Count = Field(64, description="expected number of units in a step (of documents with sampling = 'poisson_documents')")
+    sampling: Literal["poisson", "truncated_poisson", "cyclic_poisson", "poisson_documents"] = Field(
+        "poisson",
+        description="who takes part in a step: units (poisson), at most batch_limit of them (truncated_poisson), one group after the other (cyclic_poisson, with bands), or documents",
+    )
+    batch_limit: Count | None = Field(None, description="largest number of units in a step; for truncated_poisson, and required there")
+    bands: Count | None = Field(None, description="over how many steps the noise is correlated; for cyclic_poisson, and required there")
     target: Literal["budget", "pld"] = Field(
         "budget", description="what epsilon means: the budget's RDP filter admits it, or the tighter PLD figure meets it"
     )
@@ -185,9 +201,33 @@ class TrainSection(_Section):
     """Optimisation. Public choices; they do not change the guarantee."""
 
     learning_rate: Positive = 2e-3
-    optimizer: Optimizer = Optimizer.ADAM
+    optimizer: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")] = Field(
+        "adam",
+        description="an optimiser of torch.optim in lower case, or adam_corrected (DP-AdamBC: the noise's variance is taken out of the second moment)",
+    )
     warmup_steps: int = Field(0, ge=0)
     public_steps: int = Field(0, ge=0, description="steps of the non-private track on public sources, before the DP track")
+
+
+@final
+class SearchSection(_Section):
+    """`[search]`: `discreet train --search` tries several settings of [train]; the whole search is one charge, and only its winner leaves."""
+
+    tries: Literal["negative_binomial", "poisson", "each", "guided"] = Field(
+        "negative_binomial", description="how many: drawn (negative_binomial, poisson), every candidate once, or guided by earlier scores"
+    )
+    mean: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(4.0, description="expected number of tries; with guided their number")
+    shape: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="of the negative binomial: 1 geometric, 0 logarithmic")
+    learning_rate: tuple[Positive, ...] = Field((), description="candidates; none: the one of [train], and without any candidate there is no search")
+    optimizer: tuple[str, ...] = Field((), description="candidates; none: the one of [train]")
+    warmup_steps: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="candidates; none: those of [train]")
+    score: Literal["public", "private"] = Field("public", description="loss on public held-out text, or a noised mean loss over the units")
+    score_epsilon: Positive = Field(0.05, description="with score = 'private': what each try's score costs, part of epsilon")
+    score_bound: Positive = Field(6.0, description="with score = 'private': largest loss that one unit counts for, in nats a token")
+
+    @property
+    def declared(self) -> bool:
+        return bool(self.learning_rate or self.optimizer or self.warmup_steps)
 
 
 @final
@@ -208,6 +248,16 @@ class AuditSection(_Section):
     false_positive_rate: Probability = 0.05
     control_epochs: Count = Field(6, description="passes of the non-private control over its canaries; it must be caught")
     control_learning_rate: Positive = 7e-4
+    withheld: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="share of people whom a coin keeps out of training, so that real records can be attacked; they must be in none of it"
+    )
+    people: Count = Field(100, description="people attacked on each side, at most, with two records each")
+    references: Annotated[int, Field(ge=0, le=16)] = Field(0, description="reference adapters for LiRA (2 or more) and RMIA, trained on public text")
+    neighbours: Annotated[int, Field(ge=0, le=32)] = Field(0, description="edited copies of each record for the neighbourhood attack")
+    answers: Annotated[int, Field(ge=0, le=256)] = Field(32, description="texts that the model is let write, to look for identifiers in")
+    deployed: tuple[Literal["bfloat16", "q8_0", "q4_0"], ...] = Field(
+        (), description="merged children that are audited too, by what their weights are stored as"
+    )
 
 
 @final
@@ -239,6 +289,9 @@ class RunSection(_Section):
         "padded", description="padded: one document a row, grouped by length (CPU); packed: several that do not see each other (GPU)"
     )
     checkpoint_every: Count = 1
+    weights: Literal["replicated", "sharded"] = Field(
+        "replicated", description="under torchrun: every rank holds the model, or its shard of it (FSDP2) with optimiser state and noise"
+    )
 
 
 @final
@@ -256,6 +309,7 @@ class Project(_Section):
     model: ModelSection = ModelSection()
     privacy: PrivacySection = PrivacySection()
     train: TrainSection = TrainSection()
+    search: SearchSection = SearchSection()
     budget: BudgetSection = BudgetSection()
     audit: AuditSection = AuditSection()
     release: ReleaseSection = ReleaseSection()
@@ -347,7 +401,7 @@ def _explain(error: ValidationError) -> ConfigInvalid:
 def _known_keys(location: tuple[int | str, ...]) -> Iterator[str]:
     model: Any = Project
     for part in location:
-        if isinstance(part, str):
+        if isinstance(part, str) and part in getattr(model, "model_fields", {}):
             annotation = model.model_fields[part].annotation
             model = next((a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)), annotation)
-    return (name for name in model.model_fields if name != "root")
+    return (name for name in getattr(model, "model_fields", {}) if name != "root")

@@ -50,7 +50,7 @@ identifiers of people. The mathematics (`dp`, `evidence.merkle`, `audit.bounds`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class DiscreetError(Exception):
@@ -113,6 +113,11 @@ class RecordConflict(UsageError):
 
 class PlanInvalid(UsageError):
     code = "plan.invalid"
+
+    @classmethod
+    def of(cls, error: ValueError, *, remedy: str = "") -> Self:
+        """Says what the mathematics said ("Expected clip_norm=-1.0 > 0."), whose rule holds the public value."""
+        return cls(str(error).removeprefix("Expected ").removesuffix("."), remedy=remedy)
 
 
 class ModelUnsafe(UsageError):

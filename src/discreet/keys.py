@@ -178,9 +178,21 @@ class Keyring:
         """
         return self._key("run", run)
 
-    def signer(self, name: str = "log") -> Ed25519PrivateKey:
-        """Returns the project's Ed25519 signing key of that name, created at the first call."""
-        return Ed25519PrivateKey.from_private_bytes(self._key("signer", name)._secret)
+    def signer(self, name: str = "log", *, tx: Connection | None = None) -> Ed25519PrivateKey:
+        """Returns the project's Ed25519 signing key of that name, created at the first call.
+
+        Args:
+            tx: the caller's transaction, when it is inside one.
+
+        Raises:
+            Forgotten: when the key was rotated out and destroyed.
+        """
+        key = self._load(tx, "signer", name) if tx is not None else self._key("signer", name)
+        return Ed25519PrivateKey.from_private_bytes(key._secret)
+
+    def destroy_signer(self, name: str) -> None:
+        """Destroys a signing key that was rotated out; what it signed stays verifiable. Idempotent."""
+        self._destroy("signer", name)
 
     def forget(self, subject: SubjectId) -> None:
         """Destroys the subject's key for good. Idempotent."""
@@ -191,6 +203,12 @@ class Keyring:
         with self._store.transaction() as tx:
             living = (_keys.c.kind == "subject") & (_keys.c.wrapped != _DESTROYED)
             return [SubjectId(name) for name in tx.execute(select(_keys.c.name).where(living).order_by(_keys.c.name)).scalars()]
+
+    def has_subject(self, subject: SubjectId) -> bool:
+        """Says whether the subject has a key, or had one that was destroyed; makes none."""
+        with self._store.transaction() as tx:
+            named = _keys.c.name.in_((subject, self._tombstone("subject", subject)))
+            return tx.execute(select(_keys.c.name).where(_keys.c.kind == "subject", named)).first() is not None
 
     def close_run(self, run: str) -> None:
         """Destroys the run's key: its noise and sampling can no longer be regenerated. Idempotent."""

@@ -159,6 +159,7 @@ def build(entries: Iterable[Logged], *, run: str | None = None, checkpoint: str 
         _budget(log, chosen),
         _training(log, trained),
         _audit(audited, guarantee),
+        _attacked(log.last("attacked", adapter=adapter) if adapter else None),
         _release(decision),
         _records(log),
         _deid(log),
@@ -178,7 +179,8 @@ def render_html(report: Report) -> str:
     page = _templates().get_template("report.html")
     style = Markup(stylesheet())  # noqa: S704 - our own file, no input in it
     drawn = {"curves": _curves(report), "roc": _attack(report), "exposure": _exposure(report), "ceiling": _ceiling(report)}
-    return page.render(report=report, style=style, **drawn)
+    attack = {"people_roc": _people(report), "rates": _rates(report)}
+    return page.render(report=report, style=style, **drawn, **attack)
 
 
 def of(log: Log, *, run: str | None = None) -> Report:
@@ -402,16 +404,25 @@ def _deid(log: _Log) -> Section:
     for entry in statements:
         labels.update({str(label): int(count) for label, count in dict(entry.fields.get("counts") or {}).items()})
     measured: Mapping[str, Any] = next((e.fields["detector"] for e in reversed(statements) if isinstance(e.fields.get("detector"), Mapping)), {})
-    exposure = Exposure.PUBLIC if measured.get("corpus") == "generated" else Exposure.INTERNAL
     policies = sorted({str(entry.fields["policy"]) for entry in statements if entry.fields.get("policy")})
     facts = _facts(
         ("policy", "Policy", policies),
         ("counts", "Identifiers replaced, by label", dict(sorted(labels.items())), Exposure.INTERNAL),
-        ("precision", "Precision of the detectors", measured.get("precision"), exposure),
-        ("recall", "Recall of the detectors", measured.get("recall"), exposure),
-        ("corpus", "Measured on", measured.get("corpus"), exposure),
+        ("recall", "Marked values that the detectors cover whole", measured.get("recall"), Exposure.INTERNAL),
+        ("recall_at_least", "at least, with 95 % confidence", measured.get("recall_at_least"), Exposure.INTERNAL),
+        ("precision", "Spans that touch a marked value", measured.get("precision"), Exposure.INTERNAL),
+        ("precision_at_least", "at least, with 95 % confidence", measured.get("precision_at_least"), Exposure.INTERNAL),
+        ("corpus", "Measured on", f"{measured['corpus']}: {measured['values']} values" if measured else None, Exposure.INTERNAL),
     )
     return Section(name="deidentification", title="What is left of the person before training", facts=facts)
+
+
+_SAMPLERS = {
+    "poisson": "Poisson: each unit takes part in each step independently",
+    "truncated_poisson": "truncated Poisson: each unit independently, and of too many a public number, chosen uniformly",
+    "cyclic_poisson": "cyclic Poisson: units in secret groups that take turns, each unit of the group independently",
+    "poisson_documents": "Poisson by document: each of a unit's documents, at most the cap, independently",
+}
 
 
 def _statement(guarantee: Mapping[str, Any]) -> Section:
@@ -419,7 +430,10 @@ def _statement(guarantee: Mapping[str, Any]) -> Section:
     if not guarantee:
         return Section(name="guarantee", title="", facts=())
     unit, get = guarantee.get("unit", "unit"), guarantee.get
-    sampler = "Poisson: each unit takes part in each step independently" if get("sampler", "poisson") == "poisson" else get("sampler")
+    sampler = _SAMPLERS.get(get("sampler", "poisson"), get("sampler"))
+    bands = len(get("bands") or ())
+    noise = f"Gaussian noise, correlated over {bands} steps (banded matrix factorisation)," if bands else "Gaussian noise"
+    clip = "Clip norm of the first step; it follows a quantile of the norms, which the price counts" if get("adaptive") else "Clip norm"
     facts = _facts(
         ("definition", "Definition", "(epsilon, delta)-differential privacy, central model"),
         ("epsilon", "Epsilon of this model", get("epsilon")),
@@ -427,9 +441,9 @@ def _statement(guarantee: Mapping[str, Any]) -> Section:
         ("unit", "Privacy unit", unit),
         ("relation", "Neighbouring data sets", get("relation")),
         ("cap", f"Documents of one {unit} in one step", get("cap")),
-        ("population", f"Population: number of {unit}s that the plan was made for, canaries counted", get("population"), Exposure.INTERNAL),
-        ("mechanism", "Mechanism", f"DP-SGD: per-{unit} gradients clipped, summed, Gaussian noise added once a step"),
-        ("clip_norm", "Clip norm", get("clip_norm")),
+        ("population", f"Population: number of {unit}s that the plan was made for, a public figure", get("population")),
+        ("mechanism", "Mechanism", f"DP-SGD: per-{unit} gradients clipped, summed, {noise} added once a step"),
+        ("clip_norm", clip, get("clip_norm")),
         ("noise_multiplier", "Noise multiplier", get("noise_multiplier")),
         ("sampler", "Sampler that was run", sampler),
         ("sampling_probability", "Sampling probability", get("sampling_probability")),
@@ -543,6 +557,19 @@ def _audit(audited: Logged | None, guarantee: Mapping[str, Any]) -> Section:
         ("recitation", "Recitation", dict(fields.get("recitation") or {}), released),
     )
     return Section(name="audit", title="The audit: does it hold?", facts=facts)
+
+
+def _attacked(attacked: Logged | None) -> Section:
+    """What the attacks on real records found: all of it internal."""
+    if attacked is None:
+        return Section(name="attack", title="", facts=())
+    fields, inside = attacked.fields, Exposure.INTERNAL
+    facts = _facts(
+        ("layers", "Layers", [dict(layer) for layer in fields.get("layers") or []], inside),
+        ("people", "Most exposed, without names", [dict(each) for each in fields.get("people") or []], inside),
+        ("roc", "Attacks by person", {name: _points(fields["roc"], name) for name in fields.get("roc") or {}}, inside),
+    )
+    return Section(name="attack", title="Attacks on real records, and the people most exposed", facts=facts)
 
 
 def _release(decision: Logged | None) -> Section:
@@ -666,6 +693,29 @@ def _attack(report: Report) -> _Chart | None:
     ]
     chart = _chart("The attack against the claim", "false positive rate", "true positive rate", [line for line in lines if line[2]], unit_square=True)
     return chart and replace(chart, forbidden=f"{chart.series[0].path} {_LEFT},{_TOP}")
+
+
+def _people(report: Report) -> _Chart | None:
+    """The attacks on real records against what the claim allows; internal, so absent from the public report."""
+    chosen = {name: points for name, points in (report.section("attack").get("roc") or {}).items() if name in ("reference", "min-k++", "rmia")}
+    claimed = _allowed_gaussian(_figures(report.section("audit"), "curve test").get("claimed"))
+    styles = ("private", "control", "chance")
+    lines = [
+        ("most that the claim allows", "claim", claimed),
+        *((name, styles[place], points) for place, (name, points) in enumerate(chosen.items())),
+    ]
+    chart = (
+        _chart("Attacks on real records, by person", "false positive rate", "true positive rate", lines, unit_square=True)
+        if chosen and claimed
+        else None
+    )
+    return chart and replace(chart, forbidden=f"{chart.series[0].path} {_LEFT},{_TOP}")
+
+
+def _rates(report: Report) -> list[dict[str, Any]]:
+    """The table of the attacks by person: area and rate at 1 %, each with its limits and what the claim allows."""
+    found = _figures(report.section("attack"), "records: membership").get("by_subject") or {}
+    return [{"name": name, **each, "first": each["rates"][0]} for name, each in found.items()]
 
 
 def _exposure(report: Report) -> _Chart | None:

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from discreet import model as models
 from discreet.config import ModelSection, RunSection, TrainSection
 from discreet.dp import csprng
-from discreet.dp.accounting import Guarantee, RdpFilter, rdp
-from discreet.dp.mechanism import Plan, event_of
+from discreet.dp.accounting import Guarantee, RdpFilter, entry_of, rdp
+from discreet.dp.mechanism import Plan
 from discreet.errors import NothingLearned, ReservationRefused, SourceEmpty
 from discreet.keys import Key, Stream
 from discreet.ledger import Reservation, State
@@ -38,6 +38,7 @@ from discreet.model import Base, PublicText, trained_parameters
 from discreet.record import Digest, Snapshot
 from discreet.train import optimizers, parallel
 from discreet.train.checkpoint import Checkpoints
+from discreet.train.course import Course
 from discreet.train.parallel import ALONE, Ranks
 from discreet.train.step import PrivateCorpus, Rows, Work, mean_loss, public_step, tokenize
 
@@ -51,7 +52,7 @@ class StepReport:
     """Where a run stands, for a display.
 
     Attributes:
-        epsilon: what the steps so far cost by RDP, at the plan's delta; None on the public track. The whole plan was spent before the first.
+        epsilon: what the steps so far cost by RDP, at the plan's delta; None on the public track, and where only PLD knows the event. The whole plan was spent before the first.
         loss: last loss on public held-out text.
         padding: padded positions beside each token so far; 0 is none.
     """
@@ -147,6 +148,10 @@ class _Run:
     checkpoints: Checkpoints | None
     subject: dict[str, str]
     ranks: Ranks = ALONE
+    is_sharded: bool = False
+    plan: Plan | None = None
+    run_key: Key | None = None
+    course: Course | None = None
     step: int = 0
     curve: list[tuple[int, float]] = field(default_factory=list)
 
@@ -182,6 +187,7 @@ def train(
         StorageFull: when the disk is full; the run resumes from its last checkpoint.
     """
     _check_paid(plan, snapshot, reservation)
+    optimizers.check(setup.train, plan)
     corpus = PrivateCorpus.of(snapshot, texts, setup.base, max_tokens=setup.model.max_tokens)
     subject = {"plan": plan.digest, "base": setup.base.digest, "snapshot": snapshot.root, "reservation": reservation.id}
     run = _begin(
@@ -192,18 +198,21 @@ def train(
         checkpoints=checkpoints,
         subject=subject,
         noise_std=plan.noise_std_of_mean,
+        ranks=ranks,
     )
-    run.ranks, rows = ranks, Rows(setup.run.rows)
+    rows = Rows(setup.run.rows)
+    run.plan, run.run_key, run.course = plan, run_key, Course.of(plan)
 
     def step(number: int) -> Work:
         budget = setup.run.token_budget
         return parallel.private_step(
-            run.module, run.optimizer, corpus, plan, run_key=run_key, step=number, token_budget=budget, rows=rows, ranks=ranks
+            run.module, run.optimizer, corpus, plan, run_key=run_key, step=number, token_budget=budget, rows=rows, ranks=ranks, course=run.course
         )
 
     _go(run, step)
+    whole = _whole(run)
     if ranks.writes:
-        models.save_adapter(run.module, adapter)
+        models.save_adapter(whole, adapter)
     ranks.wait()
     return Trained(
         adapter=adapter,
@@ -278,12 +287,17 @@ def _begin(
     checkpoints: Checkpoints | None,
     subject: dict[str, str],
     noise_std: float = 0.0,
+    ranks: Ranks = ALONE,
 ) -> _Run:
-    torch.set_num_threads(setup.run.threads or os.cpu_count() or 1)
-    module = models.attach(setup.base, setup.model, start=setup.start)
+    torch.set_num_threads(setup.run.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    module = models.attach(setup.base, setup.model, start=setup.start).to(setup.run.device)
+    is_sharded = ranks.size > 1 and setup.run.weights == "sharded"
+    module = parallel.sharded(module, device=setup.run.device) if is_sharded else module
     return _Run(
         setup=setup,
-        module=module.to(setup.run.device),
+        module=module,
+        ranks=ranks,
+        is_sharded=is_sharded,
         optimizer=optimizers.make(trained_parameters(module).values(), setup.train, noise_std=noise_std),
         held_out=tokenize(setup.held_out.texts, setup.base, max_tokens=setup.model.max_tokens),
         steps=steps,
@@ -300,6 +314,7 @@ def _go(run: _Run, step: Callable[[int], Work]) -> None:
     restored = run.checkpoints.restore(run.module, run.optimizer, subject=run.subject) if run.checkpoints else None
     if restored:
         run.step, run.curve = restored[0], list(restored[1])
+        _resume_course(run)
     else:
         _measure(run)
     began, first, done = time.monotonic(), run.step, Work(tokens=0, padding=0)
@@ -312,8 +327,19 @@ def _go(run: _Run, step: Callable[[int], Work]) -> None:
             _measure(run)
         _save(run)
         run.on_step(_report(run, seconds=time.monotonic() - began, taken=run.step - first, done=done))
-    if all(torch.equal(start[name], parameter) for name, parameter in trained_parameters(run.module).items()):
+    if not parallel.any_moved(start, trained_parameters(run.module), run.ranks):
         raise NothingLearned("at least one trained parameter to change", remedy="Check [model] train, the learning rate and the texts.")
+
+
+def _whole(run: _Run) -> nn.Module:
+    """The trained module; where weights are sharded, a whole one with what was learnt. Every rank calls it."""
+    if not run.is_sharded:
+        return run.module
+    module = models.attach(run.setup.base, run.setup.model, start=run.setup.start)
+    with torch.no_grad():
+        for (_, mine), shard in zip(trained_parameters(module).items(), trained_parameters(run.module).values(), strict=True):
+            mine.copy_(parallel.gathered(shard.detach()))
+    return module
 
 
 def _measure(run: _Run) -> None:
@@ -321,8 +347,23 @@ def _measure(run: _Run) -> None:
 
 
 def _save(run: _Run) -> None:
-    if run.checkpoints and run.ranks.writes and (run.step % run.setup.run.checkpoint_every == 0 or run.step == run.steps):
-        run.checkpoints.save(run.module, run.optimizer, step=run.step, curve=tuple(run.curve), subject=run.subject)
+    if run.checkpoints and (run.step % run.setup.run.checkpoint_every == 0 or run.step == run.steps):
+        carried = b""
+        if run.course and run.plan and run.run_key and (run.plan.bands or run.plan.adaptive):
+            carried = parallel.whole(run.course, trained_parameters(run.module), run.ranks).sealed(run.run_key)
+        if run.ranks.writes or run.is_sharded:
+            writes = run.ranks.writes
+            run.checkpoints.save(run.module, run.optimizer, step=run.step, curve=tuple(run.curve), subject=run.subject, course=carried, writes=writes)
+
+
+def _resume_course(run: _Run) -> None:
+    if run.plan is None or run.run_key is None or run.checkpoints is None:
+        return
+    carried = run.checkpoints.course()
+    if carried:
+        run.course = parallel.split(Course.opened(carried, run.plan, run.run_key, device=run.setup.run.device), trained_parameters(run.module))
+    else:
+        run.course = Course.of(run.plan, step=run.step)
 
 
 def _report(run: _Run, *, seconds: float, taken: int, done: Work) -> StepReport:
@@ -345,11 +386,13 @@ def _set_learning_rate(run: _Run) -> None:
         group["lr"] = section.learning_rate * factor
 
 
-def _rdp_epsilon(plan: Plan) -> Callable[[int], float]:
-    """epsilon after k steps by RDP: linear in k at each order, so one computation serves every step."""
+def _rdp_epsilon(plan: Plan) -> Callable[[int], float | None]:
+    """epsilon after k steps by RDP: one step's divergence times the steps that a unit can be in, so one computation serves all. None where RDP does not know the event."""
+    if entry_of(plan.event) != "rdp":
+        return lambda _: None
     scale = RdpFilter.open(epsilon=max(plan.filter_epsilon or plan.guarantee.epsilon, 1e-3), delta=plan.delta)
-    one_step = rdp(event_of(sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=1), scale.orders)
-    return lambda steps: scale.epsilon_of(one_step * steps)
+    one_step = rdp(plan.mechanism.event_after(1), scale.orders)
+    return lambda steps: scale.epsilon_of(one_step * -(-steps // max(1, len(plan.bands))))
 
 
 def _in_order(num_documents: int, batch: int, order: Stream, step: int) -> list[int]:

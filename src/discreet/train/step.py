@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, final
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from discreet.dp import clipping, mechanism, noise, sampling
@@ -39,6 +40,7 @@ from discreet.dp.mechanism import Plan
 from discreet.keys import Key
 from discreet.model import Base
 from discreet.record import Sensitive, Snapshot
+from discreet.train.course import Course
 
 _CHUNK = 128
 """Rows of logits held at once: 128 rows of a vocabulary of 49,152 are 25 MB."""
@@ -133,7 +135,11 @@ def private_step(
         step: from 1; names the step's draws under `run_key`.
         token_budget: padded tokens of a micro-batch, >= 1; changes speed and rounding, not the mechanism.
         rows: one document a row, or several.
+
+    Raises:
+        ValueError: when the plan carries something from step to step (`parallel.private_step` takes it along).
     """
+    Course.of(plan, step=step - 1)
     units = drawn(corpus, plan, run_key=run_key, step=step)
     batches = arranged(units, token_budget, rows)
     total = summed(model, units, batches, clip_norm=plan.clip_norm, token_budget=token_budget, combine=plan.combine)
@@ -197,11 +203,11 @@ def summed(
         owners = [unit for row in rows for unit, _ in row]
         if padded_size(units, rows) > token_budget and len(owners) > 1 and len(set(owners)) == 1:
             parts = _parts([units[unit][d] for row in rows for unit, d in row], token_budget)
-            total = total + clipping.clipped_unit(model, document_losses, parts, clip_norm=clip_norm, combine=combine)
+            total += clipping.clipped_unit(model, document_losses, parts, clip_norm=clip_norm, combine=combine)
             continue
         batch = laid_out([[units[unit][d] for unit, d in row] for row in rows])
         documents = batch.get("documents")
-        total = total + clipping.clipped_sum(model, document_losses, batch, owners, clip_norm=clip_norm, documents=documents, combine=combine)
+        total += clipping.clipped_sum(model, document_losses, batch, owners, clip_norm=clip_norm, documents=documents, combine=combine)
     return total
 
 
@@ -319,7 +325,9 @@ def _token_losses(model: nn.Module, inputs: Mapping[str, Tensor], is_target_BT: 
     causal: Any = outer.get_base_model() if isinstance(model, PeftModel) else outer
     head = causal.get_output_embeddings()
     targets_N = inputs["input_ids"][:, 1:][is_target_BT]
-    if _is_plain_and_frozen(causal, head):
+    if isinstance(outer, FSDPModule):
+        causal = outer  # sharded weights are gathered by the call of the whole model, and there only
+    elif _is_plain_and_frozen(causal, head):
         hidden_BTH = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, :-1]
         return _FrozenHeadLoss.apply(hidden_BTH[is_target_BT], head.weight, targets_N)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function is untyped
     logits_NV = causal(**inputs, use_cache=False).logits[:, :-1][is_target_BT]
