@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from discreet.config import DeidSection
 from discreet.deid.operators import Operator, date_offset
 from discreet.deid.patterns import PATTERNS, Label
 from discreet.deid.policy import BUILTIN, Channel, Names, Policy, builtin, configured, deidentify, find, protect, redact
@@ -160,7 +161,7 @@ def test_digest_changes_with_every_part() -> None:
 def test_keep_and_token() -> None:
     policy = Policy(
         name="mine",
-        channel=Channel.LOG,
+        channel=Channel.ARCHIVE,
         operators=dict.fromkeys(Label, Operator.KEEP) | {Label.MRN: Operator.TOKEN, Label.PHONE: Operator.MASK},
     )
     out = redact(NOTE, policy, key=KEY)
@@ -175,7 +176,7 @@ def test_policies_are_checked_when_made() -> None:
     with pytest.raises(ConfigInvalid, match="SECRET"):
         Policy(name="x", channel=Channel.LOG, operators={k: v for k, v in full.items() if k is not Label.SECRET})
     with pytest.raises(ConfigInvalid, match="shift"):
-        Policy(name="x", channel=Channel.LOG, operators=full | {Label.PERSON: Operator.SHIFT})
+        Policy(name="x", channel=Channel.TRAINING, operators=full | {Label.PERSON: Operator.SHIFT})
     with pytest.raises(ConfigInvalid, match="vault"):
         Policy(name="x", channel=Channel.TRAINING, operators=full | {Label.PERSON: Operator.VAULT})
 
@@ -219,7 +220,7 @@ def test_redact_uses_the_model_where_its_extra_is(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_model_and_its_weights_are_part_of_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
-    rules, model = configured("label", {}), configured("label", {}, names="model")
+    rules, model = configured(DeidSection(policy="label")), configured(DeidSection(policy="label", names="model"))
     assert rules.digest == BUILTIN["label"].digest
     assert model.digest != rules.digest
     before = model.digest
@@ -228,15 +229,13 @@ def test_the_model_and_its_weights_are_part_of_the_digest(monkeypatch: pytest.Mo
 
 
 def test_the_configured_model_is_used_on_the_training_path() -> None:
-    assert "Brzezicki" not in deidentify(admitted(STRANGE), configured("label", {}, names="model"), KEY).text.reveal()
-    assert "Brzezicki" in deidentify(admitted(STRANGE), configured("label", {}), KEY).text.reveal()
+    assert "Brzezicki" not in deidentify(admitted(STRANGE), configured(DeidSection(policy="label", names="model")), KEY).text.reveal()
+    assert "Brzezicki" in deidentify(admitted(STRANGE), configured(DeidSection(policy="label")), KEY).text.reveal()
 
 
 def test_thresholds_of_zero_and_one_are_taken() -> None:
-    from discreet.config import DeidSection
-
     section = DeidSection.model_validate({"thresholds": {"PERSON": 1.0, "DATE": 0.0}, "names": "model"})
-    policy = configured(section.policy, section.thresholds, names=section.names)
+    policy = configured(section)
     assert policy.thresholds == {Label.PERSON: 1.0, Label.DATE: 0.0}
     for wrong in (-0.1, 1.1):
         with pytest.raises(ValueError):
