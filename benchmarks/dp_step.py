@@ -49,21 +49,22 @@ class Case(NamedTuple):
     rank: int | None
     lengths: tuple[int, ...]
     names: tuple[str, ...]
-    documents_per_unit: int = 1
 
 
 RAGGED = (16, 24, 40, 48, 64, 96, 128, 128)
+PAIR = ("plain", "ours")
 CASES = {
-    "full-128": Case("pythia", 4, 8192, None, (128,) * 8, ALL),
-    "full-512": Case("pythia", 4, 8192, None, (512,) * 2, ALL),
-    "full-ragged": Case("pythia", 4, 8192, None, RAGGED, ALL),
-    "smollm2-full-64": Case("smollm2", 6, 9830, None, (64,) * 16, ("plain", "ours")),
-    "smollm2-full-128": Case("smollm2", 6, 9830, None, (128,) * 8, ("plain", "ours")),
-    "smollm2-full-512": Case("smollm2", 6, 9830, None, (512,) * 2, ("plain", "ours")),
-    "lora-128": Case("smollm2", 30, 49152, 8, (128,) * 4, ALL),
-    "lora-512": Case("smollm2", 30, 49152, 8, (512,) * 1, ALL),
-    "lora-ragged": Case("smollm2", 30, 49152, 8, RAGGED[2:6], ALL),
-}  # fmt: skip
+    "full-128": Case("pythia", 2, 4096, None, (128,) * 8, ALL),
+    "full-512": Case("pythia", 2, 4096, None, (512,) * 2, ALL),
+    "full-ragged": Case("pythia", 2, 4096, None, RAGGED, ALL),
+    "smollm2-full-64": Case("smollm2", 3, 4915, None, (64,) * 16, PAIR),
+    "smollm2-full-128": Case("smollm2", 3, 4915, None, (128,) * 8, PAIR),
+    "smollm2-full-512": Case("smollm2", 3, 4915, None, (512,) * 2, PAIR),
+    "lora-128": Case("smollm2", 30, 49152, 8, (128,) * 4, PAIR),
+    "lora-512": Case("smollm2", 30, 49152, 8, (512,) * 1, PAIR),
+    "lora-128-peers": Case("smollm2", 4, 6554, 8, (128,) * 4, ALL),
+    "lora-ragged-peers": Case("smollm2", 4, 6554, 8, RAGGED, ALL),
+}
 
 
 def model_of(case: Case) -> nn.Module:

@@ -54,11 +54,11 @@ SITES = 30
 ROUNDS = 20
 EPSILON = 8.0
 MAX_TOKENS = 64
-CAP = 4
+CAP = 2
 CLIP = 0.5
 LEARNING_RATE = 1e-2
 BUDGET = 2048
-SECTION = ModelSection(base="tiny", train=("lora_B",), lora_rank=8, lora_targets=("q_proj", "v_proj", "o_proj", "down_proj"), max_tokens=MAX_TOKENS)
+SECTION = ModelSection(base="tiny", train=("lora_B",), lora_rank=2, lora_targets=("q_proj", "v_proj", "o_proj"), max_tokens=MAX_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def hospital() -> Text:
     """The generated hospital; its public text and held-out text are of other people."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        demo.write_corpus(folder, patients=600, documents=1500, public=600, held_out=120)
+        demo.write_corpus(folder, patients=300, documents=750, public=600, held_out=120)
         units: dict[str, list[str]] = defaultdict(list)
         for line in (folder / "notes.jsonl").read_text(encoding="utf-8").splitlines():
             units[json.loads(line)["patient"]].append(json.loads(line)["text"])
@@ -108,9 +108,9 @@ def corpus_of(units: dict[str, list[str]], base: Base) -> PrivateCorpus:
 
 def fleet_file(text: Text, noise: str) -> FleetFile:
     population, names = len(text.units), tuple(f"site-{i:02d}" for i in range(SITES))
-    promise: dict[str, Any] = {"population": population, "expected_batch": population // 4, "epsilon": EPSILON, "delta": 0.5 / population}
-    # A site holds a thirtieth of the units; its sum is bounded by three times what it expects to draw.
-    bound = max(3, 3 * population // 4 // SITES)
+    promise: dict[str, Any] = {"population": population, "expected_batch": population // 2, "epsilon": EPSILON, "delta": 0.5 / population}
+    # A site holds a thirtieth of the units; its sum is bounded by twice as many clip norms, four times what it expects to draw.
+    bound = max(4, 2 * population // SITES)
     return FleetFile(
         name="utility",
         sites=names,

@@ -95,7 +95,11 @@ def fastdp(model: nn.Module, loss_fn: Loss, *, clip_norm: float, source: Path) -
         parameter.initially_requires_grad = parameter.requires_grad
         parameter.requires_grad = parameter.requires_grad and ("embed_in" in name or "embed_tokens" in name or not holds_embedding)
         parameter.noise = 0.0
-    named = [(n, m) for n, m in model.named_modules() if type(m) in layers and any(p.initially_requires_grad for p in m._parameters.values() if p is not None)]
+    named = [
+        (n, m)
+        for n, m in model.named_modules()
+        if type(m) in layers and any(p.initially_requires_grad for p in m._parameters.values() if p is not None)
+    ]
     hooks.add_hooks(
         model=model, loss_reduction="sum", clipping_mode="MixOpt", bias_only=False, clipping_style="all-layer", block_heads=[named[0][0]],
         named_params=list(parameters.items()), named_layers=named, clipping_fn="Abadi", numerical_stability_constant=1e-6, max_grad_norm_layerwise=clip_norm,

@@ -132,6 +132,38 @@ def test_budget_is_a_budget(run: Run, project: Path):
     code, out, _ = run("budget", "show", "-C", str(project), "--json")
     assert code == 0
     document("budget-show", out)
+    code, out, err = run("budget", "raise", "queries", "--epsilon", "2", "--reason", "the board decided", "-C", str(project), "--json")
+    assert code == 0, err
+    assert document("budget-raise", out)["remaining"] == pytest.approx(1.4)
+    plot = project / "plan.svg"
+    asked = ("--sampling-probability", "0.01", "--noise-multiplier", "3", "--plot", str(plot))
+    code, out, err = run("budget", "plan", "queries", *asked, "-C", str(project), "--json")
+    assert code == 0, err
+    assert document("budget-plan", out)["steps"] > 0
+    assert plan_svg_has_points(plot)
+
+
+def plan_svg_has_points(plot: Path) -> bool:
+    return plot.read_text().count("<circle") == 7
+
+
+def test_the_log_rotates_pins_and_is_mirrored(run: Run, project: Path, tmp_path: Path):
+    assert run("budget", "open", "queries", "--epsilon", "1", "--delta", "1e-6", "-C", str(project))[0] == 0
+    before = run("evidence", "export", "--out", str(tmp_path / "before"), "-C", str(project), "--json")
+    assert before[0] == 0
+    code, out, err = run("evidence", "rotate-key", "--out", str(tmp_path / "log.pub"), "-C", str(project), "--json")
+    assert code == 0, err
+    assert len(document("evidence-rotate-key", out)["keys"]) == 2
+    code, out, _ = run("evidence", "tiles", "--out", str(tmp_path / "tiles"), "-C", str(project), "--json")
+    assert (code, document("evidence-tiles", out)["tiles"]) == (0, 1)
+    code, out, _ = run("evidence", "pin", "-C", str(project), "--json")
+    assert code == 0
+    document("evidence-pin", out)
+    assert run("evidence", "pin", "--accept-rollback", "-C", str(project))[0] == 2
+    assert run("evidence", "export", "--out", str(tmp_path / "after"), "-C", str(project))[0] == 0
+    for bundle, key in (("before", "before.pub"), ("before", "log.pub"), ("after", "before.pub"), ("after", "log.pub")):
+        code, out, _ = run("evidence", "verify", str(tmp_path / bundle), "--key", str(tmp_path / key), "--json")
+        assert (code, document("evidence-verify", out)["valid"]) == (0, True), (bundle, key)
 
 
 @pytest.mark.parametrize(
@@ -310,13 +342,19 @@ def test_init_makes_projects_that_load(run: Run, tmp_path: Path):
 def test_serve_upstream_refuses_private_hosts_and_bad_tenants(run, tmp_path, monkeypatch):
     from discreet.serve import asgi
 
+    monkeypatch.chdir(tmp_path)
     started: list[dict] = []
     monkeypatch.setattr(asgi, "run", lambda application, **address: started.append(address))
     assert run("serve", "--upstream", "http://127.0.0.1:9")[0] == 2
     assert run("serve", "--upstream", "https://127.0.0.1:9")[0] == 2
     code, _, err = run("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--port", "9999")
-    assert (code, started) == (0, [{"host": "127.0.0.1", "port": 9999}])
+    assert (code, [(each["host"], each["port"], each["tls"]) for each in started]) == (0, [("127.0.0.1", 9999, None)])
     assert "dk-" in err
+    code, out, _ = run("evidence", "export", "--trail", ".discreet-gateway", "--out", "bundle", "--json")
+    assert (code, document("evidence-export", out)["entries"]) == (0, 0)
+    assert run("evidence", "export", "--trail", "nowhere", "--out", "bundle2", "--json")[0] == 2
+    assert run("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--tls-cert", "none.pem")[0] == 2
+    assert run("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--tls-cert", "none.pem", "--tls-key", "none.pem")[0] == 2
     code, out, _ = run("serve", "--new-key")
     key, hashed = (line.split()[1] for line in out.splitlines())
     assert (code, asgi.hash_api_key(key)) == (0, hashed)

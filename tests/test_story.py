@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -34,6 +35,7 @@ from discreet.errors import (
 )
 from discreet.evidence.log import verify_bundle, verify_proof
 from discreet.evidence.statement import Predicate
+from discreet.governance import residue
 from discreet.governance.consent import Reason
 from discreet.pipeline import House, Silent
 from discreet.record import Basis, Digest, Sensitivity
@@ -342,20 +344,21 @@ def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House
     frozen = corpus.open_snapshot(root, keyring=copied.keyring, folder=copied.snapshots)
     texts = corpus.texts(frozen, frozen.units.reveal()[subject], copied.keyring)
     needles = [row[column] for row in mine for column in ("id", "patient", "text", "mrn", "phone", "email")] + [*texts, subject]
+    base = pipeline.load_base(copied, None, Silent())
+    ids = [tuple(base.tokenizer(text)["input_ids"]) for text in texts]
     assert pipeline.remains(copied, [subject]), "the search finds who is there"
+    np.savez_compressed(copied.project.state / "cache.npz", ids=np.array(ids[0], dtype=np.int32))
+    assert any("token ids" in place for place in pipeline.remains(copied, [], tokens=ids)), "and their tokens in an archive"
+    (copied.project.state / "cache.npz").unlink()
     (copied.project.root / "gold.jsonl").unlink()  # the answers of the detector's test: no store, and never read by the pipeline
     done = pipeline.erase(copied, unit)
     assert done["failed"] == []
     copied.store.close()
-    for path in [path for path in copied.project.root.rglob("*") if path.is_file()]:
-        content = path.read_bytes()
-        assert not [needle for needle in needles if needle.encode() in content], path
-    assert pipeline.remains(copied, needles) == []
-    base = pipeline.load_base(copied, None, Silent())
+    assert residue.find(copied.project.root, needles, tokens=ids) == []
+    assert pipeline.remains(copied, needles, tokens=ids) == []
     after = corpus.open_snapshot(root, keyring=copied.keyring, folder=copied.snapshots)
     alive = corpus.texts(after, [p for positions in after.units.reveal().values() for p in positions], copied.keyring)
-    gone = {tuple(base.tokenizer(text)["input_ids"]) for text in texts}
-    assert not gone & {tuple(base.tokenizer(text)["input_ids"]) for text in alive}
+    assert not set(ids) & {tuple(base.tokenizer(text)["input_ids"]) for text in alive}
     decided = copied.log.select(Predicate.ERASED)[-2].fields
     assert any(value.startswith("kept: trained with differential privacy") for value in decided["decisions"].values())
     assert set(decided["findings"].values()) == {"not exposed"}

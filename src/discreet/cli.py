@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -159,9 +160,32 @@ def _one_stage(name: str, project: Path, as_json: bool) -> None:
 
 
 @app.command()
-def train(project: Folder = HERE, as_json: Json = False) -> None:
-    """Trains under differential privacy: reserves and spends the budget, then takes the noisy steps."""
-    _one_stage("train", project, as_json)
+def train(
+    search: Annotated[
+        bool, typer.Option("--search", help="Try the settings of [search]; the whole search is one charge, only its winner leaves.")
+    ] = False,
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Trains under differential privacy: reserves and spends the budget, then takes the noisy steps. On several processes: `torchrun --no-python ... discreet train`."""
+    from discreet import config
+
+    if search is not config.load(project).search.declared:
+        remedy = (
+            "Declare candidates such as learning_rate = [0.001, 0.004]."
+            if search
+            else "Give --search, or remove [search]: a search costs more than a run."
+        )
+        raise RequestInvalid("--search exactly where [search] declares candidates", remedy=remedy)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _one_stage("train", project, as_json)
+        return
+    from discreet import pipeline
+
+    if search:
+        raise RequestInvalid("a search on one process", value=os.environ["WORLD_SIZE"], remedy="Run `discreet train --search` without torchrun.")
+    if (result := pipeline.train_together(project, _Bars())) is not None:
+        _print(as_json, result, [f"{key}: {value}" for key, value in _flat(result)])
 
 
 @app.command()
@@ -457,7 +481,7 @@ def _serve(project: Path, *, port: int | None) -> None:
         application.router.routes.extend(pages.routes(pages.HouseProvider(house)))
         host, chosen = house.project.serve.host, house.project.serve.port if port is None else port
         for line in _invitation(f"http://{host}:{chosen}", api_key, pipeline.released_name(house)):
-            stderr.print(line, markup=False)
+            stderr.print(line, markup=False, soft_wrap=True)
         try:
             asgi.run(application, host=host, port=chosen)
         finally:
@@ -624,7 +648,7 @@ def redact_calibrate(
     from discreet.deid.calibrate import calibrate, samples_of
 
     rows = [_json_line(line, number) for number, line in enumerate(redaction.read_whole(file).split("\n"), start=1) if line.strip()]
-    names = None if project is None else policy.Names(config.load(project).deid.names)
+    names = policy.Names.MODEL if project is None else policy.Names(config.load(project).deid.names)
     chosen = calibrate(samples_of(rows), miss_rate=miss_rate, confidence=confidence, find=policy.finder(names))
     labels = [
         {
@@ -1166,7 +1190,15 @@ def federate_roster(
     from discreet import federate as fleets
 
     made = fleets.roster(fleet, [_json_file(path) for path in enrolled], base=base, host=host)
-    _print(as_json, made, [f"session {made['session']} of {', '.join(made['sites'])}", f"roster  {made['digest']}  (compare it at every site)"])
+    _print(
+        as_json,
+        made,
+        [
+            f"session {made['session']} of {', '.join(made['sites'])}",
+            f"roster  {made['digest']}  (compare it at every site)",
+            f"binding {made['binding']}  (report data of an attestation)",
+        ],
+    )
 
 
 @federate.command("server")
@@ -1189,12 +1221,15 @@ def federate_client(
     superlink: Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.")],
     project: Folder = HERE,
     fleet: Annotated[Path, typer.Option("--fleet", help="Folder with fleet.toml, roster.json and ca.crt.")] = HERE,
+    verifier: Annotated[
+        str, typer.Option("--verifier", help="Program that accepts the coordinator's `attestation` (stdin; the binding is its argument) by exit 0.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Takes part with this site until the session is closed; exit 4 when its receipts are not honoured."""
     from discreet import federate as fleets
 
-    result = fleets.attend(project, fleet=fleet, superlink=superlink, observer=_Bars())
+    result = fleets.attend(project, fleet=fleet, superlink=superlink, observer=_Bars(), verifier=shlex.split(verifier))
     said = "each counted once under the agreed model and plan" if result["valid"] else f"NOT HONOURED: {'; '.join(result['failed'])}"
     _print(as_json, result, [f"receipt    {result['site']}: {result['rounds']} uploads, {said}"])
     if not result["valid"]:

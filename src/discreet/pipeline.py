@@ -15,6 +15,7 @@ Does not cover: more than one machine (federated/), serving itself (serve/), the
 from __future__ import annotations
 
 import csv
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -29,13 +30,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
+import numpy as np
 from sqlalchemy import Column, Connection, String, Table, Text, delete, insert, select
 
 from discreet import config, corpus, model
-from discreet.audit import bounds, extraction, membership
+from discreet.audit import bounds, deployed, extraction, membership, records, risk
 from discreet.audit import canaries as canary
 from discreet.audit import mechanism as rehearsal
 from discreet.audit.canaries import Canaries
+from discreet.audit.external import LooseTradeOff
 from discreet.config import ModelSection, PrivacySection, Project, SourceSection, TrainSection, digest_of
 from discreet.deid import policy as deid
 from discreet.deid.calibrate import samples_of
@@ -60,26 +63,27 @@ from discreet.errors import (
 )
 from discreet.evidence.log import Log
 from discreet.evidence.statement import JSON, Entry, Predicate, Statement
-from discreet.governance import lineage
+from discreet.governance import lineage, residue
 from discreet.governance.access import Access, Action, current_user
 from discreet.governance.catalog import Catalog, RegisteredSource, SourceFiles, subject_id
 from discreet.governance.classify import classify
 from discreet.governance.consent import Consent
 from discreet.governance.erasure import Decision, Erasure, Finding, Identity, Reason, Transcript
 from discreet.keys import Key, Keyring, open_master
-from discreet.ledger import Budget, CloseReason, Ledger, Reservation
+from discreet.ledger import Budget, CloseReason, Kind, Ledger, Reservation
 from discreet.model import Base, PublicText
 from discreet.record import Basis, Deidentified, Digest, Purpose, Record, Release, Sensitivity, Snapshot, SubjectId
 from discreet.serve import gateway
 from discreet.store import Store, metadata, write_atomically
-from discreet.train import loop, optimizers
+from discreet.train import loop, optimizers, parallel
+from discreet.train import search as searching
 from discreet.train.checkpoint import PURPOSE, Checkpoints, CheckpointStore
+from discreet.train.parallel import ALONE, Ranks
 from discreet.train.step import tokenize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
     from numpy.typing import NDArray
     from starlette.applications import Starlette
     from torch import nn
@@ -91,9 +95,12 @@ CONSENT_S = 30.0
 INCONCLUSIVE_RULE = "an audit that could have seen a violation"
 CANARY_SOURCE = "audit-canaries-{count}"
 CONTROL_BATCH = 16
+OF_RECORDS, OF_CHILDREN = 0.1, 0.1
+"""Shares of an audit's level for real records and for deployed children; the rest is the canaries'."""
 RECITED = 40
-SERVED_BATCH = 100
 """Planted canaries that both models are asked to recite."""
+SERVED_BATCH = 100
+"""Requests in one statement of what was served."""
 
 _stages = Table(
     "stages",
@@ -106,6 +113,16 @@ _stages = Table(
 
 class Observer(Protocol):
     """Hears what happens and may show it to the operator: counts and speeds that stay inside, never a text or an identifier."""
+
+    def stage(self, name: str) -> None: ...
+
+    def note(self, line: str) -> None: ...
+
+    def progress(self, task: str, done: int, total: int, figures: Mapping[str, object]) -> None: ...
+
+
+class _Silent:
+    """Hears and says nothing."""
 
     def stage(self, name: str) -> None: ...
 
@@ -127,6 +144,7 @@ class House:
     consent: Consent
     ledger: Ledger
     access: Access
+    ranks: Ranks = ALONE
 
     @property
     def snapshots(self) -> Path:
@@ -188,6 +206,34 @@ def open_house(folder: Path, *, exclusive: bool = True, lost: tuple[str, str] | 
             store.close()
 
 
+def train_together(folder: Path, observer: Observer) -> dict[str, Any] | None:
+    """`train` on the ranks that torchrun announces: rank 0 does everything that is written, the others compute their share of every step.
+
+    Returns:
+        as `train`; None on every rank but the first.
+
+    Raises:
+        as `open_house` and `train`; torchrun then ends the other ranks.
+    """
+    with parallel.joined(config.load(folder).run.device) as ranks:
+        if ranks.writes:
+            with open_house(folder) as house:
+                return train(dataclasses.replace(house, ranks=ranks), observer)
+        if ranks.follow():
+            with open_house(folder, exclusive=False) as house:
+                _assist(dataclasses.replace(house, ranks=ranks))
+        return None
+
+
+def _assist(house: House) -> None:
+    """What a resumed run does up to its steps: all of it is stored already, so this rank reads it and writes nothing."""
+    silent = _Silent()
+    frozen = ingest(house, silent)
+    run, plan, reservation = _reserve(house, frozen.snapshot)
+    base, folder = load_base(house, frozen.public, silent), house.project.state / "runs" / run
+    _take_steps(house, frozen, run, plan, reservation, base, _public_track(house, base, frozen, folder, silent), lambda _: None)
+
+
 @contextmanager
 def _lock(path: Path, *, exclusive: bool) -> Iterator[None]:
     with path.open("w") as file:
@@ -205,13 +251,14 @@ def _lock(path: Path, *, exclusive: bool) -> Iterator[None]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What ingest gives: the frozen snapshot of the DP track, public text for the other track, held-out text, and the planted canaries."""
+    """What ingest gives: the frozen snapshot of the DP track, public text for the other track, held-out text, the planted canaries, and the people whom a coin withheld."""
 
     snapshot: Snapshot
     public: PublicText | None
     held_out: PublicText
     canaries: Canaries
     refused: int
+    withheld: Snapshot | None = None
 
 
 def ingest(house: House, observer: Observer) -> Corpus:
@@ -233,11 +280,24 @@ def ingest(house: House, observer: Observer) -> Corpus:
         refused += num_refused
     if not documents["evaluation"]:
         raise ConfigInvalid("a [[source]] with role = 'evaluation': public held-out text", remedy="`discreet init DIR` shows one.")
+    documents["train"], kept_out = _by_coin(house, documents["train"])
     snapshot = _freeze(house, "train", documents["train"])
+    withheld = _freeze(house, "withheld", kept_out) if kept_out else None
     public = _public_text(house, _freeze(house, "public", documents["public"], track=corpus.Track.PUBLIC)) if documents["public"] else None
     held_out = _public_text(house, _freeze(house, "evaluation", documents["evaluation"], track=corpus.Track.PUBLIC))
     observer.note(f"frozen {snapshot.root}; {refused} records refused")
-    return Corpus(snapshot=snapshot, public=public, held_out=held_out, canaries=canaries, refused=refused)
+    return Corpus(snapshot=snapshot, public=public, held_out=held_out, canaries=canaries, refused=refused, withheld=withheld)
+
+
+def _by_coin(house: House, documents: Sequence[Deidentified]) -> tuple[list[Deidentified], list[Deidentified]]:
+    """Parts the people who are trained on from those whom the audit keeps out: a coin for each under the project's key, whatever they wrote and whoever else there is."""
+    key, share = house.keyring.purpose("withheld"), house.project.audit.withheld
+    canaries = {CANARY_SOURCE.format(count=house.project.audit.canaries)}
+
+    def out(document: Deidentified) -> bool:
+        return document.source not in canaries and int.from_bytes(key.mac(document.subject.encode())[:8]) < share * 2**64
+
+    return [each for each in documents if not out(each)], [each for each in documents if out(each)]
 
 
 def _source_documents(house: House, section: SourceSection, observer: Observer, *, generated: bytes | None = None) -> tuple[list[Deidentified], int]:
@@ -542,10 +602,12 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
             batch_limit=privacy.batch_limit,
             bands=privacy.bands or 0,
             adaptive=_adaptive(privacy),
+            search=searching.declared(house.project.search),
         )
     except ValueError as error:
         raise PlanInvalid.of(error, remedy="See [privacy] in discreet.toml and docs/choosing-unit-and-epsilon.md.") from None
-    optimizers.check(house.project.train, plan)
+    for chosen in searching.candidates(house.project.search):
+        optimizers.check(searching.settings(house.project.train, chosen), plan)
     if plan.delta >= 1 / snapshot.num_units and not plan.allow_large_delta:
         raise PlanInvalid("delta below one over the units really there", value=plan.delta, remedy="Lower [privacy] population or delta.")
     left = budget.remaining_epsilon() if budget else privacy.epsilon
@@ -627,6 +689,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     """
     done = _finished(house, "train")
     if done is not None:
+        house.ranks.announce(False)
         return _close_run(house, done)
     frozen = ingest(house, observer)
     observer.stage("train")
@@ -639,17 +702,16 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     rehearsed = _rehearsed(house, plan, run)
     start = _public_track(house, base, frozen, folder, observer)
     began = time.monotonic()
-    trained = loop.train(
-        plan,
-        frozen.snapshot,
-        house.ledger.spend(reservation),
-        texts=_all_texts(house, frozen.snapshot),
-        setup=_setup(house, base, held_out=frozen.held_out, start=start),
-        run_key=house.keyring.run(run),
-        checkpoints=_checkpoints(house, run),
-        adapter=folder / "adapter",
-        on_step=_while_admitted(house, frozen.snapshot, _shown(observer, "train")),
-    )
+    house.ledger.spend(reservation)
+    house.keyring.run(run)
+    house.ranks.announce(True)
+    on_step = _while_admitted(house, frozen.snapshot, _shown(observer, "train"))
+    chosen: dict[str, Any] = {}
+    if plan.search is None:
+        trained = _take_steps(house, frozen, run, plan, reservation, base, start, on_step)
+    else:
+        won = _search(house, frozen, run, plan, reservation, base, start, on_step)
+        trained, chosen = won.trained, dict(won.chosen)
     moved, trainable = model.moved(base, house.project.model, start=start, adapter=trained.adapter)
     result = {
         "run": run,
@@ -665,9 +727,80 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
         "guarantee": guarantee_fields(plan) | {"privacy_digest": house.project.privacy_digest()},
         "curve": _rounded(trained.curve),
         "mechanism": rehearsed,
+        **({"chosen": chosen} if chosen else {}),
+        "withheld": frozen.withheld.root if frozen.withheld else None,
     }
     _record_training(house, result, reservation)
     return _close_run(house, result)
+
+
+def _search(
+    house: House,
+    frozen: Corpus,
+    run: str,
+    plan: mechanism.Plan,
+    reservation: Reservation,
+    base: Base,
+    start: Path | None,
+    on_step: loop.OnStep,
+) -> searching.Winner:
+    """Tries settings, each a private run under a key of its own, and keeps the best (`train/search.py`)."""
+    section, key = house.project.search, house.keyring.run(run)
+    spent, snapshot = house.ledger.spend(reservation), frozen.snapshot
+    setup, texts = _setup(house, base, held_out=frozen.held_out, start=start), _all_texts(house, snapshot)
+
+    def one(number: int, train_: TrainSection, adapter: Path) -> loop.Trained:
+        return loop.train(
+            plan,
+            snapshot,
+            spent,
+            texts=texts,
+            setup=replace(setup, train=train_),
+            run_key=key.derive("try", number),
+            checkpoints=_checkpoints(house, f"{run}.{number}"),
+            adapter=adapter,
+            on_step=on_step,
+        )
+
+    def score(number: int, trained: loop.Trained) -> float:
+        if plan.search is None or plan.search.score_epsilon is None:
+            return searching.public_score(number, trained)
+        return searching.private_score(plan, section, snapshot, texts, setup, key)(number, trained)
+
+    return searching.search(
+        plan,
+        section,
+        train=house.project.train,
+        run=one,
+        drop=lambda number: _checkpoints(house, f"{run}.{number}").destroy(),
+        score=score,
+        run_key=key,
+        folder=house.project.state / "runs" / run,
+    )
+
+
+def _take_steps(
+    house: House,
+    frozen: Corpus,
+    run: str,
+    plan: mechanism.Plan,
+    reservation: Reservation,
+    base: Base,
+    start: Path | None,
+    on_step: loop.OnStep,
+) -> loop.Trained:
+    return loop.train(
+        plan,
+        frozen.snapshot,
+        house.ledger.spend(reservation),
+        texts=_all_texts(house, frozen.snapshot),
+        setup=_setup(house, base, held_out=frozen.held_out, start=start),
+        run_key=house.keyring.run(run),
+        checkpoints=_checkpoints(house, run),
+        adapter=house.project.state / "runs" / run / "adapter",
+        on_step=on_step,
+        ranks=house.ranks,
+    )
 
 
 def _rehearsed(house: House, plan: mechanism.Plan, run: str) -> list[dict[str, Any]]:
@@ -796,7 +929,8 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
             if plan.allow_large_delta:
                 fields: dict[str, JSON] = {"rule": "delta < 1 / population", "value": plan.delta, "reason": plan.allow_large_delta, "run": run}
                 house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(plan.digest,), fields=fields))
-    return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run)
+    kind = Kind.TRAINING if plan.search is None else Kind.SEARCH
+    return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run, kind=kind)
 
 
 def _refuse_unaffordable(house: House, plan: mechanism.Plan, snapshot: Snapshot) -> None:
@@ -814,6 +948,7 @@ def _record_training(house: House, result: Mapping[str, Any], reservation: Reser
     """Logs the trained model. The snapshot's root stays inside: the statement is public (PITFALLS 41)."""
     fields = {name: result[name] for name in ("run", "base", "adapter", "plan", "guarantee", "steps", "parameters")}
     fields |= {"track": "dp", "reservation": reservation.id, "public_loss": result["curve"]}
+    fields |= {"kind": "winner of a search", "chosen": result["chosen"]} if "chosen" in result else {}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(Digest(result["adapter"]),), fields=fields))
         artifact = lineage.Artifact(digest=Digest(result["adapter"]), kind=lineage.Kind.MODEL, protects=house.project.privacy.unit)
@@ -844,7 +979,7 @@ def _close_run(house: House, result: Mapping[str, Any]) -> dict[str, Any]:
         fields: dict[str, JSON] = {"run": run, "kind": "noise and sampling"}
         with house.store.transaction() as tx:
             house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(Digest(result["adapter"]),), fields=fields))
-    _checkpoints(house, run).destroy()
+    _destroy_state(house, run)
     return dict(result)
 
 
@@ -861,7 +996,15 @@ def _abandon(house: House, reservation: Reservation) -> None:
     fields: dict[str, JSON] = {"run": reservation.run, "kind": "noise and sampling", "reason": "abandoned"}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(reservation.plan,), fields=fields))
-    _checkpoints(house, reservation.run).destroy()
+    _destroy_state(house, reservation.run)
+
+
+def _destroy_state(house: House, run: str) -> None:
+    """Destroys the checkpoints of a run and of its tries."""
+    runs = house.project.state / "runs"
+    for folder in (runs / run, *runs.glob(f"{run}.*")):
+        _checkpoints(house, folder.name).destroy()
+    searching.forget(runs / run)
 
 
 def _checkpoints(house: House, run: str) -> Checkpoints:
@@ -897,6 +1040,9 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     observer.note("scored the private model; training the control on canaries alone")
     control = _control(house, base, canaries, observer)
     controlled = _log_likelihoods(house, control, base, canaries) - untouched
+    level, claim = bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))), _claimed_curve(plan)
+    rounded = _children(house, private, base, canaries, untouched, trade_off=claim, level=OF_CHILDREN * level)
+    attacked = _attack(house, trained, base, private, observer, trade_off=claim, level=OF_RECORDS * level)
     found = bounds.verdict(
         scored,
         canaries.included,
@@ -907,10 +1053,11 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
         },
         epsilon=plan.guarantee.epsilon,
         delta=plan.delta,
-        trade_off=accounting.trade_off(plan.event),
+        trade_off=claim,
         fpr=house.project.audit.false_positive_rate,
-        level=bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))),
+        level=(1 - OF_CHILDREN - OF_RECORDS) * level,
         mechanism=[
+            _committed(house, Digest(trained["snapshot"]), canaries),
             bounds.mechanism_layer(
                 accounted_steps=plan.steps, executed_steps=trained["steps"], trainable=trained["parameters"], moved=trained["moved"]
             ),
@@ -918,10 +1065,13 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
                 bounds.Layer(name=each["name"], verdict=bounds.Verdict(each["verdict"]), figures=each["figures"])
                 for each in trained.get("mechanism", ())
             ),
+            *rounded,
+            *(bounds.Layer(name=each["name"], verdict=bounds.Verdict(each["verdict"]), figures={}) for each in attacked["layers"]),
         ],
     )
     observer.note(f"verdict {found.verdict}; asking both models to recite")
-    result = found.to_json() | {"adapter": trained["adapter"], "run": trained["run"], "canaries": len(canaries)}
+    result = found.to_json() | {"adapter": trained["adapter"], "run": trained["run"], "canaries": len(canaries), "level": level}
+    result["records"] = attacked
     result["recitation"] = _recitation(house, base, private, control, canaries) | {
         "exposure": {
             "private": extraction.exposure_counts(scored, canaries.included),
@@ -934,14 +1084,131 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     with house.store.transaction() as tx:
         subject = (Digest(trained["adapter"]),)
         house.log.append(tx, Statement(predicate=Predicate.AUDITED, subjects=subject, fields=_audit_fields(result)))
+        inside: dict[str, JSON] = {"adapter": trained["adapter"], "run": trained["run"], **attacked}
+        house.log.append(tx, Statement(predicate=Predicate.ATTACKED, subjects=subject, fields=inside))
         fields = {"control": f"control of {trained['run']}", "run": trained["run"], "kind": "non-private, canaries only", "reason": "audit done"}
         house.log.append(tx, Statement(predicate=Predicate.CONTROL_DESTROYED, subjects=subject, fields=fields))
         _record(tx, "audit", _config_of(house, "audit"), result)
     return result
 
 
+def _claimed_curve(plan: mechanism.Plan) -> bounds.TradeOff:
+    """The curve of the event where PLD knows it; of a search, that of its (epsilon, delta) alone."""
+    if accounting.has_pld(plan.event):
+        return accounting.trade_off(plan.event)
+    return LooseTradeOff(epsilon=plan.guarantee.epsilon, delta=plan.delta)
+
+
+def _committed(house: House, snapshot: Digest, canaries: Canaries) -> bounds.Layer:
+    """FAIL when the corpus does not hold the canaries that are said to be in, and no other; INCONCLUSIVE when they, or how they are read, were committed to after it was frozen."""
+    committed = canary.commitment(canaries, salt=house.keyring.purpose("canaries").mac(b"commitment"), design=_design(house))
+    when = min((entry.index for entry in house.log.select(Predicate.COMMITTED) if entry.fields["commitment"] == committed), default=None)
+    frozen = min(entry.index for entry in house.log.select(Predicate.FROZEN) if snapshot in entry.subjects)
+    units = corpus.open_snapshot(snapshot, keyring=house.keyring, folder=house.snapshots).units.reveal()
+    found = [subject_of(house, each.name) in units for each in canaries]
+    early, right = when is not None and when < frozen, found == canaries.included
+    figures = {"canaries": len(canaries), "committed_before_freezing": early, "planted_as_committed": right}
+    said = bounds.Verdict.FAIL if not right else bounds.Verdict.PASS if early else bounds.Verdict.INCONCLUSIVE
+    return bounds.Layer(name="canaries as committed", verdict=said, figures=figures)
+
+
 def _log_likelihoods(house: House, module: nn.Module, base: Base, canaries: Canaries) -> NDArray[np.float64]:
     return membership.log_likelihoods(module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget)
+
+
+def _children(
+    house: House,
+    private: nn.Module,
+    base: Base,
+    canaries: Canaries,
+    untouched: NDArray[np.float64],
+    *,
+    trade_off: bounds.TradeOff,
+    level: float,
+) -> list[bounds.Layer]:
+    """Audits the model as it will be deployed, with the same canaries."""
+    kinds, found = house.project.audit.deployed, []
+    for kind, child in deployed.children(private, kinds):
+        scored = _log_likelihoods(house, child, base, canaries) - untouched
+        fpr = house.project.audit.false_positive_rate
+        found.append(deployed.layer(kind, scored, canaries.included, trade_off=trade_off, fpr=fpr, level=level / len(kinds)))
+    return found
+
+
+def _attack(
+    house: House, trained: Mapping[str, Any], base: Base, private: nn.Module, observer: Observer, *, trade_off: bounds.TradeOff, level: float
+) -> dict[str, Any]:
+    """Layers 3 and 4 on the records of those who were trained on and of those whom the coin withheld; and the most exposed, without names. All of it stays inside."""
+    rules = house.project.audit
+    if trained.get("withheld") is None:
+        said = bounds.Verdict.INCONCLUSIVE
+        layers = [bounds.Layer(name=name, verdict=said, figures={"withheld": rules.withheld}).to_json() for name in records.NAMES]
+        return {"layers": layers, "people": [], "roc": {}}
+    observer.note("attacking real records")
+    found = records.attack(_attacked(house, trained), _means(house, base, private, observer), trade_off=trade_off, level=level)
+    exposed = risk.ranked(found.scores, found.members, trade_off=trade_off) if len(found.scores) else []
+    return {
+        "layers": [layer.to_json() for layer in found.layers],
+        "people": [each.figures() for each in exposed],
+        "roc": {name: [list(point) for point in points] for name, points in found.roc.items()},
+    }
+
+
+def _attacked(house: House, trained: Mapping[str, Any]) -> records.Attacked:
+    """At most `[audit] people` on each side, chosen by a keyed hash, with two records each."""
+    key, planted = house.keyring.purpose("attacked"), {subject_of(house, each.name) for each in plant_canaries(house)}
+    rows: list[tuple[str, str, bool]] = []
+    for root, inside in ((trained["snapshot"], True), (trained["withheld"], False)):
+        snapshot = corpus.open_snapshot(Digest(root), keyring=house.keyring, folder=house.snapshots)
+        units = {subject: positions for subject, positions in snapshot.units.reveal().items() if subject not in planted}
+        chosen = sorted(units, key=lambda subject: key.mac(subject.encode()))[: house.project.audit.people]
+        where = [(subject, position) for subject in chosen for position in units[subject][:2]]
+        texts = corpus.texts(snapshot, [position for _, position in where], house.keyring)
+        rows += [(text, subject, inside) for text, (subject, _) in zip(texts, where, strict=True)]
+    return records.Attacked(texts=[row[0] for row in rows], subjects=[row[1] for row in rows], members=np.array([row[2] for row in rows]))
+
+
+def _means(house: House, base: Base, private: nn.Module, observer: Observer) -> records.Means:
+    """What the attacker has: the base, adapters trained on public text alone, public beginnings."""
+    rules, held_out = house.project.audit, _frozen_public(house, "evaluation")
+    key = house.keyring.purpose("attack")
+    return records.Means(
+        module=private,
+        reference=base.module,
+        tokenizer=base.tokenizer,
+        key=key.stream("draws"),
+        references=_references(house, base, held_out, key, observer),
+        population=held_out,
+        neighbours=rules.neighbours,
+        prompts=[" ".join(held_out[number % len(held_out)].split()[: 4 + number % 5]) for number in range(rules.answers)],
+        token_budget=min(512, house.project.run.token_budget),
+    )
+
+
+def _references(house: House, base: Base, held_out: Sequence[str], key: Key, observer: Observer) -> list[nn.Module]:
+    """Reference adapters of the audited kind, each on a random half of the project's public text: never on a sensitive record (PITFALLS 38). They live in memory only."""
+    text, made = _frozen_public(house, "public"), []
+    for number in range(house.project.audit.references if text else 0):
+        coins = key.stream("half", number).bytes(len(text))
+        half = PublicText.of(
+            [each for each, coin in zip(text, coins, strict=True) if coin & 1][:256], sensitivity=Sensitivity.PUBLIC, basis=Basis.CONSENT
+        )
+        setup = _setup(house, base, held_out=PublicText(tuple(held_out[:1])), evaluations=1)
+        steps = -(-len(half.texts) // CONTROL_BATCH)
+        made.append(
+            loop.fit(
+                half, setup=setup, steps=steps, batch=CONTROL_BATCH, order=key.stream("order", number), on_step=_shown(observer, "reference")
+            ).module
+        )
+    return made
+
+
+def _frozen_public(house: House, name: str) -> tuple[str, ...]:
+    """Texts of the public snapshot that was frozen last under this name; none when there is no such."""
+    roots = [entry.subjects[0] for entry in house.log.select(Predicate.FROZEN) if entry.fields["name"] == name]
+    if not roots:
+        return ()
+    return _public_text(house, corpus.open_snapshot(roots[-1], keyring=house.keyring, folder=house.snapshots)).texts
 
 
 def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module, canaries: Canaries) -> dict[str, Any]:
@@ -1524,11 +1791,14 @@ def drill(house: House) -> dict[str, Any]:
     return {"certificate": outcome["certificate"], "stores": outcome["stores"], "seconds": round(time.monotonic() - began, 2), "left": []}
 
 
-def remains(house: House, needles: Sequence[str]) -> list[str]:
-    """Returns the files of the project's state that hold one of `needles`: raw bytes, and every living document decoded."""
-    wanted = [needle.encode() for needle in needles]
-    files = [path for path in sorted(house.project.state.rglob("*")) if path.is_file() and not path.is_symlink()]
-    found = [str(path.relative_to(house.project.state)) for path in files if any(needle in path.read_bytes() for needle in wanted)]
+def remains(house: House, needles: Sequence[str], *, tokens: Sequence[Sequence[int]] = ()) -> list[str]:
+    """Returns the files of the project's state that hold something of somebody (`governance.residue`), every living document decoded among them.
+
+    Args:
+        needles: their texts and identifiers.
+        tokens: their texts as token ids.
+    """
+    found = residue.find(house.project.state, needles, tokens=tokens)
     for root in sorted(house.snapshots.glob("*")) if house.snapshots.is_dir() else []:
         if len(root.name) == 64:
             snapshot = corpus.open_snapshot(Digest(f"sha256:{root.name}"), keyring=house.keyring, folder=house.snapshots)
@@ -1736,9 +2006,9 @@ class Silent:
 def _run_config(house: House) -> str:
     """What identifies the computed result: everything but [run], [release] and [serve]."""
     project = house.project
-    sections = (project.privacy, project.model, project.train, project.budget, project.deid)
+    sections = (project.privacy, project.model, project.train, project.budget, project.deid, *([project.search] if project.search.declared else []))
     return digest_of(
-        [project.audit.canaries]
+        [project.audit.canaries, *([project.audit.withheld] if project.audit.withheld else [])]
         + [section.model_dump(mode="json") for section in sections]
         + [section.model_dump(mode="json") for section in project.source]
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 
 from discreet.deid import ner
 from discreet.deid.patterns import Label
-from discreet.errors import MissingExtra, RequestInvalid
+from discreet.errors import RequestInvalid
 
 
 def found(sentence: str) -> list[tuple[str, str]]:
@@ -86,16 +84,6 @@ def test_a_higher_threshold_finds_a_subset() -> None:
 def test_other_weights_are_refused() -> None:
     with pytest.raises(RequestInvalid, match="table"):
         ner.Tagger({"table": np.zeros((2, 2), np.float16)})
-
-
-def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    ner.installed.cache_clear()
-    try:
-        with pytest.raises(MissingExtra, match=r"discreet\[ner\]"):
-            ner.tag(["Ann Lee"])
-    finally:
-        ner.installed.cache_clear()
 
 
 def test_the_weights_fit_the_package() -> None:

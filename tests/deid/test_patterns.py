@@ -86,11 +86,15 @@ def _one(code: Any, argument: Any, draw: Random) -> str:
         return _member(argument, draw)
     if code is op.ANY:
         return "."
+    if code is op.NOT_LITERAL:
+        return "b" if argument != ord("b") else "c"
+    if code is op.GROUPREF:
+        return "-"  # what a group held is not kept: such an example need not match
     if code is op.BRANCH:
         return written(draw.choice(argument[1]), draw)
     if code is op.SUBPATTERN:
         return written(argument[3], draw)
-    if code in (op.MAX_REPEAT, op.MIN_REPEAT):
+    if code in (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT):
         least, most, items = argument
         return "".join(written(items, draw) for _ in range(least if least else min(most, draw.choice([0, 1]))))
     assert code in (op.AT, op.ASSERT, op.ASSERT_NOT), code

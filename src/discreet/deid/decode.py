@@ -19,9 +19,10 @@ import base64
 import binascii
 import html
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from discreet.deid.normalise import OPAQUE, Edit, fold
+from discreet.deid.scan import Regions
 
 MAX_DEPTH = 4
 """How often a decoded text is decoded again."""
@@ -30,7 +31,11 @@ MAX_DECODED = 1_000_000
 """Characters that one step puts in at most."""
 
 _ESCAPE = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z]{2,12});|(?:%[0-9a-fA-F]{2})+|\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}|\\[nrt\"/]")
-_BASE64 = re.compile(r"(?<![\w+/=.%-])(?=[\w+/-]{0,200}?[A-Z0-9])[A-Za-z0-9+/_-]{8,}={0,2}(?![\w+/=-])")
+_SIGN, _TELLING = "[A-Za-z0-9+/_-]", "[A-Z0-9+/_-]"
+_BASE64_START = "(?:" + "|".join(f"{_SIGN}{{{k}}}{_TELLING}{_SIGN}{{{7 - k}}}" for k in range(1, 8)) + ")"
+"""Eight signs, of which one behind the first is no small letter: a word is none."""
+_BASE64 = re.compile(rf"(?<![\w+/=.%-]){_BASE64_START}{_SIGN}{{0,400}}={{0,2}}(?![\w+/=-])")
+_BASE64_LONG = re.compile(rf"(?<![\w+/=.%-]){_BASE64_START}{_SIGN}{{401,}}={{0,2}}(?![\w+/=-])")
 _HEX = re.compile(r"(?<![\w-])(?:0x)?(?:[2-7][0-9a-fA-F]){6,}(?![\w-])")
 _APART = re.compile(r"(?<!\S)(?:[^\s\ufffc] {1,3}){4,200}[^\s\ufffc](?!\S)")
 _MARKUP = re.compile(r"\*{1,3}|~~|__|(?<=\w)`{1,3}(?=\w)|(?<=\w)</?[a-z]{1,10}>(?=\w)")
@@ -41,22 +46,30 @@ _SPELLED = re.compile(
     re.IGNORECASE,
 )
 _COUNTRY_CODES = frozenset("uk de fr es nl ch ca au nz ie pt pl se dk fi cz eu br mx jp cn kr ru za ar cl co".split())  # noqa: SIM905 - a table that reads as one
-_BREAK = re.compile(r"(?P<tail>[A-Za-z0-9.@]{1,64})(?P<gap>[ \t]{0,2}-?[ \t]{0,2}\r?\n[ \t]{0,8})(?P<head>[A-Za-z0-9.@-]{1,64})")
+_TAIL = re.compile(r"[A-Za-z0-9.@]*\Z")
+_GAP = re.compile(r"[ \t]{0,2}-?[ \t]{0,2}\r?")
+_HEAD = re.compile(r"\n[ \t]{0,8}([A-Za-z0-9.@-]{1,64})")
+_DIGIT, _LETTER = re.compile("[0-9]"), re.compile("[A-Za-z]")
 _NUMBER = re.compile(r"(?<!\S)[\d.-]*\d(?: [\d.-]+)*\Z")
+
+EXPRESSIONS = (_ESCAPE, _BASE64, _BASE64_LONG, _HEX, _APART, _MARKUP, _SPELLED)
+"""What `hidden` wants to know the places of, in the order of its `places`."""
 
 BREAK = "break"
 """Kind of an edit that closes a line break; all others are `CODE`."""
 CODE = "code"
 
 
-def hidden(text: str, is_word: Callable[[str], bool]) -> tuple[list[Edit], list[str]]:
+def hidden(text: str, is_word: Callable[[str], bool], places: Sequence[Regions], regions: Regions) -> tuple[list[Edit], list[str]]:
     """Returns the edits that uncover what a text hides, sorted and disjoint, and the kind of each.
 
     Args:
         text: normalised.
         is_word: says of letters in lower case whether they are a word or a name; a line break between two words is none inside a word.
+        places: for each of `EXPRESSIONS`, where in the text it can match at all.
+        regions: where line breaks count.
     """
-    found = sorted([*((e, CODE) for e in _codes(text)), *((e, BREAK) for e in _breaks(text, is_word))])
+    found = sorted([*((e, CODE) for e in _codes(text, places)), *((e, BREAK) for e in _breaks(text, is_word, regions))])
     edits: list[Edit] = []
     kinds: list[str] = []
     room = MAX_DECODED
@@ -74,7 +87,7 @@ def plain(text: str) -> str:
     for _ in range(MAX_DEPTH):
         pieces: list[str] = []
         at, room = 0, MAX_DECODED
-        for start, end, put in sorted(_codes(text)):
+        for start, end, put in sorted(_codes(text, [[(0, len(text))]] * len(EXPRESSIONS))):
             if start >= at and len(put) <= room:
                 pieces += (text[at:start], put)
                 at, room = end, room - len(put)
@@ -84,25 +97,25 @@ def plain(text: str) -> str:
     return text
 
 
-def _codes(text: str) -> Iterator[Edit]:
-    if "&" in text or "%" in text or "\\" in text:
-        for match in _ESCAPE.finditer(text):
-            put = _unescape(match.group())
-            if put is not None and put != match.group():
-                yield match.start(), match.end(), put
-    for expression, decode in ((_BASE64, _from_base64), (_HEX, _from_hex)):
-        for match in expression.finditer(text):
+def _codes(text: str, places: Sequence[Regions]) -> Iterator[Edit]:
+    escapes, short, long, hexes, apart, markup, spelled = (
+        [match for part in parts for match in e.finditer(text, *part)] for e, parts in zip(EXPRESSIONS, places, strict=True)
+    )
+    for match in escapes:
+        put = _unescape(match.group())
+        if put is not None and put != match.group():
+            yield match.start(), match.end(), put
+    for matches, decode in (([*short, *long], _from_base64), (hexes, _from_hex)):
+        for match in matches:
             put = decode(match.group())
             if put is not None:
                 yield match.start(), match.end(), put
-    for match in _APART.finditer(text):
+    for match in apart:
         if sum(c.isalnum() for c in match.group()) >= 4:
             yield from _closed(text, match.start(), match.end())
-    if "*" in text or "_" in text or "~" in text or "`" in text or "<" in text:
-        yield from ((match.start(), match.end(), "") for match in _MARKUP.finditer(text))
-    lowered = text.lower()
-    if "dot" in lowered or "[at" in lowered or "(at" in lowered:
-        for match in _SPELLED.finditer(text):
+    yield from ((match.start(), match.end(), "") for match in markup)
+    for match in spelled:
+        if "dot" in match.group().lower() or "at" in match.group().lower():
             yield from _said(match)
 
 
@@ -121,12 +134,15 @@ def _closed(text: str, start: int, end: int) -> Iterator[Edit]:
         yield start + match.start(), start + match.end(), "" if len(match.group()) == 1 else " "
 
 
-def _breaks(text: str, is_word: Callable[[str], bool]) -> Iterator[Edit]:
+def _breaks(text: str, is_word: Callable[[str], bool], regions: Regions) -> Iterator[Edit]:
     """Yields line breaks inside what seems one word, number or address."""
-    for match in _BREAK.finditer(text):
-        tail, head = match["tail"], match["head"]
-        if _is_one(tail, head, text[max(0, match.start() - 40) : match.start("gap")], is_word):
-            yield match.start("gap"), match.end("gap"), ""
+    for after in (match for part in regions for match in _HEAD.finditer(text, *part)):
+        line = text[max(0, after.start() - 110) : after.start()]
+        bare = line.rstrip(" \t\r-")
+        last = bare[max(bare.rfind(" "), bare.rfind("\n")) + 1 :][-64:]
+        tail = last if last.isalnum() and last.isascii() else _TAIL.search(last)[0]  # type: ignore[index]  # it matches at the end at least
+        if tail and _GAP.fullmatch(line, len(bare)) and _is_one(tail, after[1], bare[-len(tail) - 40 :], is_word):
+            yield after.start() - len(line) + len(bare), after.start(1), ""
 
 
 def _is_one(tail: str, head: str, before: str, is_word: Callable[[str], bool]) -> bool:
@@ -141,8 +157,7 @@ def _is_one(tail: str, head: str, before: str, is_word: Callable[[str], bool]) -
 
 def _mixed(tail: str, head: str) -> bool:
     """Says whether both halves are digits and letters mixed, or one is and the other is digits: an account number, a key."""
-    kinds = [(any(c.isdigit() for c in half), any(c.isalpha() for c in half)) for half in (tail, head)]
-    return all(digit for digit, _ in kinds) and any(letter for _, letter in kinds)
+    return bool(_DIGIT.search(tail) and _DIGIT.search(head) and _LETTER.search(tail + head))
 
 
 def _unescape(code: str) -> str | None:

@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import itertools
 import re
+import string
+import threading
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -30,10 +32,11 @@ from types import MappingProxyType
 from typing import final
 
 from discreet.deid import patterns
-from discreet.deid.decode import BREAK, MAX_DEPTH, hidden, plain
+from discreet.deid import scan as automaton
+from discreet.deid.decode import BREAK, EXPRESSIONS, MAX_DEPTH, hidden, plain
 from discreet.deid.normalise import OPAQUE, View, fold, normalise
 from discreet.deid.patterns import GUARDS, ISSUERS, PATTERNS, SHAPE, STRONG, WEAK, Label, Pattern
-from discreet.deid.scan import searcher
+from discreet.deid.scan import Regions
 from discreet.deid.tagging import Reader
 from discreet.errors import RequestInvalid
 
@@ -68,7 +71,7 @@ def detect(
         text: at most `MAX_CHARS` code points.
         known: identifiers that this text is known to be about, label -> values; found in other spellings too (letter case, spaces, separators, name order,
             date format).
-        labels: only these labels; None for all.
+        labels: only these labels are looked for; None for all.
         reader: a name model as one more detector; None for lists and rules alone.
 
     Returns:
@@ -79,19 +82,30 @@ def detect(
     """
     if len(text) > MAX_CHARS:
         raise RequestInvalid(f"a text of at most {MAX_CHARS} characters", value=len(text), remedy="Split it at paragraphs.")
-    wanted = None if labels is None else {parse_label(label) for label in labels}
+    wanted = frozenset(Label) if labels is None else frozenset(map(parse_label, labels))
     values = list(dict.fromkeys((parse_label(label), value) for label, group in known.items() for value in group))
     view = normalise(text)
     found: list[Span] = []
     regions: Regions = [(0, len(view.text))]
     for _ in range(MAX_ROUNDS):
-        spans = _read(view, values, regions, reader)
+        spans = _whole(view, _read(view, values, regions, reader, wanted))
         if not spans:
             break
         found += [Span(*view.original(s.start, s.end), s.label, s.score) for s in spans]
         view = view.blank([(s.start, s.end) for s in spans])
         regions = _around((match.span() for match in _OPAQUES.finditer(view.text)), view.text)  # elsewhere nothing has changed
-    return sorted((s for s in found if wanted is None or s.label in wanted), key=lambda s: s.start)
+    return sorted((s for s in found if s.label in wanted), key=lambda s: s.start)
+
+
+def _whole(view: View, spans: Iterable[Span]) -> list[Span]:
+    """Returns the spans, sorted, each widened to whole characters of the original."""
+    kept: list[Span] = []
+    for span in spans:
+        start, end = view.whole(span.start, span.end)
+        start = max(start, kept[-1].end) if kept else start
+        if start < end:
+            kept.append(Span(start, end, span.label, span.score))
+    return kept
 
 
 def parse_label(label: str) -> Label:
@@ -107,18 +121,23 @@ def parse_label(label: str) -> Label:
     return Label[name]
 
 
+_NAMED = frozenset((Label.PERSON, Label.LOCATION, Label.ORG))
+"""What lists and cues of names can find; without these labels, patterns alone read the text."""
+
 # Candidates -------------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _read(view: View, values: Sequence[tuple[Label, str]], regions: Regions, reader: Reader | None) -> list[Span]:
+def _read(view: View, values: Sequence[tuple[Label, str]], regions: Regions, reader: Reader | None, wanted: Collection[Label]) -> list[Span]:
     """One round over the regions of a view: every candidate, then the resolution rule. Spans are indices of the view."""
     text = view.text
-    candidates = [*_rows(text, regions), *_known(text, values)]
+    windows = _automaton()(text, regions)
+    candidates = [*_rows(text, windows, wanted), *_known(text, values)]
     if reader is not None:
         candidates += [Span(*tag) for tag in reader.read(text, regions, _words())]
-    candidates += _names(text, candidates, regions)
-    candidates += _uncovered(text, values, regions, candidates)
-    candidates += _backwards(text, regions)
+    if not _NAMED.isdisjoint(wanted):
+        candidates += _names(text, candidates, regions, windows)
+    candidates += _uncovered(text, values, regions, windows, candidates, wanted)
+    candidates += _backwards(text, windows.get(_TURNED_AT, ()))
     return _resolve(candidates, text)
 
 
@@ -128,21 +147,21 @@ _BROKEN_MAY = frozenset(Label) - {Label.ORG, Label.LOCATION, Label.AGE, Label.ZI
 """Labels that are looked for across a line break; for the others what stands on two lines is two things."""
 
 
-def _uncovered(text: str, values: Sequence[tuple[Label, str]], regions: Regions, plain: Sequence[Span]) -> Iterator[Span]:
+def _uncovered(
+    text: str, values: Sequence[tuple[Label, str]], regions: Regions, windows: Mapping[int, Regions], plain: Sequence[Span], wanted: Collection[Label]
+) -> Iterator[Span]:
     """Yields what stands behind escapes, encodings, markup and line breaks, as places of the text."""
     view = View(text, [0], [0], [-1])
-    for depth in range(MAX_DEPTH):
-        edits, kinds = hidden(view.text, _is_word)
-        if depth == 0:
-            near = [any(start < b and a < end for a, b in regions) for start, end, _ in edits] if len(regions) < 50 else [True] * len(edits)
-            kinds = [kind for kind, kept in zip(kinds, near, strict=True) if kept]
-            edits = [edit for edit, kept in zip(edits, near, strict=True) if kept]
+    for _ in range(MAX_DEPTH):
+        edits, kinds = hidden(view.text, _is_word, [windows.get(number, ()) for number in _CODES], regions)
         if not edits:
             return
         view, places = _edited(view, edits)
-        parts = _around(places, view.text)
-        found = [*_rows(view.text, parts), *_known(view.text, values)]
-        found += _names(view.text, found, parts)
+        regions = _around(places, view.text)
+        windows = _automaton()(view.text, regions)
+        found = [*_rows(view.text, windows, wanted), *_known(view.text, values)]
+        if not _NAMED.isdisjoint(wanted):
+            found += _names(view.text, found, regions, windows)
         yield from _touching(found, places, kinds, view, plain)
 
 
@@ -201,9 +220,9 @@ def _backwards(text: str, regions: Regions) -> Iterator[Span]:
             done = end
             turned = text[start:end][::-1]
             whole = [(0, len(turned))]
-            found = [*_rows(turned, whole)]
+            found = [*_rows(turned, _automaton()(turned, whole), _TURNED_MAY)]
             for span in [*found, *_listed(turned, whole)]:
-                if span.label in _TURNED_MAY and span.score >= SHAPE:
+                if span.score >= SHAPE:
                     yield Span(end - span.end, end - span.start, span.label, span.score)
 
 
@@ -243,14 +262,17 @@ def _scan(row: Pattern, expression: re.Pattern[str], text: str, regions: Regions
             continue
         if context is not None and not context.search(text, max(0, start - 70), start):
             continue
+        if row.anchors and context is None and not _anchored(row, text, start, end):
+            continue
         yield start, end
 
 
-Regions = Sequence[tuple[int, int]]
-"""Parts of a view worth reading, sorted and disjoint."""
+def _anchored(row: Pattern, text: str, start: int, end: int) -> bool:
+    near = text[max(0, start - _BEFORE) : end + _BEFORE].lower()
+    return any(anchor in near for anchor in row.anchors)
+
 
 _BEFORE, _AFTER = 90, 120
-_DIGITS = re.compile(r"\d++")
 _SPACE = re.compile(r"\s")
 
 
@@ -274,36 +296,32 @@ def _within(expression: re.Pattern[str], text: str, regions: Regions) -> Iterato
         yield from expression.finditer(text, start, end)
 
 
-def _anchored(lowered: str) -> frozenset[str]:
-    """Returns the anchors of rows that occur in the text, in one pass."""
-    return searcher(_ANCHORS)(lowered)
+_ONCE = threading.Lock()
 
 
-_ANCHORS = frozenset(anchor for row in _ROWS for anchor in row.anchors)
+@cache
+def _automaton() -> automaton.Windows:
+    with _ONCE:  # a cache alone would let every thread of the first moment build its own
+        return _built()
 
 
-def _rows(text: str, regions: Regions) -> Iterator[Span]:
-    anchors = _anchored(text.lower())
-    near_digits = _meet(_around((match.span() for match in _DIGITS.finditer(text)), text), regions)
-    for index, row in enumerate(_ROWS):
-        if row.anchors and anchors.isdisjoint(row.anchors):
-            continue
-        for start, end in _scan(row, _compiled(index), text, near_digits if row.digits else regions):
-            if _plausible(row, text, start, end):
-                yield Span(start, end, row.label, row.score)
+@cache
+def _built() -> automaton.Windows:
+    return automaton.windows(_sought())
 
 
-def _meet(some: Regions, others: Regions) -> list[tuple[int, int]]:
-    """Returns what lies in both."""
-    met, at = [], 0
-    for start, end in some:
-        while at < len(others) and others[at][1] <= start:
-            at += 1
-        index = at
-        while index < len(others) and others[index][0] < end:
-            met.append((max(start, others[index][0]), min(end, others[index][1])))
-            index += 1
-    return met
+def _sought() -> list[automaton.Sought]:
+    """Everything that the one pass looks for: the rows (where they need a cue, behind it), the expressions of names, and those of `decode`."""
+    rows = [automaton.Sought(_compiled(i), _context(row.context) if row.context else None) for i, row in enumerate(_ROWS)]
+    return [*rows, *map(automaton.Sought, (*_CUES, *EXPRESSIONS))]
+
+
+def _rows(text: str, windows: Mapping[int, Regions], wanted: Collection[Label]) -> Iterator[Span]:
+    for index, parts in windows.items():
+        if index < len(_ROWS) and (row := _ROWS[index]).label in wanted:
+            for start, end in _scan(row, _compiled(index), text, parts):
+                if _plausible(row, text, start, end):
+                    yield Span(start, end, row.label, row.score)
 
 
 def _plausible(row: Pattern, text: str, start: int, end: int) -> bool:
@@ -510,6 +528,7 @@ _TITLED_LOWER = re.compile(
 )
 _TITLE_LOWER = re.compile(r"(?:dr|mr|mrs|ms)\b", re.IGNORECASE)
 _LOWER_WORD = re.compile(r"(?<![a-z'-])[a-z]{4,30}(?![a-z'-])")
+_LARGE, _SMALL = string.ascii_uppercase.encode(), string.ascii_lowercase.encode()
 _LOWER_NEXT = re.compile(r" (?P<value>[a-z]{3,30})(?![a-z])")
 _COLON = re.compile(rf"[:=][ \t]{{0,4}}(?P<value>{_NAME})")
 _COLON_LOWER = re.compile(r"[:=][ \t]{0,4}(?P<value>[a-z]{3,30} [a-z]{3,30})(?![a-z'-])")
@@ -546,16 +565,17 @@ _LIVES = re.compile(
 )
 
 
-def _names(text: str, others: Sequence[Span], regions: Regions) -> Iterator[Span]:
+def _names(text: str, others: Sequence[Span], regions: Regions, windows: Mapping[int, Regions]) -> Iterator[Span]:
     """Yields people and towns: cues, titles, lists and pairs of the gazetteer, then every other mention of what was found."""
-    people = [*_cued(text, regions), *_listed(text, regions), *_caseless(text, regions)]
+    cued = {id(expression): windows.get(number, ()) for number, expression in enumerate(_CUES, len(_ROWS))}
+    people = [*_cued(text, cued), *_listed(text, regions), *_caseless(text, regions)]
     taken = [s for s in others if s.label is Label.PERSON]
     yield from people
     yield from _mentions(text, [*people, *taken])
-    yield from _towns(text, regions)
+    yield from _towns(text, cued)
 
 
-def _cued(text: str, regions: Regions) -> Iterator[Span]:
+def _cued(text: str, cued: Mapping[int, Regions]) -> Iterator[Span]:
     for expression, score, needs_proof in (
         (_TITLED, STRONG, False),
         (_COLON, STRONG, False),
@@ -564,7 +584,7 @@ def _cued(text: str, regions: Regions) -> Iterator[Span]:
         (_PHRASE, SHAPE, True),
         (_RELATION, SHAPE, True),
     ):
-        for match in _within(expression, text, regions):
+        for match in _within(expression, text, cued[id(expression)]):
             if expression is _COLON and not _COLON_CUE.search(text, max(0, match.start() - 45), match.start()):
                 continue
             speaks = expression is _COLON and _SPEAKER.search(text, max(0, match.start() - 45), match.start()) is not None
@@ -576,8 +596,8 @@ def _cued(text: str, regions: Regions) -> Iterator[Span]:
                 kept = kept[0], after.end()
             if kept is not None:
                 yield Span(*kept, Label.PERSON, score)
-    yield from _addressed(text, regions)
-    for match in _within(_COMMA, text, regions):
+    yield from _addressed(text, cued)
+    for match in _within(_COMMA, text, cued[id(_COMMA)]):
         surname, rest = [part.split() for part in match["value"].split(",")]
         given = [t for t in rest if len(t) > 1]
         if (
@@ -588,10 +608,10 @@ def _cued(text: str, regions: Regions) -> Iterator[Span]:
             and not (_common(given[0]) and _common(surname[-1]))
         ):
             yield Span(*match.span("value"), Label.PERSON, SHAPE)
-    for match in _within(_COLON_LOWER, text, regions):
+    for match in _within(_COLON_LOWER, text, cued[id(_COLON_LOWER)]):
         if _COLON_CUE.search(text, max(0, match.start() - 45), match.start()) and all(t in names() for t in match["value"].split()):
             yield Span(*match.span("value"), Label.PERSON, SHAPE)
-    for match in _within(_TITLED_LOWER, text, regions):
+    for match in _within(_TITLED_LOWER, text, cued[id(_TITLED_LOWER)]):
         said = match["value"]
         titled = _TITLE_LOWER.match(text, match.start()) is not None
         listed = list(itertools.takewhile(lambda t: _is_lower_name(t, titled=titled), said.split(" "))) if said.islower() else []  # noqa: B023 - used at once
@@ -607,9 +627,9 @@ def _is_lower_name(word: str, *, titled: bool) -> bool:
     return word in names() and not _common(word)
 
 
-def _addressed(text: str, regions: Regions) -> Iterator[Span]:
+def _addressed(text: str, cued: Mapping[int, Regions]) -> Iterator[Span]:
     """Yields first names that are also words where only a name has a capital: within a sentence, or in front of one and a comma ("Dawn, how are you?")."""
-    for match in _within(_ADDRESSED, text, regions):
+    for match in _within(_ADDRESSED, text, cued[id(_ADDRESSED)]):
         group = "value" if match["value"] else "opening"
         token = match[group]
         usual = "U" in names().get(token.lower(), "") and token.lower() not in _NO_NAME and token not in _REGIONS and not token.isupper()
@@ -669,7 +689,9 @@ def _listed(text: str, regions: Regions) -> Iterator[Span]:
 
 def _caseless(text: str, regions: Regions) -> Iterator[Span]:
     """Yields usual first names (with a last name behind) in a text that was written without capitals, such as a transcript."""
-    if sum(map(str.isupper, text)) * 100 > sum(map(str.islower, text)):
+    letters = text.encode("ascii", "ignore")
+    small = letters.translate(None, _LARGE)
+    if (len(letters) - len(small)) * 100 > len(small) - len(small.translate(None, _SMALL)):
         return
     for match in _within(_LOWER_WORD, text, regions):
         if "U" in names().get(match.group(), "") and not _common(match.group()):
@@ -740,18 +762,18 @@ def _counts_as_mention(token: str, as_word: set[str], score: float) -> bool:
     return token[0].isupper() and not token[1:].isupper() and (bare in names() or score >= STRONG) and bare not in as_word
 
 
-def _towns(text: str, regions: Regions) -> Iterator[Span]:
-    for match in _within(_places_expression(), text, regions):
+def _towns(text: str, cued: Mapping[int, Regions]) -> Iterator[Span]:
+    for match in _within(_PLACES, text, cued[id(_PLACES)]):
         yield Span(*match.span(), Label.LOCATION, SHAPE)
-    for match in _within(_DIRECTION, text, regions):
+    for match in _within(_DIRECTION, text, cued[id(_DIRECTION)]):
         stem = _SUFFIX.sub("", match["value"]).lower()
         if (match["value"].lower() in names() or stem in names()) and match["value"].lower() not in patterns.NOT_NAMES:
             yield Span(*match.span(), Label.LOCATION, SHAPE)
-    for match in _within(_TOWN, text, regions):
+    for match in _within(_TOWN, text, cued[id(_TOWN)]):
         stem = _SUFFIX.sub("", match.group()).lower()
         if stem in names() and match.group().lower() not in _words() and not is_last(match.group()) and not is_first(match.group()):
             yield Span(*match.span(), Label.LOCATION, SHAPE)
-    for match in _within(_LIVES, text, regions):
+    for match in _within(_LIVES, text, cued[id(_LIVES)]):
         kept = _trim_place(text, *match.span("value"))
         if kept is not None:
             yield Span(*kept, Label.LOCATION, SHAPE)
@@ -769,10 +791,13 @@ _REGIONS = frozenset(patterns.STATE_NAMES.split("|")) | frozenset(
 )
 
 
-@cache
-def _places_expression() -> re.Pattern[str]:
-    alternatives = "|".join(re.escape(p) for p in sorted(places(), key=len, reverse=True))
-    return re.compile(rf"(?<![\w-])(?:{alternatives})(?![\w-])")
+_PLACES = re.compile(rf"(?<![\w-])(?:{'|'.join(re.escape(p) for p in sorted(places(), key=len, reverse=True))})(?![\w-])")
+_CUES = (
+    _TITLED, _COLON, _NAMING, _CREDENTIALED, _PHRASE, _RELATION, _ADDRESSED, _COMMA, _COLON_LOWER, _TITLED_LOWER, _DIRECTION, _TOWN, _LIVES, _PLACES, _TURNED,
+)  # fmt: skip
+"""Expressions of names that the automaton looks for beside the rows, and of lines written backwards."""
+_TURNED_AT = len(_ROWS) + _CUES.index(_TURNED)
+_CODES = range(len(_ROWS) + len(_CUES), len(_ROWS) + len(_CUES) + len(EXPRESSIONS))
 
 
 # Resolution -------------------------------------------------------------------------------------------------------------------------------------------------

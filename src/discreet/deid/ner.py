@@ -1,4 +1,4 @@
-"""Names, places and organisations by a small model of our own: sentences in, labelled ranges out (extra: ner).
+"""Names, places and organisations by a small model of our own: sentences in, labelled ranges out.
 
     words ──hashed features──> vector of each word type (cached) ──three convolutions──> probability of each tag ──thresholds──> ranges
 
@@ -22,26 +22,26 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
-from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
+from safetensors.numpy import load
 
-from discreet.errors import RequestInvalid, missing_extra
+from discreet.errors import RequestInvalid
 
 WEIGHTS = "tagger.safetensors"
-LABELS = ("PERSON", "LOCATION", "ORG")
+LABELS = ("PERSON", "LOCATION", "ORG", "ADDRESS")
 TAGS = ("O", *(f"{part}-{label}" for label in LABELS for part in "BI"))
-THRESHOLD = 0.5
+THRESHOLD = 0.4
 """Least probability of a name, summed over its tags, at which a token counts."""
 
 BUCKETS, WIDTH, HIDDEN = 1 << 16, 48, 128
-REACH = ((1, 2), (2, 1), (4, 1))
+REACH = ((1, 2), (2, 1), (4, 1), (8, 1))
 """Of each convolution: step between the words it reads, and how many on each side."""
 
-GAP = 4
+GAP = 8
 """Zero rows between two sentences: the furthest that one convolution reaches."""
 
 MAX_TOKENS = 400
@@ -211,9 +211,6 @@ def tag(
         sentences: any texts; short ones are cheaper together.
         thresholds: least probability in (0, 1) for a label of `LABELS`; `THRESHOLD` for the others.
         tagger: another model than the one in the package.
-
-    Raises:
-        MissingExtra: when safetensors is not installed.
     """
     model = tagger or installed()
     found = [list(tokens(sentence)) for sentence in sentences]
@@ -253,11 +250,17 @@ def _ranges(words: Sequence[re.Match[str]], probabilities: Floats, least: Floats
         at = stop
 
 
-LEAST: Mapping[str, float] = MappingProxyType({"PERSON": 0.8, "LOCATION": 0.95, "ORG": 0.95})
-"""Least score at which the model is believed on its own; chosen on development texts so that precision on notes stays (docs/tagger.md). Part of the digest of a policy that reads names so."""
+LEAST: Mapping[str, float] = MappingProxyType({"PERSON": 0.65, "LOCATION": 0.45, "ORG": 0.55, "ADDRESS": 0.3})
+"""Least score at which the model is believed; chosen on development texts so that precision on notes stays (docs/tagger.md). Part of the digest of a policy that reads names so."""
 
-AGREED = 0.5
-"""Least score at which it is believed about a person with a word of the lists of names in it that is no ordinary word."""
+SURE: Mapping[str, float] = MappingProxyType({"PERSON": 0.93, "LOCATION": 0.8, "ORG": 0.85, "ADDRESS": 0.3})
+"""The same for a name of ordinary words alone, which must have a capital letter as well."""
+
+AGREED = 0.45
+"""The same for a person with a word of the lists of names in it."""
+
+ACRONYM = 0.99
+"""The same for an organisation of up to five capitals or a place of up to three: most of them are tests, diseases and departments."""
 
 
 @final
@@ -267,42 +270,60 @@ class Names:
     __slots__ = ()
 
     def tag(self, sentences: Sequence[str]) -> list[list[tuple[int, int, str, float]]]:
-        """Returns the names of each sentence that are believed.
-
-        Raises:
-            MissingExtra: when safetensors is not installed.
-        """
+        """Returns the names of each sentence that are believed."""
         return [
-            [tag for tag in tags if _believed(sentence[tag[0] : tag[1]], tag[2], tag[3])]
+            _bridged(sentence, [tag for tag in tags if _believed(sentence[tag[0] : tag[1]], tag[2], tag[3])])
             for sentence, tags in zip(sentences, tag(sentences), strict=True)
         ]
 
 
+_BRIDGE = re.compile(r"[\s,()/-]{0,4}(?:[\w'-]{1,12}\.?[\s,()/-]{1,4}){0,2}")
+_CORNER = re.compile(r"(?i:the corner of )$")
+
+
+def _bridged(sentence: str, tags: Sequence[tuple[int, int, str, float]]) -> list[tuple[int, int, str, float]]:
+    """Returns the tags with an address whole: what the model left out between two parts of one, or in front of a street corner, is a part as well."""
+    out: list[tuple[int, int, str, float]] = []
+    for start, end, label, score in tags:
+        if label == "ADDRESS" and (corner := _CORNER.search(sentence, 0, start)):
+            start = corner.start()
+        if (
+            out
+            and "ADDRESS" in (label, out[-1][2])
+            and {label, out[-1][2]} <= {"ADDRESS", "LOCATION"}
+            and _BRIDGE.fullmatch(sentence, out[-1][1], start)
+        ):
+            out[-1] = out[-1][0], start, out[-1][2], out[-1][3]
+        out.append((start, end, label, score))
+    return out
+
+
 def _believed(name: str, label: str, score: float) -> bool:
     listed, ordinary, _ = _lists()
-    words = [match.group().lower() for match in tokens(name) if match.group()[0].isalpha()]
-    strange = [word for word in words if word not in ordinary]
-    if not strange or not any(len(word) > 1 for word in strange):
+    words = [match.group() for match in tokens(name) if match.group()[0].isalpha()]
+    strange = [word for word in words if word.lower() not in ordinary and len(word) > 1]
+    if label == "ADDRESS":
+        return len(name) > 2 and score >= LEAST[label]
+    if not any(len(word) > 1 for word in words):
         return False
-    return score >= LEAST[label] or (label == "PERSON" and score >= AGREED and any(word in listed for word in strange))
+    capital = any(word[0].isupper() for word in words)
+    if len(words) == 1 and name.isupper() and len(name) <= {"ORG": 5, "LOCATION": 3}.get(label, 0):
+        return score >= ACRONYM
+    if not strange:
+        return capital and score >= SURE[label] and not (label == "PERSON" and name.isupper())
+    if label == "PERSON" and any(word.lower() in listed for word in strange):
+        return score >= AGREED
+    return score >= (LEAST[label] if capital else SURE[label])
 
 
-def available() -> bool:
-    """Says whether the extra is installed."""
-    return find_spec("safetensors") is not None
+def rules() -> dict[str, object]:
+    """Returns what decides beside the weights when a name is believed, for digests."""
+    return {"least": dict(LEAST), "sure": dict(SURE), "agreed": AGREED, "acronym": ACRONYM}
 
 
 @cache
 def installed() -> Tagger:
-    """Returns the model of the package.
-
-    Raises:
-        MissingExtra: when safetensors is not installed.
-    """
-    try:
-        from safetensors.numpy import load
-    except ImportError:
-        raise missing_extra("ner", "safetensors") from None
+    """Returns the model of the package."""
     return Tagger(load(_weights()))
 
 

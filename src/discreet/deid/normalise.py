@@ -52,6 +52,12 @@ class View:
         begin = self.begin[first] + (start - self.at[first] if self.end[first] == _ITSELF else 0)
         return begin, self.begin[last] + end - self.at[last] if self.end[last] == _ITSELF else self.end[last]
 
+    def whole(self, start: int, end: int) -> tuple[int, int]:
+        """Returns view[start:end] (start < end) widened to all characters that stand for what these stand for: a fraction sign is three of them."""
+        first, last = bisect_right(self.at, start) - 1, bisect_right(self.at, end - 1) - 1
+        start = start if self.end[first] == _ITSELF else self.at[first]
+        return start, end if self.end[last] == _ITSELF else self.at[last + 1] if last + 1 < len(self.at) else len(self.text)
+
     def replace(self, edits: Sequence[Edit]) -> View:
         """Returns the view with each edit (ranges sorted, disjoint, not empty) made; what is put in stands for the whole range it replaces."""
         made = _Builder()

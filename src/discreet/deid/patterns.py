@@ -45,7 +45,7 @@ import stdnum.pl.pesel
 import stdnum.se.personnummer
 import stdnum.us.ssn
 
-VERSION = "3"
+VERSION = "4"
 """Part of every policy's digest: raised whenever a row or a rule of `detect` changes what is found."""
 
 

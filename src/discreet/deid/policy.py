@@ -50,7 +50,7 @@ class Channel(StrEnum):
 
 @final
 class Names(StrEnum):
-    """What finds names: lists, cues and propagation alone, or the tagger of `ner` as well (extra: ner)."""
+    """What finds names: lists, cues and propagation alone, or the tagger of `ner` as well."""
 
     RULES = "rules"
     MODEL = "model"
@@ -85,7 +85,7 @@ class Policy:
     operators: Mapping[Label, Operator]
     version: int = 1
     thresholds: Mapping[Label, float] = field(default_factory=dict)
-    names: Names = Names.RULES
+    names: Names = Names.MODEL
     misses: Mapping[Label, tuple[float, float]] = field(default_factory=dict)
     k: int = 0
 
@@ -124,7 +124,7 @@ class Policy:
                 **({"thresholds": {str(label): self.thresholds[label] for label in Label if label in self.thresholds}} if self.thresholds else {}),
                 **({"misses": {str(label): list(self.misses[label]) for label in Label if label in self.misses}} if self.misses else {}),
                 **({"k": self.k, "quasi": quasi.VERSION} if self.k else {}),
-                **({"model": ner.digest(), "least": dict(ner.LEAST)} if self.names is Names.MODEL else {}),
+                **({"model": ner.digest(), "least": ner.rules()} if self.names is Names.MODEL else {}),
             }
         )
 
@@ -189,7 +189,7 @@ def redact(
     *,
     known: Mapping[str, Sequence[str]] = MappingProxyType({}),
     key: Key | None = None,
-    names: Names | None = None,
+    names: Names = Names.MODEL,
     found: Sequence[Span] | None = None,
     subject: str = "",
 ) -> Redacted:
@@ -200,7 +200,7 @@ def redact(
         policy: a policy, or the name of a built-in one.
         known: identifiers that the text is known to be about, label -> values.
         key: the subject's key, for surrogates, shifted dates and tokens; left out, they are consistent within this call only.
-        names: what finds names, where the policy is given by its name; None for the model where its extra is installed, rules elsewhere. A `Policy` says it itself.
+        names: what finds names, where the policy is given by its name. A `Policy` says it itself.
         subject: whom tokens are bound to, beside their label and the policy; `restore` needs the same.
         found: what `find` has found in this text already; None to look for it here.
 
@@ -217,13 +217,13 @@ def redact(
     return Redacted(text=_rewrite(text, sorted([*edits, *((s.start, s.end, render(s)) for s in spans)])), spans=tuple(spans), expected=expected)
 
 
-def resolve(policy: Policy | str, names: Names | None = None) -> Policy:
-    """Returns the policy, or the built-in one of that name with the best finder of names at hand; refuses the vault's, which `redact` cannot apply.
+def resolve(policy: Policy | str, names: Names = Names.MODEL) -> Policy:
+    """Returns the policy, or the built-in one of that name with a finder of names; refuses the vault's, which `redact` cannot apply.
 
     Raises:
         ConfigInvalid: when there is no such policy, or it is of the channel prompt.
     """
-    chosen = replace(builtin(policy), names=names or _best()) if isinstance(policy, str) else policy
+    chosen = replace(builtin(policy), names=names) if isinstance(policy, str) else policy
     if chosen.channel is Channel.PROMPT:
         raise ConfigInvalid(
             "a policy of the channel training, log or archive", value=chosen.name, remedy="Prompts need a vault: use deid.policy.protect."
@@ -248,7 +248,7 @@ def restore(text: str, key: Key, *, policy: str = "token", subject: str = "") ->
 
 
 def find(
-    text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({}), labels: Iterable[str] | None = None, names: Names | None = None
+    text: str, *, known: Mapping[str, Sequence[str]] = MappingProxyType({}), labels: Iterable[str] | None = None, names: Names = Names.MODEL
 ) -> list[Span]:
     """Returns what `detect.detect` finds, with the tagger of names beside the table. Known to callers as `discreet.detect`.
 
@@ -256,17 +256,12 @@ def find(
         text: at most `detect.MAX_CHARS` code points.
         known: identifiers that the text is known to be about, label -> values.
         labels: only these labels; None for all.
-        names: what finds names; None for the model where its extra is installed, rules elsewhere.
+        names: what finds names.
 
     Raises:
-        MissingExtra: when the model is asked for and its extra is not installed.
         RequestInvalid: when the text is too long or a label unknown.
     """
-    return detect(text, known=known, labels=labels, reader=_reader(names or _best()))
-
-
-def _best() -> Names:
-    return Names.MODEL if ner.available() else Names.RULES
+    return detect(text, known=known, labels=labels, reader=_reader(names))
 
 
 def _reader(names: Names) -> Reader | None:
@@ -356,11 +351,8 @@ def configured(section: DeidSection, channel: Channel = Channel.TRAINING, sensit
 
     Raises:
         ConfigInvalid: when it names a channel, sensitivity, label or operator that is not known (the message has the nearest), or a policy that its channel does not permit.
-        MissingExtra: when the model is asked for and its extra is not installed.
     """
     names = Names(section.names)
-    if names is Names.MODEL:
-        ner.installed()
     base = builtin({Channel.PROMPT: "prompt", Channel.LOG: "log", Channel.ARCHIVE: "token"}.get(channel, section.policy))
     changes = _changes(section, channel, sensitivity)
     least = {_label(name): value if isinstance(value, float) else value.least for name, value in section.thresholds.items()}
@@ -436,10 +428,9 @@ def spans_in(text: str, policy: Policy, known: Mapping[str, Sequence[str]] = Map
     return _chosen(_found(text, policy, known), policy)
 
 
-def finder(names: Names | None = None) -> Callable[[str], list[Span]]:
-    """Returns the finder of a policy, without its thresholds: what calibration measures. None for the best at hand."""
-    chosen = names or _best()
-    return lambda text: detect(text, reader=_reader(chosen))
+def finder(names: Names = Names.MODEL) -> Callable[[str], list[Span]]:
+    """Returns the finder of a policy, without its thresholds: what calibration measures."""
+    return lambda text: detect(text, reader=_reader(names))
 
 
 def _found(text: str, policy: Policy, known: Mapping[str, Sequence[str]]) -> list[Span]:

@@ -15,6 +15,7 @@ Does not cover: the model (see `ner`), and its thresholds.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ from discreet.errors import RequestInvalid
 
 MAX_SENTENCE = 400
 """Longest piece that a model is given, in characters: a longer sentence is cut at white space."""
+
+LONG_LINE = 60
+"""A line shorter than this is read together with short neighbours."""
 
 CACHE_SIZE = 8192
 """Sentences whose answer is kept."""
@@ -67,8 +71,7 @@ class Reader:
         Raises:
             RequestInvalid: when the tagger answers with another number of sentences, an offset outside its sentence, or an unknown label.
         """
-        caseless = not any(map(str.isupper, text))
-        wanted = [(start, text[start:end]) for start, end in sentences(text, regions) if caseless or can_hold_a_name(text[start:end], ordinary)]
+        wanted = [(start, text[start:end]) for start, end in sentences(text, regions) if can_hold_a_name(text[start:end], ordinary)]
         answers = self._answers([sentence for _, sentence in wanted])
         for (at, sentence), tags in zip(wanted, answers, strict=True):
             for start, end, label, score in tags:
@@ -98,17 +101,36 @@ _CAPITAL = re.compile(r"[A-Z][A-Za-z'-]+|[^\W\d_a-zA-Z][^\W\d_]+")
 
 
 def sentences(text: str, regions: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yields the sentences that touch a region, cut at line ends, after full stops and, when longer than `MAX_SENTENCE`, at white space."""
+    """Yields the pieces of the text that touch a region, and the neighbours of those.
+
+    A piece is one sentence of a long line, or several short lines, since an address and a letterhead say what they are only together. Where one ends depends on the lines beside it alone; a piece
+    longer than `MAX_SENTENCE` is cut at white space.
+    """
+    bounds = [0, *_ends(text), len(text)]
+    wanted: set[int] = set()
     for first, last in regions:
-        start = text.rfind("\n", 0, first) + 1
-        end = text.find("\n", last)
-        end = len(text) if end < 0 else end
-        at = start
-        for match in [*_BREAK.finditer(text, start, end), None]:
-            stop = match.start() if match is not None else end
-            if stop > first and at < last:
-                yield from _cut(text, at, stop)
-            at = match.end() if match is not None else end
+        index = max(0, bisect_right(bounds, first) - 1)
+        stop = bisect_left(bounds, last)
+        wanted.update(range(max(0, index - 1), min(len(bounds) - 1, stop + 1)))
+    for index in sorted(wanted):
+        yield from _cut(text, bounds[index], bounds[index + 1])
+
+
+def _ends(text: str) -> Iterator[int]:
+    long = _is_long(text, 0)
+    for match in _BREAK.finditer(text):
+        if text[match.start()] == "\n":
+            following = _is_long(text, match.end())
+            if long or following:
+                yield match.end()
+            long = following
+        elif long:
+            yield match.end()
+
+
+def _is_long(text: str, start: int) -> bool:
+    stop = text.find("\n", start, start + LONG_LINE)
+    return stop < 0 and len(text) - start >= LONG_LINE
 
 
 def _cut(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -122,5 +144,5 @@ def _cut(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def can_hold_a_name(sentence: str, ordinary: frozenset[str]) -> bool:
-    """Says whether a sentence has a capitalised word that is not ordinary, or any capitalised word but its first."""
-    return any(match.start() > 0 or match.group().lower() not in ordinary for match in _CAPITAL.finditer(sentence))
+    """Says whether a sentence has a capitalised word that is not ordinary, or any capitalised word but its first, or no capital at all."""
+    return sentence.islower() or any(match.start() > 0 or match.group().lower() not in ordinary for match in _CAPITAL.finditer(sentence))

@@ -69,6 +69,7 @@ class Predicate(StrEnum):
     CLOSED = "closed"
     TRAINED = "trained"
     AUDITED = "audited"
+    ATTACKED = "attacked"
     CONTROL_DESTROYED = "control_destroyed"
     KEY_DESTROYED = "key_destroyed"
     KEY_ROTATED = "key_rotated"
@@ -125,11 +126,12 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.RESERVED: _internal("reservation run budget plan snapshot"),
         Predicate.SPENT: _public("reservation run budget plan", _PRICE),
         Predicate.CLOSED: _public("reservation reason", "run budget plan steps"),
-        Predicate.TRAINED: _public("run track base adapter plan guarantee", "reservation budget steps parameters public_loss kind"),
+        Predicate.TRAINED: _public("run track base adapter plan guarantee", "reservation budget steps parameters public_loss kind chosen"),
         Predicate.AUDITED: _public(
             "adapter verdict epsilon_lower ceiling",
             "run level detectable detectable_mu claimed_epsilon claimed_delta layers canaries recitation roc control_roc report",
         ),
+        Predicate.ATTACKED: _internal("adapter run layers"),
         Predicate.CONTROL_DESTROYED: _public("control", "run kind reason"),
         Predicate.KEY_DESTROYED: _public("run", "reason kind"),
         Predicate.KEY_ROTATED: _public("old new consent"),

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, final
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from discreet.dp import clipping, mechanism, noise, sampling
@@ -202,11 +203,11 @@ def summed(
         owners = [unit for row in rows for unit, _ in row]
         if padded_size(units, rows) > token_budget and len(owners) > 1 and len(set(owners)) == 1:
             parts = _parts([units[unit][d] for row in rows for unit, d in row], token_budget)
-            total = total + clipping.clipped_unit(model, document_losses, parts, clip_norm=clip_norm, combine=combine)
+            total += clipping.clipped_unit(model, document_losses, parts, clip_norm=clip_norm, combine=combine)
             continue
         batch = laid_out([[units[unit][d] for unit, d in row] for row in rows])
         documents = batch.get("documents")
-        total = total + clipping.clipped_sum(model, document_losses, batch, owners, clip_norm=clip_norm, documents=documents, combine=combine)
+        total += clipping.clipped_sum(model, document_losses, batch, owners, clip_norm=clip_norm, documents=documents, combine=combine)
     return total
 
 
@@ -324,7 +325,9 @@ def _token_losses(model: nn.Module, inputs: Mapping[str, Tensor], is_target_BT: 
     causal: Any = outer.get_base_model() if isinstance(model, PeftModel) else outer
     head = causal.get_output_embeddings()
     targets_N = inputs["input_ids"][:, 1:][is_target_BT]
-    if _is_plain_and_frozen(causal, head):
+    if isinstance(outer, FSDPModule):
+        causal = outer  # sharded weights are gathered by the call of the whole model, and there only
+    elif _is_plain_and_frozen(causal, head):
         hidden_BTH = causal.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, :-1]
         return _FrozenHeadLoss.apply(hidden_BTH[is_target_BT], head.weight, targets_N)  # type: ignore[no-any-return, no-untyped-call]  # autograd.Function is untyped
     logits_NV = causal(**inputs, use_cache=False).logits[:, :-1][is_target_BT]
