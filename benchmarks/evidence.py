@@ -2,8 +2,9 @@
 
     python benchmarks/evidence.py --appends 4000 --leaves 1000000
 
-`appends_per_second` is in batches of 100 (one durable SQLite transaction each), `single_appends_per_second` one at a time. `leaves_seconds` hashes every leaf from its bytes (a kilobyte each),
-builds the root and checks the checkpoint's signature; `inclusion_ms` makes one proof from the leaf hashes, `check_ms` verifies it. `signatures_per_second` verifies envelopes with their statements.
+`appends_per_second` is in batches of 100 (one durable SQLite transaction each), `appends_per_cpu_second` the same by CPU time, `single_appends_per_second` one at a time. `leaves_seconds` hashes every
+leaf from its bytes (a kilobyte each), builds the root and checks the checkpoint's signature. `prove_ms` is `Log.prove` of random entries of a log of so many in its database, from tiles, checkpoint and
+transaction included; `inclusion_ms` makes one proof from all leaf hashes instead, `check_ms` verifies one. `signatures_per_second` verifies envelopes with their statements.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import sqlite3
 import statistics
 import tempfile
 import time
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from sqlalchemy import text
 
 from discreet.evidence import merkle, note
 from discreet.evidence.log import Log
@@ -52,13 +55,16 @@ def appends(count: int) -> dict[str, float]:
             with store.transaction() as tx:
                 log.append_all(tx, rows)
 
+        before = time.process_time()
         batched = seconds(lambda: [append(statements(100)) for _ in range(count // 100)])
+        processor = time.process_time() - before
         single = seconds(lambda: [append(statements(1)) for _ in range(200)])
         size = count // 100 * 100 + 200
         verified = seconds(log.verify)
         store.close()
     return {
         "appends_per_second": round(count // 100 * 100 / batched),
+        "appends_per_cpu_second": round(count // 100 * 100 / processor),
         "single_appends_per_second": round(200 / single),
         "signatures_per_second": round(size / verified),
     }
@@ -75,7 +81,7 @@ def tree(count: int) -> dict[str, float]:
     signed = note.sign_note(head.text, name="example.org/bench", signer=signer)
 
     def verify() -> None:
-        if note.open_checkpoint(signed, key=key).root != merkle.root(leaves):
+        if note.open_checkpoint(signed, keys=[key]).root != merkle.root(leaves):
             raise SystemExit("the root differs")
 
     rooting = seconds(verify)
@@ -93,6 +99,26 @@ def tree(count: int) -> dict[str, float]:
     }
 
 
+def proofs(count: int) -> dict[str, float]:
+    """A log whose database holds `count` times one signed entry: as many rows as a proof may have to find its way in."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(f"sqlite:///{folder}/log.db")
+        keyring = Keyring(store, Key(b"b" * 32))
+        log = Log(store, keyring, "example.org/bench")
+        with store.transaction() as tx:
+            log.append_all(tx, statements(1))
+            envelope = tx.execute(text("SELECT envelope FROM log_entries")).scalar_one()
+        leaf = merkle.leaf_hash(envelope)
+        rows = ((i, leaf, envelope, "admitted", None, "t") for i in range(1, count))
+        with sqlite3.connect(f"{folder}/log.db") as database:
+            database.executemany("INSERT INTO log_entries VALUES (?, ?, ?, ?, ?, ?)", rows)
+        opening = seconds(lambda: Log(store, keyring, "example.org/bench"))
+        log.checkpoint()
+        found = [seconds(lambda position=position: log.prove(position)) for position in list(range(1, count, 7919))[:100]]
+        store.close()
+    return {"prove_ms": round(statistics.median(found) * 1e3, 2), "slowest_prove_ms": round(max(found) * 1e3, 2), "tiles_seconds": round(opening, 2)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--appends", type=int, default=4000)
@@ -104,6 +130,7 @@ def main() -> None:
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         **appends(args.appends),
         **tree(args.leaves),
+        **proofs(args.leaves),
     }
     print(json.dumps(found, indent=1))
     Path(__file__).with_name("results").joinpath("evidence.json").write_text(json.dumps(found, indent=1) + "\n")

@@ -315,7 +315,7 @@ def test_serve_upstream_refuses_private_hosts_and_bad_tenants(run, tmp_path, mon
     assert run("serve", "--upstream", "http://127.0.0.1:9")[0] == 2
     assert run("serve", "--upstream", "https://127.0.0.1:9")[0] == 2
     code, _, err = run("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--port", "9999")
-    assert (code, started) == (0, [{"host": "127.0.0.1", "port": 9999}])
+    assert (code, [(each["host"], each["port"]) for each in started]) == (0, [("127.0.0.1", 9999)])
     assert "dk-" in err
     code, out, _ = run("serve", "--new-key")
     key, hashed = (line.split()[1] for line in out.splitlines())

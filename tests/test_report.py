@@ -75,7 +75,7 @@ def story() -> list[Entry]:
         ("collected", 5000, {"source": "notes", "sensitivity": "special"}),
         ("admitted", 4873, {"purpose": "note-assistant", "basis": "consent"}),
         ("refused", 127, {"purpose": "note-assistant", "reason": "opted out"}),
-        ("deidentified", 4873, {"policy": "sha256:99", "counts": {"PERSON": 5501, "MRN": 498}, "detector": {"precision": 0.97, "recall": 0.95, "corpus": "generated"}}),
+        ("deidentified", 4873, {"policy": "sha256:99", "counts": {"PERSON": 5501, "MRN": 498}, "detector": {"samples": 40, "values": 200, "recall": 0.95, "recall_at_least": 0.91, "precision": 0.97, "precision_at_least": 0.94, "corpus": "labelled.jsonl"}}),
         ("frozen", 1, {"name": "notes"}),
         ("budget_opened", 1, {"budget": "patients", "epsilon": 8.0, "delta": 0.0002, "unit": "patient"}),
         ("spent", 1, {"reservation": "r1", "run": "run-1", "budget": "patients", "plan": "sha256:77", "filter_epsilon": 7.98}),

@@ -83,3 +83,52 @@ def test_killed_at_five_moments_of_the_clock(tmp_path: Path, new_project: Callab
         process.communicate()
     _finish(folder)
     _check_whole(folder)
+
+
+FULL_DISK = """
+set -eu
+mount -t tmpfs -o size=64m tmpfs "$2"
+cp -r "$1/." "$2"
+for spare in 0 40 200 600; do
+    mount -o remount,size="$(( $(du -sk "$2" | cut -f1) + spare ))k" "$2"
+    code=0
+    "$3" -c 'from discreet.cli import main; main()' run $4 -C "$2" --json > "$5" 2> /dev/null || code=$?
+    grep -q '"storage.full"' "$5" || { echo "spare $spare: exit $code"; head -c 400 "$5"; exit 9; }
+    test "$code" = 1
+done
+mount -o remount,size=256m "$2"
+"$3" -c 'from discreet.cli import main; main()' run $4 -C "$2" --json
+cp -r "$2/." "$1"
+"""
+
+
+def _tell_on_a_full_disk(project: Path, scratch: Path, stage: str) -> None:
+    """Fills the disk at four places, each time with the documented error, then makes room and finishes; the project comes back into its folder."""
+    disk = scratch / "disk"
+    disk.mkdir()
+    unshare = ["unshare", "--map-root-user", "--mount", "sh", "-c", FULL_DISK, "sh"]
+    probe = subprocess.run([*unshare[:3], "mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True)
+    if probe.returncode:
+        pytest.skip("a full disk is a small tmpfs in a user namespace, and this system gives none")
+    told = subprocess.run(
+        [*unshare, str(project), str(disk), sys.executable, stage, str(scratch / "said.json")], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert told.returncode == 0, told.stdout + told.stderr[-2000:]
+
+
+def test_a_full_disk_stops_the_ingest_with_its_error_and_loses_nothing(tmp_path: Path, new_project: Callable[[Path], Path]):
+    folder = new_project(tmp_path / "hospital")
+    _tell_on_a_full_disk(folder, tmp_path, "ingest")
+    with pipeline.open_house(folder) as house:
+        house.log.verify()
+        assert len(house.log.select(Predicate.COMMITTED)) == 1
+        assert {entry.fields["name"] for entry in house.log.select(Predicate.FROZEN)} == {"train", "public", "evaluation"}
+        assert len(house.log.select(Predicate.FROZEN)) == 3
+
+
+@pytest.mark.slow
+def test_a_full_disk_anywhere_in_the_pipeline_spends_once(tmp_path: Path, new_project: Callable[[Path], Path]):
+    folder = new_project(tmp_path / "hospital")
+    _tell_on_a_full_disk(folder, tmp_path, "")
+
+    _check_whole(folder)

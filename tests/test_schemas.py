@@ -20,9 +20,9 @@ SCHEMAS: dict[str, Any] = {
     if path.name.endswith(".json")
 }
 COMMANDS = (
-    "redact", "redact-calibrate", "privacy-epsilon", "privacy-noise", "privacy-curve", "budget-open", "budget-show", "budget-reserve", "budget-plan", "evidence-dossier", "evidence-witness", "plan", "train", "audit", "release", "evidence-export", "evidence-verify",
+    "redact", "redact-calibrate", "privacy-epsilon", "privacy-noise", "privacy-curve", "budget-open", "budget-show", "budget-reserve", "budget-plan", "budget-raise", "evidence-rotate-key", "evidence-pin", "evidence-tiles", "evidence-dossier", "evidence-witness", "plan", "train", "audit", "release", "evidence-export", "evidence-verify",
     "trace", "run", "demo", "catalog", "consent", "erase", "init", "report", "error",
-    "federate-enroll", "federate-simulate",
+    "federate-enroll", "federate-roster", "federate-server", "federate-client", "federate-leave", "federate-simulate",
     "erase-drill", "erase-request", "erase-resume", "retention", "lineage", "update", "access", "access-export", "access-show", "consent-history", "consent-import",
 )  # fmt: skip
 

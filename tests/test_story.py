@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from discreet import corpus, demo, model, pipeline
@@ -23,8 +26,10 @@ from discreet.errors import (
     NotFound,
     NotReleased,
     PlanInvalid,
+    RecordInvalid,
     RunInProgress,
     SourceChanged,
+    SourceMissing,
     TrackRefused,
 )
 from discreet.evidence.log import verify_bundle, verify_proof
@@ -208,6 +213,56 @@ def test_an_exhausted_budget_refuses_a_second_run(copied: House):
     with pytest.raises(BudgetExhausted):
         pipeline.train(copied_again, Silent())
     assert len(copied.log.select(Predicate.SPENT)) == 1
+
+
+def test_a_plan_for_a_pld_epsilon_says_what_the_budget_counts(project: Path):
+    settings = project / "discreet.toml"
+    settings.write_text(settings.read_text().replace('target = "budget"', 'target = "pld"'))
+    with pipeline.open_house(project) as house:
+        assert not pipeline.price(house, Silent()).admitted
+        with pytest.raises(BudgetExhausted, match=r"by RDP for the plan's .* by PLD; 8 is left"):
+            pipeline.train(house, Silent())
+        assert not house.log.select(Predicate.RESERVED)
+        assert not house.log.select(Predicate.BUDGET_OPENED), "nothing was opened, nothing spent"
+
+
+def test_the_detectors_are_measured_on_labelled_text(house: House):
+    measured = [entry.fields["detector"] for entry in house.log.select(Predicate.DEIDENTIFIED)]
+    assert measured
+    assert all(each["values"] > 100 and 0.9 <= each["recall"] <= 1 and each["recall_at_least"] < each["recall"] for each in measured)
+
+
+def test_labelled_text_that_is_missing_or_broken_stops_the_ingest(project: Path):
+    with pipeline.open_house(project) as house:
+        (project / "labelled.jsonl").write_text("{broken\n")
+        with pytest.raises(RecordInvalid):
+            pipeline.ingest(house, Silent())
+        (project / "labelled.jsonl").unlink()
+        with pytest.raises(SourceMissing):
+            pipeline.ingest(house, Silent())
+
+
+def test_csv_parquet_and_a_folder_of_texts_train_too(project: Path):
+    notes = [json.loads(line) for line in (project / "notes.jsonl").read_text().splitlines()]
+    with (project / "notes.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(notes[0]))
+        writer.writeheader()
+        writer.writerows(notes)
+    public = [json.loads(line) for line in (project / "public_train.jsonl").read_text().splitlines()]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(public), project / "public.parquet")
+    (project / "held" / "out").mkdir(parents=True)
+    for line in (project / "held_out.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        (project / "held" / "out" / f"{row['id']}.txt").write_text(row["text"])
+    settings = project / "discreet.toml"
+    said = settings.read_text().replace('"notes.jsonl"\nformat = "jsonl"', '"notes.csv"\nformat = "csv"')
+    said = said.replace('"public_train.jsonl"', '"public.parquet"\nformat = "parquet"').replace('"held_out.jsonl"', '"held"\nformat = "text"')
+    settings.write_text(said)
+    with pipeline.open_house(project) as house:
+        trained = pipeline.run(house, until="train", observer=Silent())["train"]
+        assert [section.format for section in house.project.source] == ["csv", "parquet", "text"]
+        assert house.log.select(Predicate.FROZEN)[-1].fields["name"] == "evaluation"
+    assert trained["moved"] == trained["parameters"] > 0
 
 
 def test_a_tampered_release_is_not_loaded(copied: House):

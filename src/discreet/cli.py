@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from discreet import __version__
-from discreet.errors import DiscreetError, NotFound, NotReleased, PlanInvalid, RequestInvalid, SourceMissing
+from discreet.errors import ConfigInvalid, DiscreetError, NotFound, NotReleased, PlanInvalid, RequestInvalid, SourceMissing
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Sensitive text to a language model that keeps it, with proof."
@@ -238,10 +238,12 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Writes the privacy report (HTML and JSON) from the log alone."""
-    from discreet import pipeline
+    from discreet import duties, pipeline
     from discreet import report as reports
+    from discreet.governance.access import Action
 
     with pipeline.open_house(project) as house:
+        duties.ask(house, Action.READ)
         written = reports.write(house.log, house.project.root, public=public)
     _print(as_json, {"files": [str(p) for p in written]}, [str(p) for p in written])
 
@@ -399,6 +401,13 @@ def serve(
     allow_private: Annotated[list[str] | None, typer.Option(help="Host that may be private, or plain http; may be repeated.")] = None,
     upstream_key_env: Annotated[str, typer.Option(help="Environment variable with the upstream's API key.")] = "OPENAI_API_KEY",
     cache_salt: Annotated[bool, typer.Option("--cache-salt", help="Send vLLM a cache_salt for each tenant.")] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain in PEM: callers speak TLS (with --upstream).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate, in PEM.")] = None,
+    tls_callers: Annotated[Path | None, typer.Option(help="Authorities in PEM whose certificates callers must show.")] = None,
+    trail: Annotated[Path, typer.Option(help="Folder of the gateway's own signed log (with --upstream).")] = Path(".discreet-gateway"),
+    no_trail: Annotated[bool, typer.Option("--no-trail", help="Keep no signed log of what was served.")] = False,
+    traces: Annotated[str | None, typer.Option(help="URL of an OTLP collector for traces, such as http://127.0.0.1:4318/v1/traces.")] = None,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds that running answers may take after a signal to stop.")] = 10,
     new_key: Annotated[bool, typer.Option("--new-key", help="Print a fresh API key and its hash for the tenants file, and stop.")] = False,
 ) -> None:
     """Starts the gateway and the dashboard from the verified release, or the privacy gateway alone in front of another server."""
@@ -407,8 +416,25 @@ def serve(
     elif upstream is None:
         _serve(project, port=port)
     else:
-        private = frozenset(allow_private or ())
-        _serve_upstream(upstream, (host, 8765 if port is None else port), tenants, private, upstream_key_env, cache_salt)
+        from discreet.serve import alone
+        from discreet.serve.asgi import Tls
+
+        if (tls_cert is None) != (tls_key is None) or (tls_callers and not tls_cert):
+            raise ConfigInvalid("--tls-cert and --tls-key together", remedy="--tls-callers needs both.")
+        options = alone.Options(
+            upstream=upstream,
+            host=host,
+            port=8765 if port is None else port,
+            tenants=tenants,
+            private=frozenset(allow_private or ()),
+            key_env=upstream_key_env,
+            cache_salt=cache_salt,
+            tls=None if tls_cert is None or tls_key is None else Tls(certificate=tls_cert, key=tls_key, callers=tls_callers),
+            trail=None if no_trail else trail,
+            traces=traces,
+            grace_s=grace,
+        )
+        alone.run(options, say=lambda line: stderr.print(line, markup=False, soft_wrap=True))
 
 
 def _new_key() -> None:
@@ -417,27 +443,6 @@ def _new_key() -> None:
     api_key, hashed = asgi.new_api_key()
     stderr.print("The key goes to the tenant, the hash into the tenants file; the key is not kept.", markup=False)
     stdout.print(f"key         {api_key}\nkey_sha256  {hashed}", markup=False)
-
-
-def _serve_upstream(url: str, address: tuple[str, int], tenants: Path | None, private: frozenset[str], key_env: str, cache_salt: bool) -> None:
-    from discreet.keys import Key
-    from discreet.serve import asgi, proxy
-    from discreet.serve.tenants import Tenant, load
-    from discreet.serve.upstream import Upstream, resolve
-
-    server = Upstream(address=resolve(url, private=private), api_key=os.environ.get(key_env, ""))
-    host, port = address
-    stderr.print(f"gateway    http://{host}:{port}/v1  ->  {server.address.host}", markup=False)
-    known: tuple[Tenant, ...]
-    metrics_key: str | None = None
-    if tenants is None:
-        api_key, hashed = asgi.new_api_key()
-        known = (Tenant(name="default", key_hashes=(hashed,)),)
-        stderr.print(f'key (shown once)  {api_key}\n\nOpenAI(base_url="http://{host}:{port}/v1", api_key="{api_key}")', markup=False, soft_wrap=True)
-    else:
-        known, metrics_key = load(tenants)
-        stderr.print(f"tenants    {len(known)}", markup=False)
-    asgi.run(proxy.app(server, tenants=known, key=Key.random(), metrics_key_hash=metrics_key, cache_salt=cache_salt), host=host, port=port)
 
 
 def _serve(project: Path, *, port: int | None) -> None:
@@ -737,7 +742,7 @@ def _math(call: Callable[[], T]) -> T:
     try:
         return call()
     except ValueError as error:
-        raise PlanInvalid("parameters that the mathematics accepts", value=str(error)) from None
+        raise PlanInvalid.of(error) from None
 
 
 def _finite(value: float | None) -> float | str:
@@ -761,30 +766,42 @@ def budget_open(
     as_json: Json = False,
 ) -> None:
     """Opens a budget; it can never be refilled."""
-    from discreet import pipeline
+    from discreet import duties, pipeline
     from discreet.ledger import CarryOver, Period
 
     if carry_over not in set(CarryOver):
         raise RequestInvalid(f"--carry-over out of {', '.join(CarryOver)}", value=carry_over)
     period = Period(days=period_days, count=periods, carry_over=CarryOver(carry_over)) if periods else None
     with pipeline.open_house(project) as house:
-        held = house.ledger.open(name, epsilon=epsilon, delta=delta, unit=unit, query_delta=query_delta, period=period)
-        opened = pipeline.budget_fields(held) | ({"period": held.period.to_json(), "unlocked": held.unlocked} if held.period else {})
+        opened = duties.open_budget(house, name, epsilon=epsilon, delta=delta, unit=unit, query_delta=query_delta, period=period)
     _print(as_json, opened, [f"{k}: {v}" for k, v in _flat(opened)])
+
+
+@budget.command("raise")
+def budget_raise(
+    name: str,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="The new, larger epsilon.")],
+    reason: Annotated[str, typer.Option("--reason", help="Why; the log keeps it, and it is public.")],
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Raises a budget; where roles are set, after another person approved "NAME to EPSILON"."""
+    from discreet import duties, pipeline
+
+    with pipeline.open_house(project) as house:
+        raised = duties.raise_budget(house, name, epsilon=epsilon, reason=reason)
+    _print(as_json, raised, [f"{k}: {v}" for k, v in _flat(raised)])
 
 
 @budget.command("show")
 def budget_show(name: Annotated[str | None, typer.Argument()] = None, project: Folder = HERE, as_json: Json = False) -> None:
-    """Shows what was spent and what remains."""
-    from discreet import pipeline
+    """Shows what was spent and what remains, and warns from half on."""
+    from discreet import duties, pipeline
 
     with pipeline.open_house(project) as house:
-        budgets = [pipeline.budget_fields(b) for b in ([house.ledger.show(name)] if name else house.ledger.budgets())]
-    _print(
-        as_json,
-        {"budgets": budgets},
-        [f"{b['name']}: epsilon {b['remaining']:.3f} of {b['epsilon']:g} left, delta {b['delta']:.2g}, unit {b['unit']}" for b in budgets],
-    )
+        budgets = duties.show_budgets(house, name)
+    lines = [f"{b['name']}: epsilon {b['remaining']:.3f} of {b['epsilon']:g} left, delta {b['delta']:.2g}, unit {b['unit']}" for b in budgets]
+    _print(as_json, {"budgets": budgets}, [*lines, *(f"ALERT {alert}" for b in budgets for alert in b["alerts"])])
 
 
 @budget.command("reserve")
@@ -797,13 +814,13 @@ def budget_reserve(
     as_json: Json = False,
 ) -> None:
     """Charges an (epsilon, delta)-DP query to everyone, or refuses it (exit 3)."""
-    from discreet import pipeline
-    from discreet.ledger import Kind, Spend
+    from discreet import duties, pipeline
+    from discreet.ledger import Kind
 
     if kind not in set(Kind):
         raise RequestInvalid(f"--kind out of {', '.join(Kind)}", value=kind)
     with pipeline.open_house(project) as house:
-        held = house.ledger.charge(name, [Spend(kind=Kind(kind), epsilon=epsilon, delta=delta)])[0]
+        held = duties.reserve(house, name, epsilon=epsilon, delta=delta, kind=Kind(kind))
     document = {"reservation": held.id, "remaining": held.remaining_epsilon}
     _print(as_json, document, [f"reserved {held.id}; epsilon left: {held.remaining_epsilon:.4f}"])
 
@@ -820,41 +837,21 @@ def budget_plan(
     as_json: Json = False,
 ) -> None:
     """Says what can still be trained now at this utility, and what more noise would buy. Charges nothing."""
-    from discreet import pipeline
+    from discreet import duties, pipeline
     from discreet import report as reports
     from discreet.store import write_atomically
 
     with pipeline.open_house(project) as house:
-        held = house.ledger.show(name)
-        factors = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
-        curve = [
-            {"noise_multiplier": sigma, "steps": house.ledger.affordable(name, sampling_probability=sampling_probability, noise_multiplier=sigma)}
-            for sigma in (noise_multiplier * factor for factor in factors)
-        ]
-    steps = curve[factors.index(1.0)]["steps"]
-    document = {
-        "budget": name,
-        "remaining": held.remaining_epsilon,
-        "unlocked": held.unlocked,
-        "sampling_probability": sampling_probability,
-        "noise_multiplier": noise_multiplier,
-        "steps": steps,
-        "epochs": steps * sampling_probability,
-        "curve": curve,
-        **({"plot": str(plot)} if plot else {}),
-    }
+        document = duties.plan(house, name, sampling_probability=sampling_probability, noise_multiplier=noise_multiplier)
     if plot:
-        drawn = reports.affordable_chart([(row["noise_multiplier"], int(row["steps"])) for row in curve], chosen=noise_multiplier)
-        write_atomically(plot, drawn.encode())
-    _print(
-        as_json,
-        document,
-        [
-            f"{name}: epsilon {held.remaining_epsilon:.3f} of {held.epsilon:g} left, {held.unlocked:.0%} unlocked",
-            f"at noise multiplier {noise_multiplier:g}: {steps} more steps ({steps * sampling_probability:.1f} epochs)",
-            *(f"  noise multiplier {row['noise_multiplier']:6.3g}: {row['steps']:>8} steps" for row in curve),
-        ],
-    )
+        points = [(row["noise_multiplier"], int(row["steps"])) for row in document["curve"]]
+        write_atomically(plot, reports.affordable_chart(points, chosen=noise_multiplier).encode())
+        document["plot"] = str(plot)
+    lines = [
+        f"{name}: epsilon {document['remaining']:.3f} of {document['epsilon']:g} left, {document['unlocked']:.0%} unlocked",
+        f"at noise multiplier {noise_multiplier:g}: {document['steps']} more steps ({document['epochs']:.1f} epochs)",
+    ]
+    _print(as_json, document, [*lines, *(f"  noise multiplier {row['noise_multiplier']:6.3g}: {row['steps']:>8} steps" for row in document["curve"])])
 
 
 # --- governance -------------------------------------------------------------------------------------------------------------------------------------
@@ -885,9 +882,11 @@ def consent_grant(subject: str, project: Folder = HERE, as_json: Json = False) -
 @consent.command("history")
 def consent_history(subject: str, project: Folder = HERE, as_json: Json = False) -> None:
     """Shows everything a person said about their data, oldest first."""
-    from discreet import pipeline
+    from discreet import duties, pipeline
+    from discreet.governance.access import Action
 
     with pipeline.open_house(project, exclusive=False) as house:
+        duties.ask(house, Action.CONSENT)
         words = house.consent.history(pipeline.subject_of(house, subject))
     said = [
         {"purpose": w.purpose, "state": "granted" if w.basis else "withdrawn", "basis": w.basis.value if w.basis else None, "at": w.at} for w in words
@@ -929,9 +928,11 @@ def catalog_confirm(
 @catalog.command("list")
 def catalog_list(project: Folder = HERE, as_json: Json = False) -> None:
     """Lists the registered sources."""
-    from discreet import pipeline
+    from discreet import duties, pipeline
+    from discreet.governance.access import Action
 
     with pipeline.open_house(project) as house:
+        duties.ask(house, Action.READ)
         sources = house.catalog.sources()
     _print(
         as_json, {"sources": sources}, [f"{s['name']}: {s['sensitivity']}, owner {s['owner']}, purposes {', '.join(s['purposes'])}" for s in sources]
@@ -946,9 +947,11 @@ def catalog_register(
     as_json: Json = False,
 ) -> None:
     """Registers a source, or with --again what became of it since; its name, and so its budget, stay."""
-    from discreet import pipeline
+    from discreet import duties, pipeline
+    from discreet.governance.access import Action
 
     with pipeline.open_house(project) as house:
+        duties.ask(house, Action.REGISTER_SOURCE)
         section = next((section for section in house.project.source if section.name == name), None)
         if section is None:
             raise NotFound("a [[source]] of that name in discreet.toml", value=name)
@@ -964,6 +967,9 @@ def catalog_register(
 def evidence_export(
     out: Annotated[Path, typer.Option("--out", help="New folder for the bundle.")] = Path("evidence"),
     public: Annotated[bool, typer.Option("--public", help="Only what may be published.")] = False,
+    trail: Annotated[
+        Path | None, typer.Option("--trail", help="Folder of a gateway's trail (`discreet serve --upstream`) in place of a project.")
+    ] = None,
     project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
@@ -971,9 +977,14 @@ def evidence_export(
     from discreet import pipeline
     from discreet.evidence.log import verify_bundle
 
-    with pipeline.open_house(project) as house:
-        bundle, key = pipeline.export_evidence(house, out, public=public)
-        verified = verify_bundle(bundle, public_key=key.read_text())
+    if trail is not None:
+        from discreet.serve.trail import export
+
+        bundle, key = export(trail, out, public=public)
+    else:
+        with pipeline.open_house(project) as house:
+            bundle, key = pipeline.export_evidence(house, out, public=public)
+    verified = verify_bundle(bundle, public_key=key.read_text())
     document = {"bundle": str(bundle), "key": str(key), "public": public, "entries": len(verified.entries), "checkpoint": verified.note.decode()}
     _print(as_json, document, [f"bundle: {bundle}", f"key:    {key}"])
 
@@ -986,10 +997,12 @@ def evidence_dossier(
     as_json: Json = False,
 ) -> None:
     """Writes what a privacy officer needs as one signed folder, and the public key beside it; verifies it once."""
-    from discreet import dossier, pipeline
+    from discreet import dossier, duties, pipeline
+    from discreet.governance.access import Action
     from discreet.store import write_atomically
 
     with pipeline.open_house(project) as house:
+        duties.ask(house, Action.READ)
         folder = dossier.write(house.log, house.store, out, public=public, namespace=house.log.origin)
         key = out.with_name(out.name + ".pub")
         write_atomically(key, (house.log.public_key() + "\n").encode())
@@ -1015,27 +1028,82 @@ def evidence_witness(
     _print(as_json, signed, [signed["checkpoint"], f"witness key: {signed['key']}"])
 
 
-@evidence.command("verify")
-def evidence_verify(
-    bundle: Path,
-    key: Annotated[Path, typer.Option("--key", help="File with the log's public key.")],
+@evidence.command("rotate-key")
+def evidence_rotate_key(
+    out: Annotated[Path, typer.Option("--out", help="Where the public keys go, oldest first; hand the file out in place of the earlier one.")] = Path(
+        "log.pub"
+    ),
+    project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
-    """Verifies a bundle with a public key alone: no network, no database (exit 4 when anything is broken)."""
+    """Gives the log a new key; what the old one signed stays verifiable, and its private half is destroyed."""
+    from discreet import duties, pipeline
+
+    with pipeline.open_house(project) as house:
+        done = duties.rotate_key(house, out)
+    _print(as_json, done, [*done["keys"], f"written to {out}"])
+
+
+@evidence.command("pin")
+def evidence_pin(
+    accept: Annotated[bool, typer.Option("--accept-rollback", help="Go on with a database that lost entries; needs --by and --reason.")] = False,
+    by: Annotated[str, typer.Option("--by", help="Who accepts the loss; the log keeps it.")] = "",
+    reason: Annotated[str, typer.Option("--reason")] = "",
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Signs a checkpoint and keeps it outside the database; a restored backup is refused from then on."""
+    from discreet import duties, pipeline
+
+    if accept:
+        done = duties.accept_rollback(project, by=by, reason=reason)
+    else:
+        with pipeline.open_house(project) as house:
+            done = duties.pin(house)
+    _print(as_json, done, [done["checkpoint"]])
+
+
+@evidence.command("tiles")
+def evidence_tiles(
+    out: Annotated[Path, typer.Option("--out", help="Folder to be served; an earlier export grows.")] = Path("tiles"),
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Writes checkpoint and tiles of the log (c2sp.org/tlog-tiles) for mirrors and monitors: hashes only, no statement."""
+    from discreet import duties, pipeline
+
+    with pipeline.open_house(project) as house:
+        done = duties.tiles(house, out)
+    _print(as_json, done, [f"{done['tiles']} tiles in {out}"])
+
+
+@evidence.command("verify")
+def evidence_verify(
+    bundle: Annotated[Path, typer.Argument(help="A folder (bundle or dossier), or a JSON file with a statement and its proof.")],
+    key: Annotated[Path, typer.Option("--key", help="File with the log's public key; of a log whose key was rotated one a line.")],
+    as_json: Json = False,
+) -> None:
+    """Verifies a bundle, a dossier or a certificate with a public key alone: no network, no database (exit 4 when anything is broken)."""
     from discreet import dossier
     from discreet.errors import EvidenceInvalid
-    from discreet.evidence.log import verify_bundle
+    from discreet.evidence.log import verify_bundle, verify_certificate
 
-    if not key.is_file():
-        raise SourceMissing("a file with the log's public key", value=str(key))
-    check = dossier.verify if dossier.is_dossier(bundle) else verify_bundle
+    for path in (key, bundle):
+        if not path.exists():
+            raise SourceMissing("a bundle, and a file with the log's public key", value=str(path))
+    public_key = key.read_text()
     try:
-        verified = check(bundle, public_key=key.read_text().strip())
+        if bundle.is_file():
+            entry, signed = verify_certificate(bundle, public_key=public_key)
+            statements, said = 1, f"VALID: '{entry.predicate}' of {entry.time} is in the log under this checkpoint"
+        else:
+            verified = (dossier.verify if dossier.is_dossier(bundle) else verify_bundle)(bundle, public_key=public_key)
+            statements, signed = len(verified.entries), verified.note
+            said = f"VALID: {statements} statements under this checkpoint"
     except EvidenceInvalid as error:
-        _print(as_json, {"valid": False, "failed": error.failed, "checkpoint": None}, ["BROKEN", *error.failed])
+        _print(as_json, {"valid": False, "failed": error.failed or [str(error)], "checkpoint": None}, ["BROKEN", *error.failed])
         raise typer.Exit(error.exit_code) from None
-    document = {"valid": True, "failed": [], "checkpoint": verified.note.decode(), "statements": len(verified.entries)}
-    _print(as_json, document, [f"VALID: {len(verified.entries)} statements under this checkpoint", verified.note.decode()])
+    _print(as_json, {"valid": True, "failed": [], "checkpoint": signed.decode(), "statements": statements}, [said, signed.decode()])
 
 
 # --- federation -------------------------------------------------------------------------------------------------------------------------------------
@@ -1055,8 +1123,78 @@ def federate_enroll(project: Folder = HERE, as_json: Json = False) -> None:
     """Freezes a site's corpus and prints the public key that goes into the fleet's roster.json."""
     from discreet import federate as fleets
 
-    enrolled = fleets.enroll(project, _Bars())
-    _print(as_json, {"name": enrolled.name, "key": enrolled.key.hex(), "base": enrolled.base.digest}, [f"{enrolled.name} {enrolled.key.hex()}"])
+    document = fleets.document(fleets.enroll(project, _Bars()))
+    _print(as_json, document, [f"{document['name']} {document['key']}"])
+
+
+@federate.command("roster")
+def federate_roster(
+    enrolled: Annotated[list[Path], typer.Argument(help="What `enroll --json` printed at each site, one file each.")],
+    base: Annotated[Path, typer.Option("--base", help="Folder of the base model.")],
+    host: Annotated[str, typer.Option("--host", help="By which the sites reach the coordinator; it is in the certificate.")] = "127.0.0.1",
+    fleet: Fleet = HERE,
+    as_json: Json = False,
+) -> None:
+    """Writes roster.json and ca.crt, which every site gets beside fleet.toml."""
+    from discreet import federate as fleets
+
+    made = fleets.roster(fleet, [_json_file(path) for path in enrolled], base=base, host=host)
+    _print(as_json, made, [f"session {made['session']} of {', '.join(made['sites'])}", f"roster  {made['digest']}  (compare it at every site)"])
+
+
+@federate.command("server")
+def federate_server(
+    fleet: Fleet = HERE,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on, the one of the certificate.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port")] = 9700,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds that a stage of a round may take.")] = 600.0,
+    as_json: Json = False,
+) -> None:
+    """Coordinates a fleet over Flower; started again after its death, it continues the round that was under way."""
+    from discreet import federate as fleets
+
+    result = fleets.serve(fleet, host=host, port=port, timeout=timeout, observer=_Bars())
+    _print(as_json, result, fleets.lines(result))
+
+
+@federate.command("client")
+def federate_client(
+    superlink: Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.")],
+    project: Folder = HERE,
+    fleet: Annotated[Path, typer.Option("--fleet", help="Folder with fleet.toml, roster.json and ca.crt.")] = HERE,
+    as_json: Json = False,
+) -> None:
+    """Takes part with this site until the session is closed; exit 4 when its receipts are not honoured."""
+    from discreet import federate as fleets
+
+    result = fleets.attend(project, fleet=fleet, superlink=superlink, observer=_Bars())
+    said = "each counted once under the agreed model and plan" if result["valid"] else f"NOT HONOURED: {'; '.join(result['failed'])}"
+    _print(as_json, result, [f"receipt    {result['site']}: {result['rounds']} uploads, {said}"])
+    if not result["valid"]:
+        raise typer.Exit(4)
+
+
+@federate.command("leave")
+def federate_leave(
+    project: Folder = HERE,
+    fleet: Annotated[Path, typer.Option("--fleet", help="Folder with fleet.toml and roster.json.")] = HERE,
+    as_json: Json = False,
+) -> None:
+    """Takes this site out of its session for good; what it spent stays spent."""
+    from discreet import federate as fleets
+
+    left = fleets.leave(project, fleet=fleet)
+    _print(as_json, left, [f"{left['site']} left session {left['session']} after {left['rounds']} rounds"])
+
+
+def _json_file(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceMissing("a file that `discreet federate enroll --json` printed", value=f"{path.name}: {type(error).__name__}") from None
+    if not isinstance(content, dict) or not {"name", "key", "node", "base", "model"} <= set(content):
+        raise SourceMissing("a file that `discreet federate enroll --json` printed", value=path.name)
+    return content
 
 
 # --- plumbing ---------------------------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Column, Connection, Index, Integer, String, Table, Text, bindparam, func, insert, select, update
+from sqlalchemy import Column, Connection, Index, Integer, String, Table, Text, bindparam, func, insert, select, text, update
 
 from discreet.keys import Keyring
 from discreet.record import Digest, SubjectId
@@ -72,7 +72,10 @@ def members(keyring: Keyring, subjects: Iterable[SubjectId]) -> list[str]:
 
 def everyone(tx: Connection) -> tuple[int, ...]:
     """Returns every cohort, `UNSEEN` included."""
-    return (UNSEEN, *tx.execute(select(_cohorts.c.id).order_by(_cohorts.c.id)).scalars())
+    return (UNSEEN, *tx.execute(_EVERYONE).scalars())
+
+
+_EVERYONE = select(_cohorts.c.id).order_by(_cohorts.c.id)
 
 
 def of_population(tx: Connection, population: str) -> tuple[int, ...]:
@@ -116,27 +119,10 @@ def add(tx: Connection, cohorts: Sequence[int], charges: Mapping[Digest, Mapping
         charges: content by digest; JSON.
         times: how often each was made now, >= 1.
     """
-    known = set(tx.execute(select(_charges.c.id).where(_charges.c.id.in_(list(charges)))).scalars())
-    new = [{"id": digest, "content": json.dumps(content, sort_keys=True)} for digest, content in charges.items() if digest not in known]
-    if new:
-        tx.execute(insert(_charges), new)
-    before = {
-        (row.cohort, row.charge)
-        for row in tx.execute(select(_spends.c.cohort, _spends.c.charge).where(_spends.c.charge.in_(list(charges)), _spends.c.cohort.in_(cohorts)))
-    }
-    pairs = [{"c": cohort, "d": digest, "n": count} for cohort in cohorts for digest, count in times.items()]
-    _write_many(
-        tx,
-        update(_spends)
-        .where(_spends.c.cohort == bindparam("c"), _spends.c.charge == bindparam("d"))
-        .values(times=_spends.c.times + bindparam("n", type_=Integer)),
-        [pair for pair in pairs if (pair["c"], pair["d"]) in before],
-    )
-    _write_many(
-        tx,
-        insert(_spends),
-        [{"cohort": pair["c"], "charge": pair["d"], "times": pair["n"]} for pair in pairs if (pair["c"], pair["d"]) not in before],
-    )
+    tx.execute(_ADD_CHARGE, [{"id": digest, "content": json.dumps(content, sort_keys=True)} for digest, content in charges.items()])
+    pairs = [{"cohort": cohort, "charge": digest, "times": count} for cohort in cohorts for digest, count in times.items()]
+    if pairs:
+        tx.execute(_ADD_SPEND, pairs)
 
 
 def history(tx: Connection, cohort: int) -> list[tuple[dict[str, Any], int]]:
@@ -155,14 +141,23 @@ def accounts(tx: Connection, cohorts: Sequence[int] | None = None, *, budget: st
     return {(row.cohort, row.budget): row.account for row in tx.execute(query.order_by(_accounts.c.cohort, _accounts.c.budget))}
 
 
-def write_accounts(tx: Connection, before: Iterable[tuple[int, str]], after: Mapping[tuple[int, str], str]) -> None:
-    """Stores accounts; those of `before` are there already."""
-    there = set(before)
-    changed = [{"c": cohort, "b": budget, "a": content} for (cohort, budget), content in after.items()]
-    where = (_accounts.c.cohort == bindparam("c")) & (_accounts.c.budget == bindparam("b"))
-    _write_many(tx, update(_accounts).where(where).values(account=bindparam("a")), [row for row in changed if (row["c"], row["b"]) in there])
-    fresh = [{"cohort": row["c"], "budget": row["b"], "account": row["a"]} for row in changed if (row["c"], row["b"]) not in there]
-    _write_many(tx, insert(_accounts), fresh)
+def write_accounts(tx: Connection, accounts: Mapping[tuple[int, str], str]) -> None:
+    """Stores accounts, new ones and known ones."""
+    rows = [{"cohort": cohort, "budget": budget, "account": content} for (cohort, budget), content in accounts.items()]
+    if rows:
+        tx.execute(_PUT_ACCOUNT, rows)
+
+
+_ADD_CHARGE = text("INSERT INTO ledger_charges (id, content) VALUES (:id, :content) ON CONFLICT (id) DO NOTHING")
+_ADD_SPEND = text(
+    "INSERT INTO ledger_spends (cohort, charge, times) VALUES (:cohort, :charge, :times)"
+    " ON CONFLICT (cohort, charge) DO UPDATE SET times = ledger_spends.times + excluded.times"
+)
+_PUT_ACCOUNT = text(
+    "INSERT INTO ledger_accounts (cohort, budget, account) VALUES (:cohort, :budget, :account)"
+    " ON CONFLICT (cohort, budget) DO UPDATE SET account = excluded.account"
+)
+"""Upserts, in the form that SQLite and PostgreSQL share."""
 
 
 def _grouped(tx: Connection, people: set[str]) -> dict[int, list[str]]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal, final
 
@@ -28,17 +27,6 @@ Count = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
-
-
-@final
-class Optimizer(StrEnum):
-    """The optimisers that a run may use."""
-
-    ADAM = "adam"
-    ADAMW = "adamw"
-    ADAM_CORRECTED = "adam_corrected"
-    """Adam whose second moment is corrected for the variance of the noise (DP-AdamBC)."""
-    SGD = "sgd"
 
 
 class _Section(BaseModel):
@@ -142,6 +130,9 @@ class DeidSection(_Section):
         default_factory=dict,
         description="label -> least score that counts, from `discreet redact calibrate`; on public or separately charged samples only",
     )
+    labelled: str = Field(
+        "", description="JSON Lines of public or generated texts with their identifiers marked: recall and precision are measured on them"
+    )
 
 
 @final
@@ -172,9 +163,20 @@ class PrivacySection(_Section):
     )
     cap: Count = Field(1, description="documents of one unit used in one step, chosen by keyed hash")
     combine: Literal["sum", "mean"] = Field("sum", description="what of a unit's documents is clipped: their sum or their mean")
-    clip_norm: Positive = 0.5
+    clip_norm: Positive = Field(0.5, description="largest gradient norm of one contribution; with clip_quantile that of the first step")
+    clip_quantile: Probability | None = Field(
+        None, description="share of the contributions that should lie within the clip norm, which then follows them; the votes are part of the price"
+    )
+    clip_rate: Positive = Field(0.2, description="how fast the clip norm follows, in logarithm a step")
+    votes_noise: Positive | None = Field(None, description="standard deviation of the noise on the votes; left out: expected_batch / 20")
     steps: Count = 25
-    expected_batch: Count = Field(64, description="expected number of units in a step (Poisson)")
+    expected_batch: Count = Field(64, description="expected number of units in a step (of documents with sampling = 'poisson_documents')")
+    sampling: Literal["poisson", "truncated_poisson", "cyclic_poisson", "poisson_documents"] = Field(
+        "poisson",
+        description="who takes part in a step: units (poisson), at most batch_limit of them (truncated_poisson), one group after the other (cyclic_poisson, with bands), or documents",
+    )
+    batch_limit: Count | None = Field(None, description="largest number of units in a step; for truncated_poisson, and required there")
+    bands: Count | None = Field(None, description="over how many steps the noise is correlated; for cyclic_poisson, and required there")
     target: Literal["budget", "pld"] = Field(
         "budget", description="what epsilon means: the budget's RDP filter admits it, or the tighter PLD figure meets it"
     )
@@ -185,7 +187,10 @@ class TrainSection(_Section):
     """Optimisation. Public choices; they do not change the guarantee."""
 
     learning_rate: Positive = 2e-3
-    optimizer: Optimizer = Optimizer.ADAM
+    optimizer: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,32}$")] = Field(
+        "adam",
+        description="an optimiser of torch.optim in lower case, or adam_corrected (DP-AdamBC: the noise's variance is taken out of the second moment)",
+    )
     warmup_steps: int = Field(0, ge=0)
     public_steps: int = Field(0, ge=0, description="steps of the non-private track on public sources, before the DP track")
 

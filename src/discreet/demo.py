@@ -51,7 +51,10 @@ MIN_TOKENS, MAX_TOKENS = 40, 80
 MAX_DOCUMENTS = 8
 """Documents of one patient, at most."""
 
-_CORPUS_FILES = ("notes.jsonl", "gold.jsonl", "public_train.jsonl", "held_out.jsonl", "opt_outs.txt")
+LABELLED = 200
+"""Public texts with their identifiers marked, on which the detectors are measured."""
+
+_CORPUS_FILES = ("notes.jsonl", "gold.jsonl", "public_train.jsonl", "labelled.jsonl", "held_out.jsonl", "opt_outs.txt")
 _SIZES = {"patients": 2000, "documents": 5000, "public": 1500, "held_out": 48}
 _FAST_SIZES = {"patients": 1500, "documents": 2000, "public": 600, "held_out": 60}
 _FAST_SETTINGS = {
@@ -169,7 +172,7 @@ def write_corpus(
     """Writes the hospital into `folder`: the same arguments give the same bytes (with the same version of Faker).
 
     Files: `notes.jsonl` (private: id, patient, kind, text, name, mrn, dob, phone, email, address), `gold.jsonl` (id, spans), `public_train.jsonl` and `held_out.jsonl` (id,
-    kind, text; other people), `opt_outs.txt` (one patient a line).
+    kind, text; other people), `labelled.jsonl` (text, spans: the first of the public texts, marked), `opt_outs.txt` (one patient a line).
 
     Args:
         folder: where to write; made if absent, files of these names are replaced.
@@ -192,11 +195,14 @@ def write_corpus(
     staff = _staff(draw.fork("staff"))
     notes, gold = _private(draw, patients=patients, documents=documents, staff=staff)
     opted_out = _opted_out(draw.fork("opt-outs"), patients)
+    strangers, marked = _strangers(draw.fork("public"), public, prefix="pub", staff=staff)
+    unseen, _ = _strangers(draw.fork("held-out"), held_out, prefix="held", staff=_staff(draw.fork("other staff")))
     written = {
         "notes.jsonl": _lines(notes),
         "gold.jsonl": _lines(gold),
-        "public_train.jsonl": _lines(_strangers(draw.fork("public"), public, prefix="pub", staff=staff)),
-        "held_out.jsonl": _lines(_strangers(draw.fork("held-out"), held_out, prefix="held", staff=_staff(draw.fork("other staff")))),
+        "public_train.jsonl": _lines(strangers),
+        "labelled.jsonl": _lines(marked[:LABELLED]),
+        "held_out.jsonl": _lines(unseen),
         "opt_outs.txt": "".join(f"{unit}\n" for unit in opted_out),
     }
     for name, content in written.items():
@@ -329,18 +335,23 @@ def _private(draw: Draw, *, patients: int, documents: int, staff: tuple[str, ...
         }
         for document in _documents(own, person, count, staff=staff):
             notes.append({"id": document.id, "patient": person.unit, "kind": document.kind, "text": document.text} | columns)
-            gold.append({"id": document.id, "spans": [{"start": g.start, "end": g.end, "label": g.label} for g in document.gold]})
+            gold.append({"id": document.id, "spans": _spans(document)})
     return notes, gold
 
 
-def _strangers(draw: Draw, count: int, *, prefix: str, staff: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Returns texts about people who are not patients, one text each."""
-    rows = []
+def _spans(document: Document) -> list[dict[str, Any]]:
+    return [{"start": g.start, "end": g.end, "label": g.label} for g in document.gold]
+
+
+def _strangers(draw: Draw, count: int, *, prefix: str, staff: tuple[str, ...]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Returns texts about people who are not patients, one text each; and the same texts with their identifiers marked."""
+    rows, marked = [], []
     for number in range(count):
         own = draw.fork(number)
         document = next(_documents(own, _person(own, number), 1, staff=staff))
         rows.append({"id": f"{prefix}-{number:05d}", "kind": document.kind, "text": document.text})
-    return rows
+        marked.append({"text": document.text, "spans": _spans(document)})
+    return rows, marked
 
 
 def _opted_out(draw: Draw, patients: int) -> list[str]:

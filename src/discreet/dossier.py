@@ -33,7 +33,8 @@ from typing import Any
 
 from discreet import __version__, report
 from discreet.dp import accounting
-from discreet.dp.mechanism import Mechanism, Sampling
+from discreet.dp.combine import Combine
+from discreet.dp.mechanism import Mechanism, Sampling, mechanism_from_json
 from discreet.errors import EvidenceInvalid, NotReleased, OperationFailed
 from discreet.evidence import note, statement
 from discreet.evidence.log import Log, VerifiedBundle, verify_bundle
@@ -151,19 +152,19 @@ def verify(folder: Path, *, public_key: str, pinned: bytes | None = None) -> Ver
     Raises:
         EvidenceInvalid: `failed` names what broke.
     """
-    key = note.parse_key(public_key.strip())
     if sorted(os.listdir(folder)) != sorted((*FILES, LOG, MANIFEST)):
         raise _broken("dossier: other files than it has")
-    payload = statement.open_envelope(_read(folder / MANIFEST), payload_type=MANIFEST_TYPE, public_key=key.ed25519, key_id=key.label)
-    signed = parse_json(payload)
     verified = verify_bundle(folder / LOG, public_key=public_key, pinned=pinned)
+    key = verified.keys[-1]
+    payload, _ = statement.open_envelope(_read(folder / MANIFEST), payload_type=MANIFEST_TYPE, keys=note.by_label([key]))
+    signed = parse_json(payload)
     described = _described(folder)
     expected = {"files": described, "format": FORMAT, "origin": key.name, "public": verified.public}
     if signed != expected:
         found = signed.get("files", {}) if isinstance(signed, dict) else {}
         changed = [name for name, what in described.items() if found.get(name) != what] or ["manifest.json"]
         raise _broken(*(f"{name}: differs from what was signed" for name in changed))
-    _check_answers(json.loads(_read(folder / "dossier.json")), verified, public_key=public_key)
+    _check_answers(json.loads(_read(folder / "dossier.json")), verified, public_key="\n".join(map(str, verified.keys)))
     return verified
 
 
@@ -250,17 +251,17 @@ def _statement(entries: Sequence[Logged], trained: Logged | None) -> tuple[Secti
 _ENFORCED = {
     Sampling.POISSON.value: "in each step at most cap documents of a unit are taken, and clipped as one",
     Sampling.TRUNCATED_POISSON.value: "in each step at most cap documents of a unit are taken, and clipped as one",
+    Sampling.CYCLIC_POISSON.value: "in each step at most cap documents of a unit are taken, and clipped as one",
     Sampling.POISSON_DOCUMENTS.value: "at most cap documents of a unit are taken, once for the whole run, each clipped alone",
 }
 
 
 def _mechanism(claim: Mapping[str, Any]) -> Mechanism:
     """The mechanism that the claim says ran."""
-    names = ("sampling_probability", "noise_multiplier", "clip_norm", "steps", "population", "cap", "batch_limit")
+    assumed = {"sampling": claim.get("sampler", Sampling.POISSON), "combine": Combine.SUM, "population": 1, "cap": 1}
     try:
-        given = {name: claim[name] for name in names if claim.get(name) is not None}
-        return Mechanism(sampling=Sampling(claim.get("sampler", "poisson")), **given)
-    except (ValueError, TypeError) as error:
+        return mechanism_from_json(assumed | dict(claim))
+    except (KeyError, ValueError, TypeError) as error:
         raise _disagree(str(error)) from None
 
 

@@ -20,6 +20,7 @@
     |   |-- ReservationRefused                      budget.reservation
     |   |-- NotReleased                             release.withheld
     |   |-- AccessDenied                            access.denied    (http 401)
+    |   |-- LeakStopped                             serve.leak
     |   |-- TermsRefused                            federation.terms
     |   |-- PeerRefused                             federation.peer
     |   |-- MessageReplayed                         federation.replayed
@@ -49,7 +50,7 @@ identifiers of people. The mathematics (`dp`, `evidence.merkle`, `audit.bounds`)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class DiscreetError(Exception):
@@ -113,6 +114,11 @@ class RecordConflict(UsageError):
 class PlanInvalid(UsageError):
     code = "plan.invalid"
 
+    @classmethod
+    def of(cls, error: ValueError, *, remedy: str = "") -> Self:
+        """Says what the mathematics said ("Expected clip_norm=-1.0 > 0."), whose rule holds the public value."""
+        return cls(str(error).removeprefix("Expected ").removesuffix("."), remedy=remedy)
+
 
 class ModelUnsafe(UsageError):
     code = "model.unsafe"
@@ -152,6 +158,10 @@ class NotReleased(Refused):
 
 class AccessDenied(Refused):
     code, http_status = "access.denied", 401
+
+
+class LeakStopped(Refused):
+    code = "serve.leak"
 
 
 class Forgotten(Refused):

@@ -178,9 +178,21 @@ class Keyring:
         """
         return self._key("run", run)
 
-    def signer(self, name: str = "log") -> Ed25519PrivateKey:
-        """Returns the project's Ed25519 signing key of that name, created at the first call."""
-        return Ed25519PrivateKey.from_private_bytes(self._key("signer", name)._secret)
+    def signer(self, name: str = "log", *, tx: Connection | None = None) -> Ed25519PrivateKey:
+        """Returns the project's Ed25519 signing key of that name, created at the first call.
+
+        Args:
+            tx: the caller's transaction, when it is inside one.
+
+        Raises:
+            Forgotten: when the key was rotated out and destroyed.
+        """
+        key = self._load(tx, "signer", name) if tx is not None else self._key("signer", name)
+        return Ed25519PrivateKey.from_private_bytes(key._secret)
+
+    def destroy_signer(self, name: str) -> None:
+        """Destroys a signing key that was rotated out; what it signed stays verifiable. Idempotent."""
+        self._destroy("signer", name)
 
     def forget(self, subject: SubjectId) -> None:
         """Destroys the subject's key for good. Idempotent."""

@@ -1,6 +1,7 @@
 """Privacy budgets: open, reserve, spend, close. What the filter does not admit, for every one of its people, is not trained.
 
-    open     fixes epsilon, delta, the privacy unit and, in the filter, the orders and limits; never changed, never refilled
+    open     fixes epsilon, delta, the privacy unit and, in the filter, the orders and limits; never refilled
+    raise_to a larger epsilon, a decision of people (`governance.access`: two of them) that the log and every later report names; what was spent stays spent
     reserve  charges the whole planned event, in one serialised transaction that reads, decides and writes (PITFALLS 18)
     charge   the same for queries: statistics, retrieval, search, synthetic text; named people, or everyone
     spend    marks the reservation spent, before the first noisy step; a resume of the same run finds it spent and pays nothing more
@@ -43,7 +44,7 @@ from functools import lru_cache
 from typing import Any, final
 
 from dp_accounting import ComposedDpEvent, DpEvent, SelfComposedDpEvent
-from sqlalchemy import Column, Connection, Float, Integer, String, Table, Text, insert, inspect, select, update
+from sqlalchemy import Column, Connection, Float, Integer, String, Table, Text, bindparam, insert, inspect, select, update
 
 from discreet import cohorts
 from discreet.config import digest_of
@@ -464,6 +465,32 @@ class Ledger:
                 raise _other_numbers(found)
             return _budget(tx, name)
 
+    def raise_to(self, name: str, epsilon: float, *, reason: str) -> Budget:
+        """Raises a budget's epsilon; everything that was ever spent is counted anew under the larger one.
+
+        The promise to its people becomes the larger epsilon, also for what was spent before. It stays a promise only if nothing that private data gave was the reason to raise it.
+
+        Args:
+            name: of an open budget.
+            epsilon: above the present one, finite.
+            reason: for the log, public.
+
+        Raises:
+            PlanInvalid: when epsilon is not larger, or no reason is given.
+            NotFound: when it was not opened.
+        """
+        with self._store.transaction() as tx:
+            old = _terms(tx, name)
+            if not (math.isfinite(epsilon) and epsilon > old.filter.epsilon) or not reason.strip():
+                raise PlanInvalid("a finite epsilon above the present one, and a reason", value=f"epsilon {epsilon:g}, now {old.filter.epsilon:g}")
+            new = replace(old, filter=RdpFilter.open(epsilon=epsilon, delta=old.filter.delta, relation=old.filter.relation))
+            tx.execute(update(_budgets).where(_budgets.c.name == name).values(terms=new.to_json()))
+            counted = {(cohort, budget): _replayed(tx, cohort, new).to_json() for cohort, budget in cohorts.accounts(tx, budget=name)}
+            cohorts.write_accounts(tx, counted)
+            fields: dict[str, JSON] = {"budget": name, "epsilon": epsilon, "earlier": old.filter.epsilon, "reason": reason.strip()}
+            self._log.append(tx, Statement(predicate=Predicate.BUDGET_RAISED, subjects=(digest_of(fields),), fields=fields))
+            return _budget(tx, name)
+
     def show(self, name: str) -> Budget:
         """Returns a budget as it stands.
 
@@ -528,7 +555,7 @@ class Ledger:
             wanted = _Wanted(
                 budget=name, run=run, kind=kind, plan=plan.digest, snapshot=snapshot.root, population=population, price=_price(plan), spend=spend
             )
-            return self._charge(tx, [wanted])[0]
+            return self._charge(tx, [wanted], _take_numbers(tx, name, 1))[0]
 
     def charge(self, name: str, spends: Sequence[Spend], *, snapshot: Snapshot | None = None) -> list[Reservation]:
         """Charges queries in one transaction, all of them or none. Every call is a new charge.
@@ -544,14 +571,13 @@ class Ledger:
         if not spends:
             raise PlanInvalid("one spend or more", value=0)
         with self._store.transaction() as tx:
-            terms = _terms(tx, name)
+            number = _take_numbers(tx, name, len(spends))
             population = None
             if snapshot is not None:
-                _claim_unit(tx, terms.unit, snapshot.sources)
+                _claim_unit(tx, _terms(tx, name).unit, snapshot.sources)
                 population = _population(snapshot)
                 cohorts.enroll(tx, population, lambda: cohorts.members(self._keyring, snapshot.units.reveal()))
-            number = _next_number(tx, name)
-            return self._charge(tx, [_query(name, spend, number + k, population, snapshot) for k, spend in enumerate(spends)])
+            return self._charge(tx, [_query(name, spend, number + k, population, snapshot) for k, spend in enumerate(spends)], number)
 
     def reserve_epsilon(self, name: str, epsilon: float) -> Reservation:
         """Charges everyone a query that is epsilon-DP, by its RDP bound or, among pure queries only, by its epsilon. Every call is a new charge.
@@ -673,23 +699,20 @@ class Ledger:
             self._log.append(tx, Statement(predicate=Predicate.CLOSED, subjects=(Digest(row.plan),), fields=fields))
             return _reservation(tx, _by_id(tx, row.id))
 
-    def _charge(self, tx: Connection, wanted: Sequence[_Wanted]) -> list[Reservation]:
-        """Judges one population's spends one after the other, for every cohort under every budget that binds it, then writes them all."""
+    def _charge(self, tx: Connection, wanted: Sequence[_Wanted], number: int) -> list[Reservation]:
+        """Judges one population's spends one after the other, for every cohort under every budget that binds it, then writes them all from this number on."""
         first = wanted[0]
         people = cohorts.everyone(tx) if first.population is None else cohorts.of_population(tx, first.population)
-        standing = _accounts(tx, first.budget, people)
-        stored, at = set(cohorts.accounts(tx, people)), now(tx)
+        standing, at = _accounts(tx, first.budget, people), now(tx)
         held = {key: account.rolled(at) for key, account in standing.items()}
         left: list[float] = []
         for want in wanted:
             held = {key: _judged(account, want, asked=first.budget) for key, account in held.items()}
             left.append(min(account.remaining_epsilon for (_, budget), account in held.items() if budget == first.budget))
-        cohorts.write_accounts(tx, stored, {key: account.to_json() for key, account in held.items()})
+        cohorts.write_accounts(tx, {key: account.to_json() for key, account in held.items()})
         cohorts.add(tx, people, {want.spend.digest: want.spend.content for want in wanted}, Counter(want.spend.digest for want in wanted))
-        number = _next_number(tx, first.budget)
         rows = [_row(want, number + k, at) for k, want in enumerate(wanted)]
-        tx.execute(insert(_reservations), rows)
-        tx.execute(update(_budgets).where(_budgets.c.name == first.budget).values(reservations=number - 1 + len(rows)))
+        tx.execute(_INSERT_RESERVATIONS, rows)
         self._log.append_all(tx, [_reserved(row) for row in rows])
         return [_granted(row, remaining) for row, remaining in zip(rows, left, strict=True)]
 
@@ -751,7 +774,9 @@ def _opened(terms: _Terms) -> Statement:
 def _other_numbers(found: _Terms) -> ReservationRefused:
     opened = f"epsilon {found.filter.epsilon:g}, delta {found.delta:g}, unit {found.unit}, {found.filter.relation}"
     return ReservationRefused(
-        f"budget '{found.name}' with the numbers that it was opened with", value=f"other numbers than {opened}", remedy="They are fixed for good."
+        f"budget '{found.name}' with the numbers that it was opened with",
+        value=f"other numbers than {opened}",
+        remedy="They are fixed; two people may raise its epsilon: `discreet budget raise`.",
     )
 
 
@@ -772,27 +797,35 @@ def _claim_unit(tx: Connection, unit: str, sources: Iterable[str]) -> None:
 
 
 def _all_terms(tx: Connection) -> dict[str, _Terms]:
-    return {row.name: _read_terms(row) for row in tx.execute(select(_budgets.c.name, _budgets.c.unit, _budgets.c.terms, _budgets.c.opened_at))}
+    return {row.name: _read_terms(*row) for row in tx.execute(_ALL_TERMS)}
 
 
-def _read_terms(row: Any) -> _Terms:
-    fields = json.loads(row.terms)
+_ALL_TERMS = select(_budgets.c.name, _budgets.c.unit, _budgets.c.terms, _budgets.c.opened_at)
+
+
+@lru_cache(maxsize=256)
+def _read_terms(name: str, unit: str, terms: str, opened_at: float) -> _Terms:
+    fields = json.loads(terms)
     period = None if fields["period"] is None else Period(**{**fields["period"], "carry_over": CarryOver(fields["period"]["carry_over"])})
     return _Terms(
-        name=row.name,
-        unit=row.unit,
+        name=name,
+        unit=unit,
         filter=RdpFilter.from_json(fields["filter"]),
         query_delta=fields["query_delta"],
         period=period,
-        opened_at=row.opened_at,
+        opened_at=opened_at,
     )
 
 
 def _terms(tx: Connection, name: str) -> _Terms:
-    row = tx.execute(select(_budgets.c.name, _budgets.c.unit, _budgets.c.terms, _budgets.c.opened_at).where(_budgets.c.name == name)).one_or_none()
+    row = tx.execute(_ALL_TERMS.where(_budgets.c.name == name)).one_or_none()
     if row is None:
-        raise NotFound("an open budget", value=repr(name), remedy="Open it with `discreet budget open NAME --epsilon E --delta D`.")
-    return _read_terms(row)
+        raise _not_open(name)
+    return _read_terms(*row)
+
+
+def _not_open(name: str) -> NotFound:
+    return NotFound("an open budget", value=repr(name), remedy="Open it with `discreet budget open NAME --epsilon E --delta D`.")
 
 
 def _standing(tx: Connection, name: str) -> dict[int, _Account]:
@@ -811,7 +844,7 @@ def _budget(tx: Connection, name: str) -> Budget:
         delta=terms.delta,
         unit=terms.unit,
         remaining_epsilon=remaining,
-        num_reservations=_next_number(tx, name) - 1,
+        num_reservations=int(tx.execute(select(_budgets.c.reservations).where(_budgets.c.name == name)).scalar_one()),
         query_delta=terms.query_delta,
         period=terms.period,
         unlocked=_unlocked(terms, now(tx)),
@@ -972,8 +1005,21 @@ def _decimal(value: float) -> Decimal:
     return Decimal(repr(float(value)))
 
 
-def _next_number(tx: Connection, budget: str) -> int:
-    return int(tx.execute(select(_budgets.c.reservations).where(_budgets.c.name == budget)).scalar_one()) + 1
+def _take_numbers(tx: Connection, budget: str, count: int) -> int:
+    """Counts `count` more reservations of a budget and returns the number of the first."""
+    last = tx.execute(_COUNT, {"budget": budget, "more": count}).scalar_one_or_none()
+    if last is None:
+        raise _not_open(budget)
+    return int(last) - count + 1
+
+
+_COUNT = (
+    update(_budgets)
+    .where(_budgets.c.name == bindparam("budget"))
+    .values(reservations=_budgets.c.reservations + bindparam("more", type_=Integer))
+    .returning(_budgets.c.reservations)
+)
+_INSERT_RESERVATIONS = insert(_reservations)
 
 
 def _of_run(tx: Connection, run: str) -> Any:

@@ -36,8 +36,10 @@ from discreet.audit import bounds, extraction, membership
 from discreet.audit import canaries as canary
 from discreet.audit import mechanism as rehearsal
 from discreet.audit.canaries import Canaries
-from discreet.config import ModelSection, Project, SourceSection, TrainSection, digest_of
+from discreet.config import ModelSection, PrivacySection, Project, SourceSection, TrainSection, digest_of
 from discreet.deid import policy as deid
+from discreet.deid.calibrate import samples_of
+from discreet.deid.measure import measure
 from discreet.dp import accounting, mechanism
 from discreet.dp.combine import Combine
 from discreet.errors import (
@@ -70,7 +72,7 @@ from discreet.model import Base, PublicText
 from discreet.record import Basis, Deidentified, Digest, Purpose, Record, Release, Sensitivity, Snapshot, SubjectId
 from discreet.serve import gateway
 from discreet.store import Store, metadata, write_atomically
-from discreet.train import loop
+from discreet.train import loop, optimizers
 from discreet.train.checkpoint import PURPOSE, Checkpoints, CheckpointStore
 from discreet.train.step import tokenize
 
@@ -136,15 +138,17 @@ class House:
 
 
 @contextmanager
-def open_house(folder: Path, *, exclusive: bool = True) -> Iterator[House]:
-    """Opens the project in `folder`.
+def open_house(folder: Path, *, exclusive: bool = True, lost: tuple[str, str] | None = None) -> Iterator[House]:
+    """Opens the project in `folder`; at its end the log's checkpoint is pinned beside the journal of suppressions, outside the database.
 
     Args:
         folder: holds discreet.toml.
         exclusive: refuse when another command is at work on this project; the gateway, which only reads, does without.
+        lost: who goes on, and why, although the database lost entries that were signed; None refuses such a database.
 
     Raises:
         RunInProgress: when another command holds the project.
+        EvidenceInvalid: when the log is not one that has grown from the pinned checkpoint: a backup was restored.
         ConfigInvalid, SourceMissing, KeyUnavailable: when the project cannot be opened.
     """
     project = config.load(folder)
@@ -153,7 +157,8 @@ def open_house(folder: Path, *, exclusive: bool = True) -> Iterator[House]:
         store = Store(project.database_url())
         try:
             keyring = Keyring(store, open_master(project.master_location()))
-            log = Log(store, keyring, f"discreet.{project.project.name}")
+            journal = project.path(project.erasure.journal)
+            log = Log(store, keyring, f"discreet.{project.project.name}", pin=journal.with_name(f"{journal.name}.checkpoint"))
             catalog, consent = Catalog(store, keyring, log), Consent(store, keyring, log)
             access = Access(project.access, store=store, keyring=keyring, log=log)
             house = House(
@@ -166,9 +171,18 @@ def open_house(folder: Path, *, exclusive: bool = True) -> Iterator[House]:
                 ledger=Ledger(store, keyring, log),
                 access=access,
             )
+            if lost is None:
+                log.check_pin()
             if exclusive:
                 erasure_of(house).reapply()
-            yield house
+            if lost is not None:
+                access.require(Action.APPROVE, who=current_user())
+                log.accept_rollback(by=lost[0], reason=lost[1])
+            try:
+                yield house
+            finally:
+                if exclusive:
+                    log.pin()
         finally:
             store.close()
 
@@ -240,7 +254,7 @@ def _source_documents(house: House, section: SourceSection, observer: Observer, 
         kept.append(deid.deidentify(each, policy, keys[each.record.subject]))
         if number % 100 == 0 or number == len(admitted):
             observer.progress(f"de-identify {section.name}", number, len(admitted), {})
-    _log_deidentified(house, section.name, kept, policy.digest)
+    _log_deidentified(house, section.name, kept, policy)
     return kept, len(refused)
 
 
@@ -278,16 +292,32 @@ def _policy(house: House) -> deid.Policy:
     return deid.configured(section.policy, section.thresholds, names=section.names)
 
 
-def _log_deidentified(house: House, source: str, documents: Sequence[Deidentified], policy: Digest) -> None:
+def _log_deidentified(house: House, source: str, documents: Sequence[Deidentified], policy: deid.Policy) -> None:
+    told = {digest for e in house.log.select(Predicate.DEIDENTIFIED) if e.fields["policy"] == policy.digest for digest in e.subjects}
+    new = [document for document in documents if document.digest not in told]
+    detector = _measured(house, policy) if new else {}
     with house.store.transaction() as tx:
-        told = {digest for entry in house.log.select(Predicate.DEIDENTIFIED, tx=tx) if entry.fields["policy"] == policy for digest in entry.subjects}
-        new = [document for document in documents if document.digest not in told]
         for batch in lineage.chunks(new, BATCH):
             counts: Counter[str] = Counter()
             for document in batch:
                 counts.update(document.counts)
-            fields: dict[str, JSON] = {"source": source, "policy": policy, "counts": dict(sorted(counts.items()))}
+            fields: dict[str, JSON] = {"source": source, "policy": policy.digest, "counts": dict(sorted(counts.items())), **detector}
             house.log.append(tx, Statement(predicate=Predicate.DEIDENTIFIED, subjects=tuple(d.digest for d in batch), fields=fields))
+
+
+def _measured(house: House, policy: deid.Policy) -> dict[str, JSON]:
+    """The detectors' recall and precision on the project's labelled texts, for the statement; empty where there are none."""
+    name = house.project.deid.labelled
+    if not name:
+        return {}
+    path = house.project.path(name)
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError:
+        raise SourceMissing("the file of [deid] labelled", value=name) from None
+    except ValueError:
+        raise RecordInvalid("JSON Lines in UTF-8 in the file of [deid] labelled", value=name) from None
+    return {"detector": measure(samples_of(rows), policy).to_json() | {"corpus": path.name}}
 
 
 def _freeze(house: House, name: str, documents: Sequence[Deidentified], *, track: corpus.Track = corpus.Track.DP) -> Snapshot:
@@ -372,7 +402,7 @@ class Price:
         return [
             f"unit               one {plan.unit}: everything they contributed, {plan.cap} document(s) a step",
             f"epsilon            {promised.epsilon:.3f} by PLD, {promised.epsilon_rdp or math.inf:.3f} by RDP as the budget counts, delta {promised.delta:.2g}",
-            f"mechanism          {plan.steps} Poisson steps, probability {plan.sampling_probability:.4f}, noise multiplier {plan.noise_multiplier:.4f}, clip norm {plan.clip_norm:g}",
+            f"mechanism          {plan.steps} steps, {plan.sampling.value.replace('_', ' ')} sampling, probability {plan.sampling_probability:.4f}, noise multiplier {plan.noise_multiplier:.4f}, clip norm {plan.clip_norm:g}",
             f"noise              each step's mean gradient is hidden in noise of norm {self.noise_norm:.3f}; a full batch of aligned gradients has norm {plan.clip_norm:g}",
             f"signal to noise    at most {self.signal_to_noise:.2f} a step over {self.parameters:,} trainable parameters; below 0.01 expect little",
             f"work               about {self.tokens:,} tokens, {self.seconds / 60:.1f} minutes",
@@ -409,6 +439,7 @@ def price(house: House, observer: Observer) -> Price:
         PlanInvalid: when [privacy] breaks a rule of the mathematics (delta >= 1/population, a target out of reach).
         BudgetExhausted: when no noise fits into what is left of the budget.
     """
+    house.access.require(Action.RUN, who=current_user())
     frozen = ingest(house, observer)
     plan = _calibrate(house, frozen.snapshot)
     spent_so_far, budget = _filter(house, plan.delta, frozen.snapshot)
@@ -464,9 +495,14 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
             combine=Combine(privacy.combine),
             budget=budget,
             allow_large_delta=privacy.allow_large_delta,
+            sampling=mechanism.Sampling(privacy.sampling),
+            batch_limit=privacy.batch_limit,
+            bands=privacy.bands or 0,
+            adaptive=_adaptive(privacy),
         )
     except ValueError as error:
-        raise PlanInvalid("[privacy] to have a solution", value=str(error), remedy="See docs/choosing-unit-and-epsilon.md.") from None
+        raise PlanInvalid.of(error, remedy="See [privacy] in discreet.toml and docs/choosing-unit-and-epsilon.md.") from None
+    optimizers.check(house.project.train, plan)
     if plan.delta >= 1 / snapshot.num_units and not plan.allow_large_delta:
         raise PlanInvalid("delta below one over the units really there", value=plan.delta, remedy="Lower [privacy] population or delta.")
     left = budget.remaining_epsilon() if budget else privacy.epsilon
@@ -474,6 +510,13 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
         remedy = "A budget is never refilled. Set [privacy] epsilon to what is left, or open a budget for other people."
         raise BudgetExhausted(f"epsilon {privacy.epsilon:g} in budget {house.project.budget.name}", value=f"{left:.3g} left", remedy=remedy)
     return plan
+
+
+def _adaptive(privacy: PrivacySection) -> mechanism.Adaptive | None:
+    if privacy.clip_quantile is None:
+        return None
+    votes_noise = privacy.votes_noise or privacy.expected_batch / 20  # Andrew et al. 2021, section 3.1
+    return mechanism.Adaptive(quantile=privacy.clip_quantile, rate=privacy.clip_rate, votes_multiplier=votes_noise)
 
 
 def _filter(house: House, delta: float, snapshot: Snapshot) -> tuple[accounting.RdpFilter, Mapping[str, Any]]:
@@ -527,6 +570,7 @@ def guarantee_fields(plan: mechanism.Plan) -> dict[str, Any]:
         "expected_batch": plan.expected_batch,
         "population": plan.population,
         "cap": plan.cap,
+        **plan.extras(),
     }
 
 
@@ -697,6 +741,10 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
     _close_abandoned(house, run)
     known = _result(house, f"plan/{run}", "") if house.ledger.has_run(run) else None
     plan = mechanism.plan_from_json(known) if known else _calibrate(house, snapshot)
+    if known is None:
+        _refuse_unaffordable(house, plan, snapshot)
+    if house.project.budget.name not in {held.name for held in house.ledger.budgets()}:
+        house.access.require(Action.OPEN_BUDGET, who=current_user())
     house.ledger.open(house.project.budget.name, epsilon=house.project.budget.epsilon, delta=house.project.budget.delta or plan.delta, unit=plan.unit)
     if known is None:
         with house.store.transaction() as tx:
@@ -706,6 +754,17 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
                 fields: dict[str, JSON] = {"rule": "delta < 1 / population", "value": plan.delta, "reason": plan.allow_large_delta, "run": run}
                 house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(plan.digest,), fields=fields))
     return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run)
+
+
+def _refuse_unaffordable(house: House, plan: mechanism.Plan, snapshot: Snapshot) -> None:
+    """A statement and a filter are two accountants (PITFALLS 43): a plan made for a PLD epsilon may cost more than the budget has."""
+    budget, told = _filter(house, plan.delta, snapshot)
+    if not plan.admitted_by(budget):
+        raise BudgetExhausted(
+            f"a plan that budget {told['name']} admits",
+            value=f"it would count {budget.epsilon_of(plan.event):.3g} by RDP for the plan's {plan.guarantee.epsilon:.3g} by PLD; {told['remaining']:.3g} is left",
+            remedy="Nothing was spent. [privacy] target = 'budget' finds the smallest noise that the budget admits; `discreet plan` shows both figures.",
+        )
 
 
 def _record_training(house: House, result: Mapping[str, Any], reservation: Reservation) -> None:
@@ -978,6 +1037,7 @@ def override_inconclusive(house: House, *, by: str, reason: str) -> None:
         NotFound: when nothing was audited.
         PlanInvalid: when the audit was not INCONCLUSIVE, or nobody is named.
     """
+    house.access.require(Action.APPROVE, who=current_user())
     audited = _needed(house, "audit")
     if audited["verdict"] != "INCONCLUSIVE":
         raise PlanInvalid("an INCONCLUSIVE audit to override", value=audited["verdict"], remedy="PASS needs no override, FAIL admits none.")
@@ -1047,6 +1107,7 @@ def gateway_app(house: House, served: Served, *, api_key_hash: str) -> Starlette
     Raises:
         NotReleased, EvidenceInvalid, DigestMismatch: when there is no release, or it is not what was signed.
     """
+    house.access.require(Action.SERVE, who=current_user())
     key = house.log.public_key()
     released = load_release(house.releases / released_name(house), public_key=key)
     _refuse_unknown_parents(house, released)
@@ -1116,10 +1177,12 @@ NO_SUBJECTS: Mapping[str, str] = {
     "cohorts": "HMACs of pseudonyms under a key of their own, which have to outlive the erasure: a budget is not refunded",
     "cli": "text that the operator asked to have redacted, where they said",
     "config": "parameters that the operator wrote",
+    "deid.scan": "the automaton of the public expressions",
     "demo": "generated people, written as the project's sources: `sources` is their store",
     "dossier": "computed from the log",
+    "duties": "public keys, where the operator said",
     "federate": "the rosters and terms of a fleet",
-    "federated.app": "certificates, a fleet's result: noised sums",
+    "federated.processes": "certificates, keys of nodes, the relay app",
     "federated.journal": "masked, clipped, noised sums of a site, which name nobody",
     "federated.site": "rosters, receipts and noised sums; a site's records are in its own project",
     "evidence.log": "salted commitments; requests under an HMAC",
@@ -1132,6 +1195,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "model": "weights and base models: decided by the machine itself, `models decided`",
     "pipeline": "digests, parameters and curves on public text; releases are weights",
     "report": "computed from the log",
+    "serve.trail": "roll-ups of a gateway: digests and counts by label, never text or users",
     "serve.gateway": "a private copy of released weights while it serves",
     "store": "the database itself: compacted by the machine, with its write-ahead log",
 }
@@ -1342,6 +1406,7 @@ def _rules(house: House) -> list[str]:
 
 def request_erasure(house: House, unit: str, *, source: str = "") -> str:
     """Receives a request and returns the code for the address on file; nothing changes before it is confirmed."""
+    house.access.require(Action.ERASE, who=current_user())
     return erasure_of(house).code(subject_of(house, unit, source=source)).reveal()
 
 
@@ -1508,13 +1573,15 @@ def update(house: House, observer: Observer) -> dict[str, Any]:
 
 
 def trace(house: House, digest: str) -> list[dict[str, Any]]:
-    """Returns every statement about a record, snapshot or model, each with its inclusion proof (a file of c2sp.org/tlog-proof)."""
+    """Returns every statement about a record, snapshot or model, each with its envelope and its inclusion proof (a file of c2sp.org/tlog-proof)."""
+    house.access.require(Action.READ, who=current_user())
     return [
         {
             "index": e.index,
             "time": e.time,
             "predicate": e.predicate.value,
             "fields": dict(e.fields),
+            "statement": e.envelope.decode(),
             "proof": bytes(house.log.prove(e.index)).decode(),
         }
         for e in house.log.entries(Digest(digest))
@@ -1523,6 +1590,7 @@ def trace(house: House, digest: str) -> list[dict[str, Any]]:
 
 def export_evidence(house: House, folder: Path, *, public: bool) -> tuple[Path, Path]:
     """Writes the evidence bundle and, beside it, the public key that verifies it."""
+    house.access.require(Action.READ, who=current_user())
     bundle = house.log.export(folder, public=public)
     key = folder.with_name(folder.name + ".pub")
     write_atomically(key, (house.log.public_key() + "\n").encode())

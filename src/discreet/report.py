@@ -402,16 +402,25 @@ def _deid(log: _Log) -> Section:
     for entry in statements:
         labels.update({str(label): int(count) for label, count in dict(entry.fields.get("counts") or {}).items()})
     measured: Mapping[str, Any] = next((e.fields["detector"] for e in reversed(statements) if isinstance(e.fields.get("detector"), Mapping)), {})
-    exposure = Exposure.PUBLIC if measured.get("corpus") == "generated" else Exposure.INTERNAL
     policies = sorted({str(entry.fields["policy"]) for entry in statements if entry.fields.get("policy")})
     facts = _facts(
         ("policy", "Policy", policies),
         ("counts", "Identifiers replaced, by label", dict(sorted(labels.items())), Exposure.INTERNAL),
-        ("precision", "Precision of the detectors", measured.get("precision"), exposure),
-        ("recall", "Recall of the detectors", measured.get("recall"), exposure),
-        ("corpus", "Measured on", measured.get("corpus"), exposure),
+        ("recall", "Marked values that the detectors cover whole", measured.get("recall"), Exposure.INTERNAL),
+        ("recall_at_least", "at least, with 95 % confidence", measured.get("recall_at_least"), Exposure.INTERNAL),
+        ("precision", "Spans that touch a marked value", measured.get("precision"), Exposure.INTERNAL),
+        ("precision_at_least", "at least, with 95 % confidence", measured.get("precision_at_least"), Exposure.INTERNAL),
+        ("corpus", "Measured on", f"{measured['corpus']}: {measured['values']} values" if measured else None, Exposure.INTERNAL),
     )
     return Section(name="deidentification", title="What is left of the person before training", facts=facts)
+
+
+_SAMPLERS = {
+    "poisson": "Poisson: each unit takes part in each step independently",
+    "truncated_poisson": "truncated Poisson: each unit independently, and of too many a public number, chosen uniformly",
+    "cyclic_poisson": "cyclic Poisson: units in secret groups that take turns, each unit of the group independently",
+    "poisson_documents": "Poisson by document: each of a unit's documents, at most the cap, independently",
+}
 
 
 def _statement(guarantee: Mapping[str, Any]) -> Section:
@@ -419,7 +428,10 @@ def _statement(guarantee: Mapping[str, Any]) -> Section:
     if not guarantee:
         return Section(name="guarantee", title="", facts=())
     unit, get = guarantee.get("unit", "unit"), guarantee.get
-    sampler = "Poisson: each unit takes part in each step independently" if get("sampler", "poisson") == "poisson" else get("sampler")
+    sampler = _SAMPLERS.get(get("sampler", "poisson"), get("sampler"))
+    bands = len(get("bands") or ())
+    noise = f"Gaussian noise, correlated over {bands} steps (banded matrix factorisation)," if bands else "Gaussian noise"
+    clip = "Clip norm of the first step; it follows a quantile of the norms, which the price counts" if get("adaptive") else "Clip norm"
     facts = _facts(
         ("definition", "Definition", "(epsilon, delta)-differential privacy, central model"),
         ("epsilon", "Epsilon of this model", get("epsilon")),
@@ -428,8 +440,8 @@ def _statement(guarantee: Mapping[str, Any]) -> Section:
         ("relation", "Neighbouring data sets", get("relation")),
         ("cap", f"Documents of one {unit} in one step", get("cap")),
         ("population", f"Population: number of {unit}s that the plan was made for, canaries counted", get("population"), Exposure.INTERNAL),
-        ("mechanism", "Mechanism", f"DP-SGD: per-{unit} gradients clipped, summed, Gaussian noise added once a step"),
-        ("clip_norm", "Clip norm", get("clip_norm")),
+        ("mechanism", "Mechanism", f"DP-SGD: per-{unit} gradients clipped, summed, {noise} added once a step"),
+        ("clip_norm", clip, get("clip_norm")),
         ("noise_multiplier", "Noise multiplier", get("noise_multiplier")),
         ("sampler", "Sampler that was run", sampler),
         ("sampling_probability", "Sampling probability", get("sampling_probability")),

@@ -2,6 +2,8 @@
 
 Tables are declared beside the code that needs them, on the shared `metadata`. Writers are serialised: a transaction takes the write lock before its first
 read (`BEGIN IMMEDIATE` in SQLite, a transaction-scoped advisory lock in PostgreSQL), so a read followed by a write is never a race (PITFALLS 18).
+The lock is given back before the disk has the transaction, and `transaction()` returns after it has: writers who wait for the disk at the same time wait once
+(group commit). Whoever reads a transaction that a power failure then takes back loses their own too, since it lies behind it in the same write-ahead log.
 Deleted rows are overwritten (`secure_delete`), and `scrub()` empties SQLite's write-ahead log, so that a destroyed key is gone from the files.
 
 Errors of the database never carry the values of a statement (`hide_parameters`): they would end in a log.
@@ -13,12 +15,13 @@ from __future__ import annotations
 
 import errno
 import os
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sqlalchemy import Column, Connection, Engine, Integer, MetaData, String, Table, create_engine, event, insert, select, text, update
+from sqlalchemy import Column, Connection, Engine, Integer, MetaData, String, Table, bindparam, create_engine, event, insert, select, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 
@@ -36,6 +39,8 @@ MIGRATIONS: list[Migration] = []
 _ADVISORY_LOCK = 0x0D15C8EE7
 _PATIENCE_S = 5.0
 """How long compacting waits for readers of the moment."""
+_LOCK_PATIENCE_S = 30.0
+_NOW = "discreet_now"
 
 CLOCK_TOLERANCE_S = 5.0
 
@@ -58,6 +63,7 @@ class Store:
             raise ConfigInvalid("a sqlite:/// or postgresql+psycopg:// database URL", value=backend)
         self.engine = _engine(url, backend)
         self._is_sqlite = backend == "sqlite"
+        self._wal = f"{make_url(url).database}-wal" if self._is_sqlite else ""
         try:
             with self.transaction() as tx:
                 metadata.create_all(tx)
@@ -67,16 +73,21 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
-        """Yields a connection that holds the write lock; commits at the end, rolls back on any exception.
+        """Yields a connection that holds the write lock; commits at the end, rolls back on any exception. What it wrote is on the disk when this returns.
 
         Raises:
             StorageFull: when the disk is full. Nothing of the transaction is kept.
         """
         try:
             with self.engine.begin() as connection:
+                connection.info.pop(_NOW, None)
+                before = self._written(connection)
                 if not self._is_sqlite:
-                    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
+                    connection.exec_driver_sql(f"SET LOCAL synchronous_commit = off; SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})")
                 yield connection
+                wrote = self._written(connection) != before
+            if wrote:
+                self._flush()
         except DBAPIError as error:
             if "disk is full" in str(error.orig) or "No space left" in str(error.orig):
                 raise storage_full() from None
@@ -85,6 +96,30 @@ class Store:
             if error.errno == errno.ENOSPC:
                 raise storage_full() from None
             raise
+
+    def _written(self, connection: Connection) -> object:
+        """What differs when the transaction has written something: rows changed so far, or the transaction's number."""
+        if self._is_sqlite:
+            return connection.connection.dbapi_connection.total_changes  # type: ignore[union-attr]  # SQLAlchemy types the driver's connection loosely
+        return connection.exec_driver_sql("SELECT pg_current_xact_id_if_assigned()").scalar_one()
+
+    def _flush(self) -> None:
+        """Waits until the disk has everything that was committed.
+
+        SQLite's file of the write-ahead log is synchronised from here; opening it drops none of SQLite's locks, which lie on other files. In PostgreSQL a
+        numbered transaction that commits synchronously takes everything before it in the log along.
+        """
+        if not self._is_sqlite:
+            with self.engine.connect() as connection:
+                connection.exec_driver_sql("SELECT pg_current_xact_id()")
+                connection.commit()
+            return
+        with suppress(FileNotFoundError):  # a database in memory
+            descriptor = os.open(self._wal, os.O_RDONLY)
+            try:
+                os.fdatasync(descriptor) if hasattr(os, "fdatasync") else os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def scrub(self) -> None:
         """Flushes what was deleted out of SQLite's write-ahead log, so that the files no longer hold it."""
@@ -121,22 +156,30 @@ def storage_full() -> StorageFull:
 
 
 def now(tx: Connection) -> float:
-    """Returns the time in seconds since 1970, and refuses a clock behind the latest time this database has seen (PITFALLS 23).
+    """Returns the time of a transaction in seconds since 1970, the same throughout, and refuses a clock behind the latest time this database has seen (PITFALLS 23).
 
     Raises:
         ClockBackwards: when the clock is more than five seconds behind the recorded time.
     """
+    if _NOW in tx.info:
+        return float(tx.info[_NOW])
     current = time.time()
-    latest = tx.execute(select(_clock.c.latest)).scalar_one_or_none()
+    latest = tx.execute(_GET_CLOCK).scalar_one_or_none()
     if latest is None:
         tx.execute(insert(_clock).values(id=1, latest=repr(current)))
+        tx.info[_NOW] = current
         return current
     if current < float(latest) - CLOCK_TOLERANCE_S:
         behind = f"a clock {float(latest) - current:.0f} s behind the latest entry"
         raise ClockBackwards("a clock that does not run backwards", value=behind, remedy="Set the system clock, then run the command again.")
     if current > float(latest):
-        tx.execute(update(_clock).values(latest=repr(current)))
+        tx.execute(_SET_CLOCK, {"current": repr(current)})
+    tx.info[_NOW] = max(current, float(latest))
     return max(current, float(latest))
+
+
+_GET_CLOCK = select(_clock.c.latest)
+_SET_CLOCK = update(_clock).values(latest=bindparam("current"))
 
 
 def _engine(url: str, backend: str) -> Engine:
@@ -145,21 +188,41 @@ def _engine(url: str, backend: str) -> Engine:
     database = make_url(url).database
     if database and database != ":memory:":
         Path(database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    engine = create_engine(url, connect_args={"timeout": 30.0}, hide_parameters=True)
+    engine = create_engine(url, connect_args={"timeout": _LOCK_PATIENCE_S}, hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def _configure(connection, _record) -> None:  # type: ignore[no-untyped-def]  # SQLAlchemy hands over the raw driver connection
         connection.isolation_level = None  # the driver opens no transaction of its own; `begin` below does
         cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "secure_delete=ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        _begin_immediate(connection)
 
     return engine
+
+
+def _begin_immediate(connection: Connection) -> None:
+    """Waits for the write lock in short sleeps: SQLite's own grow to a tenth of a second, in which the lock is free."""
+    driver = connection.connection.dbapi_connection
+    patience, pause = time.monotonic() + _LOCK_PATIENCE_S, 0.0002
+    driver.execute("PRAGMA busy_timeout=0")  # type: ignore[union-attr]  # the driver's connection, typed loosely
+    try:
+        while True:
+            try:
+                driver.execute("BEGIN IMMEDIATE")  # type: ignore[union-attr]
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > patience:
+                    break
+            time.sleep(pause)
+            pause = min(pause * 1.3, 0.002)
+        connection.exec_driver_sql("BEGIN IMMEDIATE")  # fails again, as an error of SQLAlchemy's that carries no values
+    finally:
+        driver.execute(f"PRAGMA busy_timeout={int(_LOCK_PATIENCE_S * 1000)}")  # type: ignore[union-attr]
 
 
 def _migrate(tx: Connection) -> None:

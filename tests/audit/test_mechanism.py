@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from discreet.audit import mechanism as rehearsal
 from discreet.audit.bounds import Layer, Verdict
 from discreet.dp import clipping, mechanism, noise
-from discreet.dp.mechanism import Plan, Sampling, calibrate
+from discreet.dp.mechanism import Adaptive, Plan, Sampling, calibrate
 from discreet.keys import Key
 from discreet.train import parallel, step
 
@@ -52,9 +53,31 @@ def test_every_sampler_passes(sampling: Sampling) -> None:
         unit="patient",
         sampling=sampling,
         cap=1,
-        **({"batch_limit": 120} if sampling is Sampling.TRUNCATED_POISSON else {}),
+        **({"batch_limit": 120} if sampling is Sampling.TRUNCATED_POISSON else {"bands": 2} if sampling is Sampling.CYCLIC_POISSON else {}),
     )
     assert failed(rehearsal.layers(made, key=Key(bytes(32)))) == set()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"sampling": Sampling.CYCLIC_POISSON, "bands": 4}, {"adaptive": Adaptive(quantile=0.3, rate=0.2, votes_multiplier=5.0)}],
+    ids=["bands", "adaptive"],
+)
+def test_correlated_noise_and_a_moving_clip_norm_pass(plan: Plan, more: dict[str, Any]) -> None:
+    made = calibrate(epsilon=2.4, delta=1e-4, population=1000, expected_batch=100, steps=20, clip_norm=0.5, unit="patient", cap=2, **more)
+    assert failed(rehearsal.layers(made, key=Key(bytes(32)))) == set()
+
+
+def test_noise_that_is_not_correlated_as_planned_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"epsilon": 2.4, "delta": 1e-4, "population": 1000, "expected_batch": 100, "steps": 20, "clip_norm": 0.5, "unit": "patient"}
+    made = calibrate(**common, sampling=Sampling.CYCLIC_POISSON, bands=4)
+    add, draw = noise.add, mechanism.draw
+    with monkeypatch.context() as patch:
+        patch.setattr(noise, "add", lambda clipped, *, noise_multiplier, key, memory: add(clipped, noise_multiplier=noise_multiplier, key=key))
+        assert NOISE in failed(rehearsal.layers(made, key=Key(bytes(32))))
+    everyone = calibrate(**common)
+    monkeypatch.setattr(mechanism, "draw", lambda plan, sizes, names, *, key, step: draw(everyone, sizes, names, key=key, step=step))
+    assert INCLUSION in failed(rehearsal.layers(made, key=Key(bytes(32))))
 
 
 Patch = Callable[[pytest.MonkeyPatch], None]
@@ -62,12 +85,12 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 def noise_halved(patch: pytest.MonkeyPatch) -> None:
     add = noise.add
-    patch.setattr(noise, "add", lambda clipped, *, noise_multiplier, key: add(clipped, noise_multiplier=noise_multiplier / 2, key=key))
+    patch.setattr(noise, "add", lambda clipped, *, noise_multiplier, key, memory=None: add(clipped, noise_multiplier=noise_multiplier / 2, key=key))
 
 
 def no_noise(patch: pytest.MonkeyPatch) -> None:
     add = noise.add
-    patch.setattr(noise, "add", lambda clipped, *, noise_multiplier, key: add(clipped, noise_multiplier=0.0, key=key))
+    patch.setattr(noise, "add", lambda clipped, *, noise_multiplier, key, memory=None: add(clipped, noise_multiplier=0.0, key=key))
 
 
 def noise_reused(patch: pytest.MonkeyPatch) -> None:
@@ -76,7 +99,9 @@ def noise_reused(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         noise,
         "add",
-        lambda clipped, *, noise_multiplier, key: add(clipped, noise_multiplier=noise_multiplier, key=first.stream("n", next(number) % 4)),
+        lambda clipped, *, noise_multiplier, key, memory=None: add(
+            clipped, noise_multiplier=noise_multiplier, key=first.stream("n", next(number) % 4)
+        ),
     )
 
 

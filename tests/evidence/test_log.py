@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from discreet import store as store_module
-from discreet.errors import ClockBackwards, EvidenceInvalid, NotFound, OperationFailed, StorageFull
+from discreet.errors import ClockBackwards, EvidenceInvalid, Forgotten, NotFound, OperationFailed, StorageFull
 from discreet.evidence import log as log_module
 from discreet.evidence import merkle, note, statement
 from discreet.evidence.log import Log, VerifiedBundle, verify_bundle, verify_proof
@@ -196,7 +197,7 @@ def test_the_public_key_is_the_same_after_a_restart(house: House, tmp_path: Path
 
 
 def test_checkpoint_is_a_signed_note_over_the_tree_of_all_entries(told: House) -> None:
-    head = note.open_checkpoint(told.log.checkpoint(), key=note.parse_key(told.key))
+    head = note.open_checkpoint(told.log.checkpoint(), keys=[note.parse_key(told.key)])
     leaves = [merkle.leaf_hash(e.envelope) for e in told.log.verify().entries]
     assert (head.origin, head.size, head.root) == (ORIGIN, len(STORY), merkle.root(leaves))
     assert told.log.checkpoint() == told.log.checkpoint()
@@ -294,6 +295,9 @@ def test_a_log_signs_no_fork_and_no_rollback(story: House) -> None:
         with pytest.raises(EvidenceInvalid, match="rollback"):
             attempt()
     story.sql("INSERT INTO log_entries SELECT 12, zeroblob(32), envelope, predicate, 99, time FROM log_entries WHERE position = 11")
+    with pytest.raises(EvidenceInvalid, match="fork"):
+        story.log.export(story.database.parent / "bundle", public=True)
+    story.sql("UPDATE log_tiles SET hash = zeroblob(32) WHERE position = 12")
     story.tell("refused")
     for attempt in (story.log.checkpoint, lambda: story.log.prove(0), lambda: story.log.export(story.database.parent / "bundle", public=True)):
         with pytest.raises(EvidenceInvalid, match="fork"):
@@ -451,7 +455,7 @@ def test_the_owner_of_the_key_cannot_change_a_hidden_leaf(told: House, tmp_path:
 def test_a_node_is_not_shown_as_a_leaf(told: House, tmp_path: Path) -> None:
     """The root alone, called a tree of one leaf, has the right root: the size that was signed tells."""
     bundle = export(told, tmp_path, public=True)
-    (bundle / "leaves").write_bytes(note.open_checkpoint((bundle / "checkpoint").read_bytes(), key=note.parse_key(told.key)).root)
+    (bundle / "leaves").write_bytes(note.open_checkpoint((bundle / "checkpoint").read_bytes(), keys=[note.parse_key(told.key)]).root)
     (bundle / "entries.jsonl").write_bytes(b"")
     remake(told, bundle, size=1)
     assert failures(bundle, told.key) == ["leaves: not the tree of the checkpoint"]
@@ -686,3 +690,215 @@ def test_an_override_about_something_else_changes_nothing(house: House, tmp_path
     about_another = say("overridden", subjects=(digest_of(b"other"),))
     house.tell(*changed("audited", verdict="FAIL")[:-1], about_another, say("released"))
     assert any("failed audit" in item for item in failures(export(house, tmp_path, public=True), house.key))
+
+
+# ---------------------------------------------------------------- tiles: proofs of a long log without reading it
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """More entries than one tile holds: two full ones and the beginning of a third."""
+    made = House(tmp_path_factory.mktemp("long"))
+    for count in (255, 1, 257, 30):
+        with made.store.transaction() as tx:
+            made.log.append_all(tx, [say("refused", subjects=RECORDS[:1])] * count)
+    yield made
+    made.store.close()
+
+
+def test_proofs_from_tiles_are_those_of_the_whole_tree(long: House) -> None:
+    with long.store.transaction() as tx:
+        leaves = log_module._leaves(tx)
+    head = note.open_checkpoint(long.log.checkpoint(), keys=[note.parse_key(long.key)])
+    assert (head.size, head.root) == (543, merkle.root(leaves))
+    for index in (0, 1, 254, 255, 256, 257, 400, 511, 512, 541, 542):
+        assert list(long.log.prove(index).path) == merkle.inclusion_proof(leaves, index), index
+    for old in (0, 1, 255, 256, 257, 512, 513, 543):
+        assert list(long.log.prove_growth(old)) == merkle.consistency_proof(leaves, old), old
+
+
+def test_a_proof_reads_tiles_and_not_the_log(long: House) -> None:
+    asked: list[str] = []
+    from sqlalchemy import event
+
+    event.listen(long.store.engine, "before_cursor_execute", lambda *args: asked.append(f"{args[2]} {args[3]}"))
+    long.log.checkpoint()
+    del asked[:]
+    long.log.prove(300)
+    assert sum("log_tiles" in query for query in asked) == 3, asked  # the tile of the leaf, the last one, and the one above them
+    assert not any("leaf_hash" in query for query in asked)
+
+
+@pytest.mark.parametrize(
+    ("command", "index", "named"),
+    [
+        ("UPDATE log_tiles SET hash = zeroblob(32) WHERE level = 1 AND position = 0", 300, "hash 0 of level 1"),
+        ("DELETE FROM log_tiles WHERE level = 1 AND position = 1", 3, "hash 1 of level 1"),
+        ("DELETE FROM log_tiles WHERE level = 0 AND position = 1", 3, "hash 1 of level 0"),
+        ("UPDATE log_tiles SET hash = zeroblob(32) WHERE level = 0 AND position = 3", 2, "hash 3 of level 0"),
+        ("UPDATE log_entries SET envelope = (SELECT envelope FROM log_entries WHERE position = 4) WHERE position = 3", 3, "row 3"),
+    ],
+)
+def test_a_changed_tile_gives_no_proof_and_is_named(house: House, command: str, index: int, named: str) -> None:
+    with house.store.transaction() as tx:
+        house.log.append_all(tx, [say("refused", subjects=RECORDS[:1])] * 513)
+    house.log.prove(index)
+    house.sql(command)
+    with pytest.raises(EvidenceInvalid):
+        house.log.prove(index)
+    with pytest.raises(EvidenceInvalid) as caught:
+        house.log.verify()
+    assert any(named in item for item in caught.value.failed), caught.value.failed
+
+
+def test_a_log_that_was_begun_without_tiles_gets_them(house: House) -> None:
+    with house.store.transaction() as tx:
+        house.log.append_all(tx, [say("refused", subjects=RECORDS[:1])] * 300)
+    house.sql("DELETE FROM log_tiles")
+    reopened = Log(house.store, house.keyring, ORIGIN)
+    assert reopened.verify().checkpoint.size == 300
+
+
+def test_exported_tiles_hold_the_tree(long: House, tmp_path: Path) -> None:
+    folder = long.log.export_tiles(tmp_path / "site")
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert set(files) == {"checkpoint", "tile/0/000", "tile/0/001", "tile/0/002.p/31", "tile/1/000.p/2"}
+    leaves = files["tile/0/000"] + files["tile/0/001"] + files["tile/0/002.p/31"]
+    hashes = [leaves[i : i + 32] for i in range(0, len(leaves), 32)]
+    assert files["tile/1/000.p/2"] == merkle.root(hashes[:256]) + merkle.root(hashes[256:512])
+    assert note.open_checkpoint(files["checkpoint"], keys=[note.parse_key(long.key)]).root == merkle.root(hashes)
+    assert log_module._tile_name(1234067, 256).as_posix() == "x001/x234/067"
+
+
+# ---------------------------------------------------------------- a new key
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_after_a_rotation_old_proofs_and_every_key_verify(house: House, tmp_path: Path, public: bool) -> None:
+    house.tell(*STORY[:8])
+    before, [spent] = house.log.prove(7), house.log.select(Predicate.SPENT)
+    keys = house.log.rotate()
+    assert keys.split("\n")[0] == house.key
+    house.tell(*STORY[8:])
+    third = house.log.rotate()
+    house.tell("overridden")
+    assert verify_proof(bytes(before), envelope=spent.envelope, public_key=house.key) == spent
+    assert verify_proof(bytes(before), envelope=spent.envelope, public_key=third) == spent
+    assert verify_proof(bytes(house.log.prove(7)), envelope=spent.envelope, public_key=third) == spent
+    with pytest.raises(EvidenceInvalid):  # the old key knows nothing of the checkpoint's
+        verify_proof(bytes(house.log.prove(7)), envelope=spent.envelope, public_key=house.key)
+    assert house.log.verify(pinned=before.checkpoint).keys == note.parse_keys(third)
+    bundle = house.log.export(tmp_path / "bundle", public=public)
+    for known in (*third.split("\n"), third, keys):
+        assert verify_bundle(bundle, public_key=known, pinned=before.checkpoint).keys == note.parse_keys(third)
+    reopened = Log(house.store, house.keyring, ORIGIN)
+    assert reopened.public_key() == third
+    with pytest.raises(Forgotten):
+        Keyring(house.store, Key(bytes(32))).signer("log")
+
+
+def test_a_bundle_of_before_verifies_with_the_keys_of_after(house: House, tmp_path: Path) -> None:
+    house.tell(*STORY)
+    bundle = house.log.export(tmp_path / "bundle", public=True)
+    keys = house.log.rotate()
+    assert verify_bundle(bundle, public_key=keys).keys == (note.parse_key(house.key),)
+    with pytest.raises(EvidenceInvalid):
+        verify_bundle(bundle, public_key=keys.split("\n")[1])
+
+
+def test_a_process_that_did_not_rotate_signs_with_the_new_key(house: House) -> None:
+    other = Log(house.store, Keyring(house.store, Key(bytes(32))), ORIGIN)
+    house.log.rotate()
+    with house.store.transaction() as tx:
+        other.append(tx, say("refused"))
+    assert len(house.log.verify().entries) == 2
+
+
+def test_a_key_that_was_rotated_out_signs_nothing_more(house: House, tmp_path: Path) -> None:
+    """The thief of an old key: their entry after the rotation, and their own rotation, are refused by whoever knows the new key."""
+    stolen, old = house.keyring.signer("log"), note.parse_key(house.key)
+    house.tell("refused")
+    keys = house.log.rotate()
+    house.log._signer, house.log._keys = stolen, log_module._Keys(((0, old), (99, old)))
+    house.tell("refused")
+    with pytest.raises(EvidenceInvalid, match="not in force"):
+        Log(house.store, house.keyring, ORIGIN).verify()
+    thief = House(tmp_path / "thief", master=Key(bytes([9] * 32)))
+    thief.log._signer, thief.log._keys = stolen, log_module._Keys(((0, old),))
+    thief.keyring._cache["signer", "log"] = Key(stolen.private_bytes_raw())
+    thief.sql("DELETE FROM wrapped_keys WHERE kind = 'signer'")
+    with thief.store.transaction() as tx:
+        tx.execute(
+            text("INSERT INTO wrapped_keys VALUES ('signer', 'log', :w)"),
+            {"w": thief.keyring._wrap.seal(stolen.private_bytes_raw(), context=b"signer/log")},
+        )
+    thief.log.rotate()
+    forged = thief.log.export(tmp_path / "forged", public=True)
+    assert verify_bundle(forged, public_key=str(old))  # whoever knows the stolen key alone cannot tell
+    with pytest.raises(EvidenceInvalid):
+        verify_bundle(forged, public_key=keys)
+
+
+@pytest.mark.parametrize("field", ["old", "new", "consent"])
+def test_a_rotation_that_the_new_key_did_not_consent_to_is_refused(house: House, tmp_path: Path, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Statement
+
+    def forged(**given: object) -> Statement:
+        fields = dict(given["fields"])  # type: ignore[call-overload]
+        return real(**{**given, "fields": fields | {field: base64.b64encode(bytes(64)).decode()}})  # type: ignore[arg-type]
+
+    monkeypatch.setattr(log_module, "Statement", forged)
+    keys = house.log.rotate()
+    bundle = house.log.export(tmp_path / "bundle", public=True)
+    for known in keys.split("\n"):
+        assert failures(bundle, known) == ["keys: the key of entry 1 was not named by the one before it"]
+
+
+# ---------------------------------------------------------------- the pin
+
+
+def test_a_restored_database_is_refused_by_the_pin(tmp_path: Path) -> None:
+    """A rollback, and a log that went on from one, are noticed at the next start; a named person may accept the loss, in the log."""
+    house = House(tmp_path)
+    house.log = Log(house.store, house.keyring, ORIGIN, pin=tmp_path / "pinned")
+    house.log.check_pin()
+    house.tell("refused")
+    with sqlite3.connect(house.database) as source, sqlite3.connect(tmp_path / "backup.db") as target:
+        source.backup(target)
+    house.tell("refused")
+    pinned = house.log.pin()
+    assert (tmp_path / "pinned").read_bytes() == pinned
+    house.log.check_pin()
+    house.store.close()
+    for file in tmp_path.glob("project.db*"):
+        file.unlink()
+    shutil.move(tmp_path / "backup.db", house.database)
+    restored = House(tmp_path)
+    restored.log = Log(restored.store, restored.keyring, ORIGIN, pin=tmp_path / "pinned")
+    with pytest.raises(EvidenceInvalid, match="rollback"):
+        restored.log.check_pin()
+    restored.tell("refused", "refused")
+    with pytest.raises(EvidenceInvalid, match="fork"):
+        restored.log.check_pin()
+    restored.log.accept_rollback(by="Ada", reason="the disk broke")
+    restored.log.check_pin()
+    [said] = restored.log.select(Predicate.OVERRIDDEN)
+    assert said.fields == {"rule": "no rollback", "reason": "the disk broke", "by": "Ada", "value": "2 entries signed, 3 here"}
+    assert any("fork" in item for item in failures(restored.log.export(tmp_path / "bundle", public=True), restored.key, pinned))
+    restored.store.close()
+
+
+def test_a_note_of_two_gigabytes_is_not_read(told: House, tmp_path: Path) -> None:
+    """A sparse file: what is read of it is its size."""
+    bundle = export(told, tmp_path, public=True)
+    with (bundle / "checkpoint").open("r+b") as file:
+        file.truncate(2 << 30)
+    assert any("checkpoint: not a regular file of at most" in item for item in failures(bundle, told.key))
+
+
+def test_a_duplicate_key_in_an_entry_is_refused(told: House, tmp_path: Path) -> None:
+    bundle = export(told, tmp_path, public=True)
+    first, rest = (bundle / "entries.jsonl").read_bytes().split(b"\n", 1)
+    doubled = b'{"payload":"eA==",' + first[1:]
+    (bundle / "entries.jsonl").write_bytes(doubled + b"\n" + rest)
+    assert any("entries.jsonl line 0" in item for item in failures(bundle, told.key))

@@ -184,17 +184,17 @@ def test_refuses_checkpoint(text: str) -> None:
 
 def test_a_checkpoint_is_of_the_log_that_the_key_names() -> None:
     own = note.sign_note(CHECKPOINT, name=ORIGIN, signer=LOG)
-    assert note.open_checkpoint(own, key=LOG_KEY).size == 20852163
+    assert note.open_checkpoint(own, keys=[LOG_KEY]).size == 20852163
     foreign = note.sign_note(CHECKPOINT.replace("sofa", "chair"), name=ORIGIN, signer=LOG)
     with pytest.raises(EvidenceInvalid, match="the log that the key names"):
-        note.open_checkpoint(foreign, key=LOG_KEY)
+        note.open_checkpoint(foreign, keys=[LOG_KEY])
 
 
 def test_a_witness_cosigns_what_the_log_signed() -> None:
     signed = note.sign_note(CHECKPOINT, name=ORIGIN, signer=LOG)
     cosigned = note.cosign(signed, log_key=LOG_KEY, name=WITNESS_KEY.name, signer=WITNESS, timestamp=1679315147)
     assert note.open_note(cosigned, keys=[LOG_KEY, WITNESS_KEY]).signed_by == (LOG_KEY, WITNESS_KEY)
-    assert note.open_checkpoint(cosigned, key=LOG_KEY).size == 20852163  # whoever does not know the witness ignores it
+    assert note.open_checkpoint(cosigned, keys=[LOG_KEY]).size == 20852163  # whoever does not know the witness ignores it
     line = cosigned.decode().split("\n")[-2].split(" ")[2]
     content = base64.b64decode(line)
     assert (content[:4], int.from_bytes(content[4:12], "big"), len(content)) == (WITNESS_KEY.key_id, 1679315147, 76)

@@ -30,7 +30,7 @@ def sign(what: Statement = OPENED, **changes: object) -> bytes:
 
 
 def verify(envelope: bytes) -> statement.Entry:
-    return statement.verify(envelope, public_key=PUBLIC, key_id=KEY_ID, origin=ORIGIN)
+    return statement.verify(envelope, keys={KEY_ID: PUBLIC}, origin=ORIGIN)
 
 
 def resign(payload: bytes, payload_type: str = statement.PAYLOAD_TYPE) -> bytes:
@@ -304,9 +304,9 @@ def test_refuses_other_forms_of_the_envelope(case: str) -> None:
 def test_refuses_another_key_and_another_log() -> None:
     other = Ed25519PrivateKey.from_private_bytes(bytes(32)).public_key()
     with pytest.raises(EvidenceInvalid):
-        statement.verify(sign(), public_key=other, key_id=KEY_ID, origin=ORIGIN)
+        statement.verify(sign(), keys={KEY_ID: other}, origin=ORIGIN)
     with pytest.raises(EvidenceInvalid, match="this log"):
-        statement.verify(sign(), public_key=PUBLIC, key_id=KEY_ID, origin="example.org/other")
+        statement.verify(sign(), keys={KEY_ID: PUBLIC}, origin="example.org/other")
 
 
 @pytest.mark.parametrize("place", [{"salt": b""}, {"index": -1}, {"time": "now"}, {"serial": None}, {"serial": 9}])

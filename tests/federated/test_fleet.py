@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from discreet.dp.discrete import ROUNDING_BETA
 from discreet.errors import ConfigInvalid, PlanInvalid, SourceMissing, TermsRefused
 from discreet.federated import fleet as fleets
 from discreet.federated.fleet import Agreement, FleetFile, Trainer
 from discreet.federated.secagg import Terms
-from discreet.keys import Stream
-from discreet.record import Digest
+from discreet.keys import Key, Stream
+from discreet.record import Digest, Sensitive
+from discreet.train.step import PrivateCorpus
 
 BASE = Digest("sha256:" + "0" * 64)
 
@@ -91,9 +93,9 @@ def test_fleet_toml_is_read_strictly(tmp_path: Path) -> None:
 
 def test_a_model_on_the_wire_comes_back_and_another_one_is_refused() -> None:
     vector = np.arange(5, dtype=np.float32)
-    payload = fleets.payload_of(vector, base=BASE, clip_norm=0.5)
-    back, clip = fleets.read_payload(payload, base=BASE)
-    assert (back.tolist(), clip) == (vector.tolist(), 0.5)
+    payload = fleets.payload_of(vector, base=BASE, clip_norm=0.5, step=3)
+    back, clip, step = fleets.read_payload(payload, base=BASE)
+    assert (back.tolist(), clip, step) == (vector.tolist(), 0.5, 3)
     for broken in (payload[:-1], payload[1:], b"", fleets.payload_of(np.full(5, np.nan, np.float32), base=BASE, clip_norm=0.5)):
         with pytest.raises(TermsRefused):
             fleets.read_payload(broken, base=BASE)
@@ -156,3 +158,67 @@ def test_central_noise_is_added_before_anything_is_decoded_and_only_then() -> No
 def test_rotation_signs_follow_the_terms() -> None:
     assert fleets.round_signs(terms()).bytes(8) == fleets.round_signs(terms()).bytes(8)
     assert fleets.round_signs(terms()).bytes(8) != fleets.round_signs(dataclasses.replace(terms(), number=1)).bytes(8)
+
+
+# Bounded participation
+
+
+def bounded(**changes: Any) -> FleetFile:
+    return fleet(noise="central", participation="bounded", separation=4, rounds=10, **changes)
+
+
+def test_bounded_participation_costs_the_steps_of_one_unit_and_no_sampling() -> None:
+    agreed = agree(bounded(), 200)
+    said = agreed.guarantee()
+    assert (said["sampling_probability"], said["steps_of_a_unit"], said["rounds"]) == (1.0, 3, 10)
+    gaussian = math.sqrt(3) / said["noise_multiplier"]  # three steps are one Gaussian with as much less noise
+    best = min(alpha * gaussian**2 / 2 + math.log1p(-1 / alpha) - math.log(1e-3 * alpha) / (alpha - 1) for alpha in np.linspace(1.5, 60, 4000))
+    assert best <= said["epsilon"] <= 4.0
+    assert [agreed.spent_steps(opened) for opened in (0, 1, 4, 5, 10)] == [0, 1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("changes", [{"noise": "distributed"}, {"groups": 2, "sites": tuple("abcdefgh")}, {"separation": 11}])
+def test_bounded_participation_has_its_rules(changes: dict[str, Any]) -> None:
+    with pytest.raises(PlanInvalid):
+        agree(FleetFile(**{**bounded().model_dump(), **changes}), 200)
+    with pytest.raises(PlanInvalid):
+        agree(fleet(separation=2), 200)
+
+
+def test_the_strategys_columns_have_norm_one_and_a_units_steps_share_no_row() -> None:
+    """What the accountant relies on: for participations `separation` apart, ||C x||^2 is the number of them."""
+    bands = agree(bounded(), 200).bands
+    matrix = sum(value * np.eye(10, k=-band) for band, value in enumerate(bands))
+    for first in range(4):
+        x = np.zeros(10)
+        x[first::4] = 1.0
+        assert np.linalg.norm(matrix @ x) ** 2 <= len(x[first::4]) <= 3
+
+
+def test_correlated_noise_is_the_inverse_of_the_strategy_and_is_drawn_again_after_a_restart() -> None:
+    agreed, key = agree(bounded(), 4000), Key(bytes(32))
+    noise = fleets.Correlated(agreed.bands, key)
+    rows = np.stack([noise.next(agreed.encoding) for _ in range(6)])
+    matrix = sum(value * np.eye(6, k=-band) for band, value in enumerate(agreed.bands))
+    whitened = matrix @ rows
+    std = agreed.encoding.noise_multiplier * agreed.encoding.sensitivity / agreed.encoding.scale
+    assert np.std(whitened, axis=1) == pytest.approx(np.full(6, std), rel=0.06)
+    assert np.abs(np.corrcoef(whitened) - np.eye(6)).max() < 5 / math.sqrt(4000)
+    assert np.std(rows.sum(0)) < math.sqrt(6) * std, "running sums hold less noise than independent draws"
+    again = fleets.Correlated(agreed.bands, key).at(5, agreed.encoding)
+    assert np.array_equal(again.next(agreed.encoding), rows[5])
+    with pytest.raises(PlanInvalid):
+        fleets.opened_vector(np.zeros(4000, "<u2"), agreed, terms(), central=Stream(bytes(32)))
+
+
+def test_every_unit_has_its_turn_and_only_that() -> None:
+    names = tuple(f"S{n:02d}" for n in range(40))
+    corpus = PrivateCorpus(units=Sensitive(tuple((torch.tensor([n, 0]),) for n in range(40))), names=names)
+    worker = fleets.Worker(agreement=agree(bounded(), 200), base=None, module=None, corpus=corpus, run_key=Key(bytes(32)))  # type: ignore[arg-type]  # the draw alone
+    turns = [set(worker._in_turn(step).names) for step in range(10)]
+    assert set.union(*turns[:4]) == set(names)
+    assert sum(map(len, turns[:4])) == 40
+    assert turns[4:8] == turns[:4]
+    assert min(map(len, turns)) >= 3
+    with pytest.raises(TermsRefused):
+        worker._in_turn(10)

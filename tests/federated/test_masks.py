@@ -50,7 +50,7 @@ def test_all_256_bits_of_a_seed_count() -> None:
 @given(st.binary(min_size=32, max_size=32), st.integers(1, 9), st.data())
 def test_any_threshold_of_the_shares_give_the_secret_and_one_fewer_does_not(secret: bytes, count: int, data: st.DataObject) -> None:
     threshold = data.draw(st.integers(1, count))
-    shares = masks.split(secret, threshold=threshold, count=count, stream=stream("split"))
+    shares = masks.split(secret, threshold=threshold, points=range(1, count + 1), stream=stream("split"))
     for size in {threshold - 1, threshold, min(threshold + 1, count)} - {0}:
         points = data.draw(st.permutations(range(1, count + 1)))[:size]
         chosen, weights = [shares[p - 1] for p in points], masks.weights(points)
@@ -63,7 +63,7 @@ def test_any_threshold_of_the_shares_give_the_secret_and_one_fewer_does_not(secr
 
 def test_one_share_below_the_threshold_fits_every_secret() -> None:
     """Perfect secrecy, shown: t-1 shares of one secret are completed by some share to any other secret."""
-    shares = masks.split(bytes(32), threshold=3, count=3, stream=stream())
+    shares = masks.split(bytes(32), threshold=3, points=(1, 2, 3), stream=stream())
     weights = masks.weights([1, 2, 3])
     wanted = int.from_bytes(b"\x07" * 32, "little")
     known = sum(int.from_bytes(share, "little") * weight for share, weight in zip(shares[:2], weights[:2], strict=True))
@@ -91,8 +91,9 @@ def test_sealed_shares_open_only_in_their_context() -> None:
 
 
 def test_bad_parameters_are_refused() -> None:
-    with pytest.raises(ValueError, match="threshold"):
-        masks.split(bytes(32), threshold=3, count=2, stream=stream())
+    for threshold, points in ((0, (1, 2)), (1, (0,)), (1, ((1 << 16) + 1,))):
+        with pytest.raises(ValueError, match="threshold"):
+            masks.split(bytes(32), threshold=threshold, points=points, stream=stream())
     with pytest.raises(ValueError, match="distinct"):
         masks.weights([1, 1])
     assert not masks.is_share(b"\xff" * 33)

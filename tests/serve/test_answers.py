@@ -34,7 +34,7 @@ def test_json_is_restored_as_json_for_every_cut(cuts, ascii_only):
     opened, shown = conversation()
     said = {"to": f"Ü {shown[0]}, {shown[1]}; {shown[2]}", shown[0].strip("<>"): [shown[1].lower(), "\\" + shown[0], "\U0001f600", 5]}
     text = json.dumps(said, ensure_ascii=ascii_only).replace("<", "\\u003c") if ascii_only else json.dumps(said, ensure_ascii=False)
-    restorer = JsonRestorer(opened)
+    restorer = JsonRestorer(opened.restorer)
     restored = "".join(restorer.feed(piece) for piece in pieces(text, cuts)) + restorer.close()
     whole = Answer(opened, ToolArguments.RESTORE).whole(said)
     assert json.loads(restored) == whole
@@ -46,13 +46,13 @@ def test_json_is_restored_at_every_single_cut():
     text = json.dumps({"a": f"x\\{shown[1]}\u00e9\U0001f600"})
     expected = {"a": Answer(opened, ToolArguments.RESTORE).whole(f"x\\{shown[1]}\u00e9\U0001f600")}
     for cut in range(len(text) + 1):
-        restorer = JsonRestorer(opened)
+        restorer = JsonRestorer(opened.restorer)
         assert json.loads(restorer.feed(text[:cut]) + restorer.feed(text[cut:]) + restorer.close()) == expected
 
 
 @pytest.mark.parametrize("text", ['{"a": "x\\', '{"a": "\\u00', '"\\q"', "no json", '{"a": "\\uZZ"}', ""])
 def test_what_is_not_json_passes_through_unrestored(text):
-    restorer = JsonRestorer(conversation()[0])
+    restorer = JsonRestorer(conversation()[0].restorer)
     assert restorer.feed(text) + restorer.close() in (text, text.replace("\\q", "\\\\q").replace("\\uZZ", "\\\\uZZ"))
 
 
@@ -120,7 +120,7 @@ def test_events_do_not_depend_on_how_the_bytes_were_cut(size):
             yield SENT[at : at + size]
 
     async def read():
-        return [event async for event in answers.events(chunks())]
+        return [event async for some in answers.events(chunks()) for event in some]
 
     assert asyncio.run(read()) == ['{"a": "é€"}', "one\ntwo", "[DONE]"]
 
@@ -131,7 +131,7 @@ def test_events_that_are_not_text_or_too_long_are_refused(sent):
         async def chunks():
             yield sent
 
-        return [event async for event in answers.events(chunks())]
+        return [event async for some in answers.events(chunks()) for event in some]
 
     with pytest.raises(UpstreamFailed):
         asyncio.run(read())

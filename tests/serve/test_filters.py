@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from discreet.deid.vault import MAX_PLACEHOLDER_CHARS, Vault
 from discreet.errors import RequestInvalid
 from discreet.keys import Key
+from discreet.serve import filters
 from discreet.serve.filters import Conversation, Restorer
 from discreet.serve.wire import Message, TextPart
 
@@ -196,3 +197,50 @@ def test_text_without_identifiers_is_unchanged(text):
     prompt = Conversation(Key(bytes(32))).deidentify(messages(text))
     assert prompt.turns[0].text == text
     assert sum(prompt.counts.values()) == 0
+
+
+# --- one reading
+
+
+TALK = st.sampled_from(
+    [
+        f"Patient {NAME} was seen today.",
+        f"MRN: 4471902, {NAME}",
+        "Please call about 4471902 again.",
+        "AURELIA  QUISTGAARD asked\nfor quistgaard's chart",
+        "q u i s t g a a r d",
+        "Quist&#103;aard, and QXVyZWxpYSBRdWlzdGdhYXJk in code",
+        f"write to {EMAIL}",
+        f"SSN {SSN}",
+        "number 536228145 and 536 22 8145",
+        "No names in this one, two of three.",
+        "**Aurelia** Quist**gaard**",
+        '{"patient": "Quistgaard", "n": 3}',
+    ]
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts=st.lists(TALK, min_size=1, max_size=5))
+def test_reading_once_covers_what_reading_twice_covers(texts):
+    def shown(*, twice: bool) -> list[str]:
+        with pytest.MonkeyPatch.context() as patch:
+            if twice:
+                patch.setattr(filters, "leaves_none", lambda *_: False)
+            conversation = Conversation(Key(bytes(32)))
+            conversation.learn(texts)
+            return [filters.PLACEHOLDER.sub(lambda match: match["label"], conversation.text(text)) for text in texts]
+
+    assert shown(twice=False) == shown(twice=True)
+
+
+def test_a_text_is_read_once_unless_another_gave_its_value_away(monkeypatch):
+    read: list[str] = []
+    real = filters.find
+    monkeypatch.setattr(filters, "find", lambda text, **options: read.append(text) or real(text, **options))
+    conversation = Conversation(Key(bytes(32)))
+    texts = [f"Patient {NAME}, SSN {SSN}.", "Nothing here.", "Nothing here."]
+    conversation.learn(texts)
+    for text in texts:
+        conversation.text(text)
+    assert read == texts[:2]

@@ -21,11 +21,15 @@ import pytest
 
 from discreet.deid.vault import PLACEHOLDER
 from discreet.errors import UpstreamFailed
+from discreet.evidence.log import verify_bundle
 from discreet.keys import Key
-from discreet.serve import answers, asgi, fields, filters, proxy
+from discreet.serve import answers, asgi, fields, filters, proxy, trail
 from discreet.serve.answers import ToolArguments
-from discreet.serve.tenants import Tenant
+from discreet.serve.leaks import Canaries, Guard, OwnIdentifiers
+from discreet.serve.tenants import Limits, Settings, Tenant
 from discreet.serve.upstream import Address, Upstream
+
+from . import test_oidc
 
 NAME, EMAIL, SSN = "Aurelia Quistgaard", "aurelia.quistgaard@example.org", "536-22-8145"
 PROMPT = f"Patient {NAME} can be reached at {EMAIL}, SSN {SSN}. Summarise."
@@ -49,6 +53,7 @@ class FakeUpstream(httpx.AsyncBaseTransport):
     status: int = 200
     die_after: int | None = None
     pause: float = 0.0
+    say: str = ""
     seen: list[str] = field(default_factory=list)
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -58,6 +63,15 @@ class FakeUpstream(httpx.AsyncBaseTransport):
         if request.url.path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "m"}]})
         body = json.loads(request.content)
+        if self.say:
+            last = (
+                {"prompt": self.say}
+                if "prompt" in body
+                else {"input": self.say}
+                if "input" in body
+                else {"messages": [{"role": "user", "content": self.say}]}
+            )
+            body = {**body, **last}
         make = {"/v1/chat/completions": _chat, "/v1/completions": _completion, "/v1/responses": _response, "/v1/messages": _message}.get(
             request.url.path
         )
@@ -222,6 +236,7 @@ def _message(body, size):
 class Running:
     url: str
     keys: tuple[str, ...]
+    application: proxy.Gateway
 
     def openai(self, which: int = 0) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.keys[which], max_retries=0, timeout=20)
@@ -243,7 +258,8 @@ def serving(fake: FakeUpstream, *changes: dict, **options) -> Iterator[Running]:
         replace(Tenant(name=f"t{n}", key_hashes=(pair[1],)), **change) for n, (pair, change) in enumerate(zip(pairs, changes or ({},), strict=True))
     ]
     address = Address(base="http://192.0.2.1:80", host="upstream.test", authority="upstream.test")
-    application = proxy.app(Upstream(address=address, api_key="upstream-secret", transport=fake), tenants=tenants, key=Key(bytes(32)), **options)
+    settings = Settings(tenants=tuple(tenants), **{name: options.pop(name) for name in ("limits", "metrics_key_hash", "provider") if name in options})
+    application = proxy.app(Upstream(address=address, api_key="upstream-secret", transport=fake), settings, key=Key(bytes(32)), **options)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         running = asgi.server(application, host="127.0.0.1", port=0)
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
@@ -251,7 +267,7 @@ def serving(fake: FakeUpstream, *changes: dict, **options) -> Iterator[Running]:
         try:
             while not running.started:
                 time.sleep(0.01)
-            yield Running(url=f"http://127.0.0.1:{listener.getsockname()[1]}", keys=tuple(pair[0] for pair in pairs))
+            yield Running(url=f"http://127.0.0.1:{listener.getsockname()[1]}", keys=tuple(pair[0] for pair in pairs), application=application)
         finally:
             running.should_exit = True
             thread.join(20)
@@ -272,7 +288,7 @@ def gate(fake):
 @pytest.fixture(autouse=True)
 def _fresh(fake):
     fake.seen.clear()
-    fake.status, fake.die_after, fake.cut, fake.piece = 200, None, 3, 2
+    fake.status, fake.die_after, fake.cut, fake.piece, fake.say, fake.pause = 200, None, 3, 2, "", 0.0
 
 
 def unseen(fake: FakeUpstream) -> None:
@@ -436,7 +452,9 @@ _BEFORE, _WHOLE, _STREAM = (False, True), (False,), (True,)
             (filters.Conversation, "text", _BEFORE),
             (filters.Conversation, "name", _BEFORE),
             (filters, "protect", _BEFORE),
-            (filters, "detect", _BEFORE),
+            (filters, "find", _BEFORE),
+            (filters, "leaves_none", _BEFORE),
+            (filters, "protect", _BEFORE),
             (fields, "_walk", _BEFORE),
             (proxy, "Conversation", _BEFORE),
             (proxy, "Answer", _BEFORE),
@@ -601,7 +619,7 @@ def test_health_and_readiness(fake):
 
 
 def test_limits(fake):
-    with serving(fake, limits=proxy.Limits(max_request_bytes=500, max_chars=100)) as gate:
+    with serving(fake, limits=Limits(max_request_bytes=500, max_chars=100)) as gate:
         assert gate.post("chat/completions", {"model": "m", "messages": [{"role": "user", "content": "x" * 101}]}).status_code == 400
         assert gate.post("chat/completions", {"model": "m", "messages": [{"role": "user", "content": "x" * 501}]}).status_code == 400
 
@@ -628,3 +646,249 @@ def test_a_line_of_ten_thousand_tokens_and_many_streams_at_once(gate, fake):
         thread.join(30)
     assert len(answers_of) == 20
     assert all("[DONE]" in answer and "Aurelia" in answer for answer in answers_of)
+
+
+# --- what the model says of its own
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": "Who?"}], "tools": [TOOL]}),
+        ("completions", {"prompt": "Who?"}),
+        ("responses", {"input": "Who?"}),
+        ("messages", {"messages": [{"role": "user", "content": "Who?"}], "max_tokens": 9}),
+    ],
+)
+def test_identifiers_of_the_models_own_reach_nobody_on_any_wire(gate, fake, path, body, stream):
+    fake.say = f"The SSN of another patient is {SSN}, her mail {EMAIL} I believe."
+    answer = gate.post(path, {"model": "m", **body, "stream": stream})
+    assert answer.status_code == 200
+    assert [secret for secret in (SSN, EMAIL) if secret in answer.text] == []
+    assert 'discreet_stopped_total{label="SSN",tenant="t0"}' in gate.get("/metrics").text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_canary_or_a_stopped_identifier_ends_the_answer(fake, stream):
+    canary = "The heron of Quillfjord owes 7 crowns"
+    with serving(
+        fake, {"guard": Guard(canaries=Canaries.of([canary]))}, {"guard": Guard(own=OwnIdentifiers.STOP)}, {"tools": ToolArguments.PLACEHOLDER}
+    ) as gate:
+        ask = {"model": "m", "messages": [{"role": "user", "content": "Who?"}], "stream": stream, "tools": [TOOL]}
+        fake.say = f"Well: {canary.upper()} and that is that, so it is."
+        stopped = gate.post("chat/completions", ask)
+        assert "serve.leak" in stopped.text
+        assert "QUILLFJORD" not in stopped.text
+        assert "[DONE]" not in stopped.text
+        assert stopped.status_code == (200 if stream else 403)
+        fake.say = f"The SSN is {SSN} and that is that."
+        assert "serve.leak" in gate.post("chat/completions", ask, which=1).text
+        kept = gate.post("chat/completions", ask, which=2).text
+        assert "serve.leak" not in kept
+        assert SSN not in kept  # in the arguments of a tool call neither, though they keep their placeholders
+
+
+# --- faults at every await, and every kind of bad connection
+
+AWAITS = (
+    (proxy._Proxy, "_identify"), (proxy, "read_body"), (proxy._Proxy, "_check_model"), (proxy._Proxy, "_models"), (Upstream, "ask"), (Upstream, "stream"),
+    (proxy._Proxy, "_answer"), (proxy, "run_in_threadpool"), (proxy, "unless_gone"), (Upstream, "_bytes"), (answers, "events"), (proxy._Proxy, "_restored"), (proxy._Proxy, "_frames"),
+    (asgi.EventStream, "_send"), (fields, "deidentify"), (proxy, "_json"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("owner", "name"), AWAITS, ids=[name for _, name in AWAITS])
+@pytest.mark.parametrize(
+    "error", [RuntimeError(PROMPT), OSError(PROMPT), TimeoutError(PROMPT), UpstreamFailed("an answer")], ids=lambda error: type(error).__name__
+)
+def test_a_fault_at_any_await_fails_closed(gate, fake, monkeypatch, caplog, owner, name, stream, error):
+    monkeypatch.setattr(proxy, "MAX_INLINE_BYTES", 0)
+    real, calls = getattr(owner, name), []
+
+    def fails(*args, **kwargs):
+        calls.append(name)
+        if name in ("_json",) and len(calls) > 1:
+            return real(*args, **kwargs)  # the refusal itself is written by it
+        raise error
+
+    monkeypatch.setattr(owner, name, fails)
+    try:
+        answer = gate.post("chat/completions", {"model": "m", "messages": [{"role": "user", "content": PROMPT}], "stream": stream})
+        text, status = answer.text, answer.status_code
+    except httpx.HTTPError:
+        text, status = "", 0
+    monkeypatch.undo()
+    if calls:
+        assert "[DONE]" not in text
+        assert status != 200 or '"error"' in text or not text
+    assert [secret for secret in SECRETS if secret in fake.everything() + caplog.text + (text if not stream else "")] == [] or not calls
+
+
+def _raw(gate, request: bytes) -> bytes:
+    host, port = gate.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(request)
+        connection.shutdown(socket.SHUT_WR)
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+    return received
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"X-Forwarded-Host: evil.example", b"Connection: keep-alive, authorization", b"Proxy-Authorization: Basic QQ==", b"Cookie: a=b", b"OpenAI-Organization: org-x",
+        b"X-Evil: a\r\n b", b"TE: trailers", b"Upgrade: websocket", b"Host: evil.example", b"anthropic-beta: files", b"x-api-key: other",
+    ],
+)  # fmt: skip
+def test_no_header_of_a_caller_travels_on(gate, fake, header):
+    gate.get("/v1/models")
+    fake.seen.clear()
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}]}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: gateway\r\nconnection: close\r\nauthorization: Bearer " + gate.keys[0].encode()
+    head += b"\r\ncontent-type: application/json\r\ncontent-length: " + str(len(body)).encode() + b"\r\n" + header + b"\r\n\r\n"
+    _raw(gate, head + body)
+    for request in fake.seen:
+        assert set(re.findall(r"'([a-z-]+)': ", request[: request.index("{\"model")])) <= {
+            "host", "accept", "accept-encoding", "connection", "user-agent", "content-type", "content-length", "authorization",
+        }  # fmt: skip
+        assert "evil" not in request
+
+
+def test_two_keys_are_refused_and_names_cannot_break_lines(gate, fake):
+    twice = [("authorization", f"Bearer {gate.keys[0]}"), ("authorization", "Bearer x")]
+    assert httpx.post(f"{gate.url}/v1/chat/completions", json={}, headers=twice).status_code == 401
+    asked = {"model": "m\r\nx-evil: 1", "messages": [{"role": "user", "content": "x"}], "user": "a\r\nx-evil: 1"}
+    assert gate.post("chat/completions", asked).status_code == 404
+    assert gate.post("chat/completions", {**asked, "model": "m"}).status_code == 200
+    assert "x-evil" not in fake.everything()
+
+
+def test_a_caller_who_stops_reading_loses_the_place(monkeypatch):
+    monkeypatch.setattr(asgi, "SEND_TIMEOUT_S", 0.3)
+    fake = FakeUpstream(piece=50_000, cut=1 << 20, say="slow words " * 400_000)
+    with serving(fake, {"max_concurrent": 1}) as gate:
+        host, port = gate.url.removeprefix("http://").split(":")
+        body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True}).encode()
+        with socket.create_connection((host, int(port))) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: g\r\nauthorization: Bearer {gate.keys[0]}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+            deadline = time.monotonic() + 20
+            time.sleep(0.5)
+            while "discreet_running 0" not in gate.get("/metrics").text:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+
+
+def test_an_answer_that_does_not_end_is_cut_off():
+    fake = FakeUpstream(piece=50_000, cut=1 << 16, say="word " * 100_000)
+    with serving(fake, limits=Limits(max_answer_bytes=100_000)) as gate:
+        for stream in (False, True):
+            text = gate.post("chat/completions", {"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": stream}).text
+            assert "serve.upstream" in text
+            assert "[DONE]" not in text
+
+
+# --- settings that change, tokens, traces, the trail
+
+
+def test_a_change_of_settings_holds_for_new_requests_and_leaves_running_ones_alone():
+    fake = FakeUpstream(pause=0.002)
+    with serving(fake) as gate:
+        with (
+            gate.openai() as client,
+            client.chat.completions.create(model="m", messages=[{"role": "user", "content": PROMPT}], stream=True) as stream,
+        ):
+            chunks = iter(stream)
+            first = [next(chunks) for _ in range(2)]
+            key, hashed = asgi.new_api_key()
+            gate.application.change(Settings(tenants=(Tenant(name="new", key_hashes=(hashed,)),)))
+            rest = list(chunks)
+        text = "".join(choice.delta.content or "" for chunk in [*first, *rest] for choice in chunk.choices)
+        assert text == PROMPT
+        assert gate.get("/v1/models").status_code == 401
+        assert httpx.get(f"{gate.url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_tokens_of_a_provider_open_the_tenant_of_their_claim(tmp_path, fake):
+    (tmp_path / "jwks.json").write_bytes(test_oidc.PUBLIC)
+    provider = replace(test_oidc.PROVIDER, keys=str(tmp_path / "jwks.json"))
+    with serving(fake, {"claim_values": frozenset(("ward",))}, {"claim_values": frozenset(("lab",))}, provider=provider) as gate:
+
+        def status(token: str) -> int:
+            return httpx.get(f"{gate.url}/v1/models", headers={"authorization": f"Bearer {token}"}).status_code
+
+        assert status(test_oidc.token()) == 200
+        assert [status(test_oidc.token(groups=groups)) for groups in (["lab"], ["ward", "lab"], ["none"], None)] == [200, 401, 401, 401]
+        assert status(test_oidc.forged({"alg": "none"})) == 401
+        assert status(gate.keys[0]) == 200
+
+
+def test_traces_have_attributes_of_a_closed_list_only(fake):
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    with serving(fake, tracer=provider.get_tracer("test")) as gate:
+        gate.post("chat/completions", {"model": "m", "messages": [{"role": "user", "content": PROMPT}], "user": NAME})
+        gate.post("chat/completions", {"model": NAME, "messages": [{"role": "user", "content": PROMPT}], NAME: 1})
+    provider.shutdown()
+    spans = exporter.get_finished_spans()
+    assert [dict(span.attributes) for span in spans] == [
+        {"http.route": "/v1/chat/completions", "discreet.tenant": "t0", "http.response.status_code": 200, "discreet.identifiers": 3},
+        {"http.route": "/v1/chat/completions", "discreet.tenant": "t0", "http.response.status_code": 404},
+    ]
+    assert [secret for secret in SECRETS if any(secret in span.to_json() for span in spans)] == []
+    assert not any(span.events for span in spans)
+
+
+def test_what_was_served_is_signed_and_verifies_offline(tmp_path, fake):
+    with (
+        trail.opened(tmp_path / "trail", server="upstream.test") as kept,
+        serving(fake, {}, {"guard": Guard(own=OwnIdentifiers.STOP)}, trail=kept) as gate,
+    ):
+        ask = {"model": "m", "messages": [{"role": "user", "content": PROMPT}]}
+        for stream in (False, True):
+            gate.post("chat/completions", {**ask, "stream": stream})
+        fake.say = f"SSN {SSN}."
+        gate.post("chat/completions", ask, which=1)
+    bundle, key = trail.export(tmp_path / "trail", tmp_path / "bundle", public=False)
+    entries = verify_bundle(bundle, public_key=key.read_text()).entries
+    assert {entry.fields["tenant"]: (entry.fields["requests"], entry.fields["statuses"], entry.fields["stopped"]) for entry in entries} == {
+        "t0": (2, {"200": 2}, {}),
+        "t1": (1, {"403": 1}, {"SSN": 1}),
+    }
+    assert entries[0].fields["counts"] == {"EMAIL": 2, "PERSON": 2, "SSN": 2}
+    held = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert [secret for secret in SECRETS if secret.encode() in held] == []
+
+
+def test_a_trail_that_cannot_be_written_refuses_requests(tmp_path, fake, monkeypatch):
+    with trail.opened(tmp_path / "trail", server="upstream.test") as kept, serving(fake, trail=kept) as gate:
+        ask = {"model": "m", "messages": [{"role": "user", "content": PROMPT}]}
+        monkeypatch.setattr(trail, "BATCH", 1)
+        real = kept._log.append_all
+        monkeypatch.setattr(kept._log, "append_all", lambda *_: (_ for _ in ()).throw(OSError(PROMPT)))
+        assert gate.post("chat/completions", ask).status_code == 200
+        deadline = time.monotonic() + 10
+        while (refused := gate.post("chat/completions", ask)).status_code == 200:
+            assert time.monotonic() < deadline
+        assert "trail" in refused.text
+        monkeypatch.setattr(kept._log, "append_all", real)
+        kept.write()
+        assert gate.post("chat/completions", ask).status_code == 200
+
+
+def test_the_openapi_document_lists_every_route_and_no_other_field(gate):
+    document = gate.get("/openapi.json").json()
+    assert set(document["paths"]) == {"/v1/models", "/healthz", "/readyz", *(each.path for each in proxy.WIRES)}
+    for wired in proxy.WIRES:
+        schema = document["paths"][wired.path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert set(schema["properties"]) == set(wired.table)
+        assert schema["additionalProperties"] is False

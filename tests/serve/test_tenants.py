@@ -31,9 +31,9 @@ models = ["m"]
 def both(tmp_path):
     path = tmp_path / "tenants.toml"
     path.write_text(FILE)
-    found, metrics = load(path)
-    assert metrics == "0" * 64
-    return found
+    found = load(path)
+    assert found.metrics_key_hash == "0" * 64
+    return found.tenants
 
 
 def test_a_file_gives_each_tenant_its_policy_quota_and_models(both):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ import torch
 from discreet import model as models
 from discreet.config import TrainSection
 from discreet.dp.accounting import RdpFilter
-from discreet.errors import DigestMismatch, NothingLearned, ReservationRefused, SourceEmpty
+from discreet.dp.mechanism import Adaptive, Sampling, calibrate
+from discreet.errors import DigestMismatch, NothingLearned, PlanInvalid, ReservationRefused, SealBroken, SourceEmpty
 from discreet.keys import Key, Stream
 from discreet.ledger import State
 from discreet.model import PublicText
 from discreet.record import Digest
 from discreet.train import loop
+from discreet.train.course import Course
 from discreet.train.loop import StepReport, Trained, fit, train
 
 from .conftest import NOTES, Paid, generated
@@ -73,6 +76,63 @@ def test_resumed_equals_uninterrupted_bit_for_bit(paid: Paid) -> None:
     torn = _train(paid, "torn")
     assert torn.adapter_digest == whole.adapter_digest
     assert torn.curve == whole.curve
+
+
+CARRIED: dict[str, dict[str, Any]] = {
+    "correlated": {"sampling": Sampling.CYCLIC_POISSON, "bands": 3},
+    "adaptive": {"adaptive": Adaptive(quantile=0.5, rate=0.2, votes_multiplier=1.0)},
+}
+
+
+@pytest.fixture(params=CARRIED)
+def carrying(request: pytest.FixtureRequest, paid: Paid) -> Paid:
+    """A run that carries more from step to step than its parameters."""
+    common = {"epsilon": 8.0, "delta": 1e-2, "population": 20, "expected_batch": 5, "steps": 4, "clip_norm": 0.5, "unit": "patient"}
+    plan = calibrate(**common, **CARRIED[request.param])
+    return dataclasses.replace(paid, plan=plan, reservation=dataclasses.replace(paid.reservation, plan=plan.digest))
+
+
+def test_noise_and_clip_norm_are_carried_over_a_resume_bit_for_bit(carrying: Paid) -> None:
+    whole = _train(carrying, "whole")
+
+    def die(_: StepReport) -> None:
+        raise _Killed
+
+    for _ in range(carrying.plan.steps):
+        with pytest.raises(_Killed):
+            _train(carrying, "torn", on_step=die)
+    assert _train(carrying, "torn").adapter_digest == whole.adapter_digest
+    course = Course.opened(carrying.checkpoints("torn").course(), carrying.plan, carrying.run_key)
+    assert course.step == 4
+    assert (course.clip_norm == 0.5) is (carrying.plan.adaptive is None)
+    with pytest.raises(SealBroken):
+        Course.opened(carrying.checkpoints("torn").course(), carrying.plan, Key(bytes(32)))
+
+
+def test_the_noise_of_a_step_is_not_in_an_opened_checkpoint(carrying: Paid) -> None:
+    """PITFALLS 40: whoever has the checkpoint and its key, but not the run key, takes no noise off."""
+    _train(carrying)
+    opened = Key(bytes(32)).open((carrying.folder / "run" / "state").read_bytes(), context=b"checkpoint/run-1")
+    memory = Course.opened(carrying.checkpoints().course(), carrying.plan, carrying.run_key).memory
+    assert (memory is not None) is bool(carrying.plan.bands)
+    for past in memory.past.values() if memory else ():
+        assert len(past) == 2
+        assert not any(noise.numpy().tobytes() in opened for noise in past)
+
+
+def test_a_course_is_taken_step_by_step(carrying: Paid) -> None:
+    course = Course.of(carrying.plan)
+    for wrong in (0, 2):
+        with pytest.raises(ValueError, match="Expected step 1"):
+            course.take(wrong)
+    with pytest.raises(ValueError, match="from its beginning"):
+        Course.of(carrying.plan, step=2)
+
+
+def test_the_correction_of_adam_does_not_go_with_changing_noise(carrying: Paid) -> None:
+    setup = dataclasses.replace(carrying.setup, train=TrainSection(optimizer="adam_corrected"))
+    with pytest.raises(PlanInvalid, match="adam_corrected"):
+        _train(carrying, setup=setup)
 
 
 def test_another_run_key_gives_another_model(paid: Paid) -> None:

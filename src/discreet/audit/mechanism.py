@@ -12,6 +12,10 @@ read coordinate by coordinate, in units of the clip norm. Five readings, each a 
 | clipping | a unit that contributes more than the clip norm, also when its documents are several and the step is accumulated over micro-batches |
 | inclusion | another sampling probability; shuffling reported as Poisson (counts that vary too little), units that come together (counts that vary too much) |
 
+Correlated noise is read after it is made independent again: row t of C applied to the releases of the last b steps (`whitened`), which spreads a canary of step t over
+the b steps from t on; the reading puts it together again (matched filter). A unit has one turn a round of b steps, and the rehearsal takes whole rounds. Where the clip
+norm moves, each step is read in clip norms of its own; its votes are not read, so the canaries' claim is that of the gradient alone.
+
 Everything in the rehearsal is generated, so every figure is public. Its coins, draws and noise come from a key of its own, never from the run's.
 
 Guarantees: a correct mechanism fails with probability at most about `LEVEL` (the inclusion counts use a chi-squared of matched moments; the other tests are exact or safe).
@@ -26,6 +30,7 @@ Does not cover: the optimiser and the model of the run (post-processing, and gra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, final
@@ -42,6 +47,7 @@ from discreet.dp.mechanism import Plan, Sampling, event_of
 from discreet.keys import Key
 from discreet.record import Sensitive
 from discreet.train import parallel, step
+from discreet.train.course import Course
 from discreet.train.step import PrivateCorpus, Rows
 
 # M canaries, N of them included, T steps, K idle coordinates.
@@ -71,11 +77,11 @@ class Rehearsal:
     """What the rehearsed steps did; generated, hence public.
 
     Attributes:
-        seen_TM: released contribution along each canary's direction, in clip norms.
+        seen_TM: released contribution along each canary's direction, in clip norms; T steps, or rounds where units take turns.
         included_M: the coins.
-        idle_TK: released coordinates that no canary reaches, in clip norms: noise alone.
+        idle_TK: released coordinates that no canary reaches, in clip norms, made independent: noise alone.
         counts_N: how often each included canary was drawn.
-        sizes_T: how many were drawn in each step.
+        sizes_T: how many were drawn in each step, or round.
         norms: norm of every contribution of the steps that were looked into, in clip norms.
     """
 
@@ -96,9 +102,8 @@ def layers(plan: Plan, *, key: Key, level: float = LEVEL) -> list[Layer]:
         level: probability of a false alarm, in (0, 0.5], shared by five readings.
     """
     done, each = rehearse(plan, key=key), level / 5
-    claim = accounting.trade_off(
-        event_of(sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=len(done.sizes_T))
-    )
+    rounds = len(done.sizes_T)
+    claim = accounting.trade_off(event_of(sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=rounds))
     return [
         canary_layer(
             done.seen_TM,
@@ -117,7 +122,8 @@ def layers(plan: Plan, *, key: Key, level: float = LEVEL) -> list[Layer]:
 
 def rehearse(plan: Plan, *, key: Key) -> Rehearsal:
     """Takes the plan's first steps on the probe, at most `STEPS`, by the function that training calls."""
-    num_canaries, num_steps = min(CANARIES, 2 * plan.population), min(STEPS, plan.steps)
+    num_bands = max(1, len(plan.bands))
+    num_canaries, num_steps = min(CANARIES, 2 * plan.population), max(1, min(STEPS, plan.steps) // num_bands) * num_bands
     included_M = csprng.bernoulli(key.stream("coins"), num_canaries, 0.5).numpy()
     planted = np.flatnonzero(included_M)[: plan.population]
     included_M[planted[-1] + 1 :] = False
@@ -129,24 +135,59 @@ def rehearse(plan: Plan, *, key: Key) -> Rehearsal:
     budget = max(2, 2 * math.ceil(plan.sampling_probability * len(planted) / 2))
     run, seen, idle, norms = key.derive("run"), [], [], list[float]()
     counts_M, sizes = np.zeros(num_canaries, dtype=np.int64), []
+    turn_M, course = np.zeros(num_canaries, dtype=np.int64), Course.of(plan)
     for number in range(1, num_steps + 1):
         drawn = step.drawn(corpus, plan, run_key=run, step=number)
         if drawn and number <= _CHECKED_STEPS:
             norms += _norms(probe, drawn, plan, budget)
-        parallel.private_step(probe, optimizer, corpus, plan, run_key=run, step=number, token_budget=budget, rows=Rows.PADDED, ranks=parallel.ALONE)
-        np.add.at(counts_M, [int(documents[0][0]) - 1 for documents in drawn], 1)
+        scale = plan.clip_norm / course.clip_norm
+        parallel.private_step(
+            probe, optimizer, corpus, plan, run_key=run, step=number, token_budget=budget, rows=Rows.PADDED, ranks=parallel.ALONE, course=course
+        )
+        who = [int(documents[0][0]) - 1 for documents in drawn]
+        np.add.at(counts_M, who, 1)
+        turn_M[who] = (number - 1) % num_bands
         sizes.append(len(drawn))
-        seen.append(probe.canaries.weight.detach()[1:, 0].double().numpy())
-        idle.append(-probe.idle.weight.detach()[:, 0].double().numpy())
+        seen.append(scale * probe.canaries.weight.detach()[1:, 0].double().numpy())
+        idle.append(-scale * probe.idle.weight.detach()[:, 0].double().numpy())
         probe.reset()
+    column = plan.bands or (1.0,)
     return Rehearsal(
-        seen_TM=np.array(seen),
+        seen_TM=_rounds(whitened(np.array(seen), column), column, turn_M),
         included_M=included_M,
-        idle_TK=np.array(idle),
+        idle_TK=whitened(np.array(idle), column),
         counts_N=counts_M[planted],
-        sizes_T=np.array(sizes),
+        sizes_T=np.array(sizes).reshape(-1, num_bands).sum(1),
         norms=np.array(norms),
     )
+
+
+def whitened(released_TK: ArrayLike, column: Sequence[float]) -> Float:
+    """Applies the strategy C to what every step released, so that its noise is the independent draws again.
+
+    Args:
+        released_TK: [T, K], in clip norms.
+        column: coefficients of C (`dp.banded`); (1,) changes nothing.
+    """
+    released = np.asarray(released_TK, dtype=np.float64)
+    result = column[0] * released
+    for band in range(1, min(len(column), len(released))):
+        result[band:] += column[band] * released[:-band]
+    return result
+
+
+def _rounds(white_TM: Float, column: Sequence[float], turn_M: NDArray[np.int64]) -> Float:
+    """What a canary shows in each of its turns, over the steps that it is spread on; those whose turn nobody saw are read in the first group's turns."""
+    if len(column) == 1:
+        return white_TM
+    num_steps, num_bands = len(white_TM), len(column)
+    found = np.zeros((num_steps // num_bands, white_TM.shape[1]))
+    for turn in range(num_bands):
+        mine = turn_M == turn
+        for round_, first in enumerate(range(turn, num_steps, num_bands)):
+            part = np.asarray(column[: num_steps - first])
+            found[round_, mine] = part @ white_TM[first : first + num_bands, mine] / np.sum(part**2)
+    return found
 
 
 def canary_layer(

@@ -82,6 +82,21 @@ def hidden(text: str, is_word: Callable[[str], bool], places: Sequence[Regions],
     return edits, kinds
 
 
+def plain(text: str) -> str:
+    """Returns a normalised text with everything but line breaks read through, `MAX_DEPTH` times at most, for those who need no places."""
+    for _ in range(MAX_DEPTH):
+        pieces: list[str] = []
+        at, room = 0, MAX_DECODED
+        for start, end, put in sorted(_codes(text, [[(0, len(text))]] * len(EXPRESSIONS))):
+            if start >= at and len(put) <= room:
+                pieces += (text[at:start], put)
+                at, room = end, room - len(put)
+        if not pieces:
+            break
+        text = "".join([*pieces, text[at:]])
+    return text
+
+
 def _codes(text: str, places: Sequence[Regions]) -> Iterator[Edit]:
     escapes, short, long, hexes, apart, markup, spelled = (
         [match for part in parts for match in e.finditer(text, *part)] for e, parts in zip(EXPRESSIONS, places, strict=True)

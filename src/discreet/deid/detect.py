@@ -33,7 +33,7 @@ from typing import final
 
 from discreet.deid import patterns
 from discreet.deid import scan as automaton
-from discreet.deid.decode import BREAK, EXPRESSIONS, MAX_DEPTH, hidden
+from discreet.deid.decode import BREAK, EXPRESSIONS, MAX_DEPTH, hidden, plain
 from discreet.deid.normalise import OPAQUE, View, fold, normalise
 from discreet.deid.patterns import GUARDS, ISSUERS, PATTERNS, SHAPE, STRONG, WEAK, Label, Pattern
 from discreet.deid.scan import Regions
@@ -348,6 +348,36 @@ _GENERIC = frozenset(
 
 _MAX_GAP = 4
 _SKIPPED = re.compile(r"[^0-9A-Za-z]+")
+
+
+def spellings(known: Mapping[str, Sequence[str]]) -> dict[str, Label]:
+    """Returns every spelling, in letters and digits alone, in which `detect` looks for known values, and the label under which it finds it."""
+    found: dict[str, Label] = {}
+    for label, group in sorted(((parse_label(label), group) for label, group in known.items()), key=lambda pair: -_ORDER[pair[0]]):
+        for value in group:
+            found |= dict.fromkeys(_spellings(label, fold(value)), label)
+    return found
+
+
+def leaves_none(text: str, spans: Sequence[Span], sought: Mapping[str, Label]) -> bool:
+    """Says whether every known value that may stand in a text, encoded ones included, is inside a span, and under its own label where it is the whole of one: reading
+    the text again with `known` would then change nothing.
+
+    Args:
+        text: the original text.
+        spans: what was found in it.
+        sought: `spellings` of the known values.
+    """
+    squeezed = _squeezed(text)
+    inside = [_squeezed(text[span.start : span.end]) for span in spans]
+    if any(sought.get(value, span.label) != span.label for value, span in zip(inside, spans, strict=True)):
+        return False
+    joined = "\n".join(inside)
+    return all(squeezed.count(spelling) == joined.count(spelling) for spelling in sought if spelling in squeezed)
+
+
+def _squeezed(text: str) -> str:
+    return _SKIPPED.sub("", plain(normalise(text).text)).lower()
 
 
 def _known(text: str, values: Sequence[tuple[Label, str]]) -> Iterator[Span]:

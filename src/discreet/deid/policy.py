@@ -168,6 +168,7 @@ def redact(
     known: Mapping[str, Sequence[str]] = MappingProxyType({}),
     key: Key | None = None,
     names: Names = Names.MODEL,
+    found: Sequence[Span] | None = None,
 ) -> Redacted:
     """Replaces the identifiers of a text as a policy says.
 
@@ -177,6 +178,7 @@ def redact(
         known: identifiers that the text is known to be about, label -> values.
         key: the subject's key, for surrogates, shifted dates and tokens; left out, they are consistent within this call only.
         names: what finds names, where the policy is given by its name. A `Policy` says it itself.
+        found: what `find` has found in this text already; None to look for it here.
 
     Raises:
         ConfigInvalid: when there is no such policy, or it wants a vault (use `protect`).
@@ -185,7 +187,7 @@ def redact(
     chosen = replace(builtin(policy), names=names) if isinstance(policy, str) else policy
     if chosen.channel is Channel.PROMPT:
         raise ConfigInvalid("a policy of the channel training or log", value=chosen.name, remedy="Prompts need a vault: use deid.policy.protect.")
-    spans = _chosen(_found(text, chosen, known), chosen)
+    spans = _chosen(_found(text, chosen, known) if found is None else found, chosen)
     return Redacted(text=_rewrite(text, spans, _renderer(text, spans, chosen, known=known, key=key)), spans=tuple(spans))
 
 
@@ -212,7 +214,13 @@ def _reader(names: Names) -> Reader | None:
 
 
 def protect(
-    text: str, vault: Vault, *, policy: Policy = BUILTIN["prompt"], known: Mapping[str, Sequence[str]] = MappingProxyType({}), key: Key | None = None
+    text: str,
+    vault: Vault,
+    *,
+    policy: Policy = BUILTIN["prompt"],
+    known: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    key: Key | None = None,
+    found: Sequence[Span] | None = None,
 ) -> Redacted:
     """Replaces the identifiers of a prompt with placeholders of its conversation, and what looks like a placeholder already with one of its own.
 
@@ -222,6 +230,7 @@ def protect(
         policy: of the channel prompt.
         known: identifiers that the text is known to be about, label -> values.
         key: for policies with keyed operators beside the vault.
+        found: what `find` has found in this text already; None to look for it here.
 
     Raises:
         ConfigInvalid: when the policy is for another channel.
@@ -230,7 +239,7 @@ def protect(
     if policy.channel is not Channel.PROMPT:
         raise ConfigInvalid("a policy of the channel prompt", value=policy.name)
     typed = [Span(start, end, Label.PLACEHOLDER, 1.0) for start, end in vault.typed(text)]
-    spans = _chosen(_around(_found(text, policy, known), typed), policy)
+    spans = _chosen(_around(_found(text, policy, known) if found is None else found, typed), policy)
     plain = _renderer(text, spans, policy, known=known, key=key)
 
     def render(span: Span) -> str:

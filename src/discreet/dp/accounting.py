@@ -40,6 +40,8 @@ from dp_accounting.rdp import RdpAccountant, compute_epsilon
 from riskcal.analysis import get_advantage_from_pld, get_beta_from_pld
 from scipy import special, stats
 
+from discreet.dp import mixtures
+
 Relation = Literal["add_remove", "replace_one"]
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -126,7 +128,7 @@ def guarantee(event: DpEvent, *, delta: float, relation: Relation = "add_remove"
         delta: in [0, 1].
         relation: neighbouring relation of the units.
         unit: the privacy unit, for the record.
-        grid: discretisation of the privacy loss; None chooses `FINE`, or `COARSE` for more than 20,000 steps.
+        grid: discretisation of the privacy loss; None chooses `FINE`, or `COARSE` for what RDP does not know and for more than 20,000 steps.
 
     Returns:
         the PLD guarantee; the RDP one where PLD does not know the event or delta is below 1e-13.
@@ -163,12 +165,12 @@ def guarantee(event: DpEvent, *, delta: float, relation: Relation = "add_remove"
     return result(min(epsilon, epsilon_rdp), "pld", epsilon_rdp, _compare(epsilon, epsilon_rdp))
 
 
-def pld_epsilon(event: DpEvent, *, delta: float, grid: float = COARSE) -> float:
+def pld_epsilon(event: DpEvent, *, delta: float, grid: float | None = COARSE) -> float:
     """Computes the PLD epsilon alone, under add/remove, for searches; a `Guarantee` is checked against RDP as well.
 
     Args:
         delta: in (0, 1).
-        grid: discretisation of the privacy loss; a coarser one can only overstate.
+        grid: discretisation of the privacy loss; a coarser one can only overstate. None chooses as `guarantee` does.
 
     Raises:
         ValueError: when a parameter is out of range or PLD does not know the event.
@@ -851,7 +853,8 @@ def _rdp_once(event: DpEvent, orders: tuple[float, ...], relation: Relation) -> 
 def _pld_or_none(parts: list[tuple[DpEvent, int]], relation: Relation, grid: float | None) -> Any:
     """Composes the privacy loss distributions of the parts; None where one of them has none under this relation."""
     if grid is None:
-        grid = FINE if sum(count for _, count in parts) <= MANY_STEPS else COARSE
+        is_slow = any(entry_of(part) != "rdp" for part, _ in parts)
+        grid = COARSE if is_slow or sum(count for _, count in parts) > MANY_STEPS else FINE
     composed = pld_library.identity(value_discretization_interval=grid)
     for part, count in parts:
         one = _pld_once(part, count, _RELATIONS[relation], grid)
@@ -889,9 +892,7 @@ def _pld_once(event: Any, count: int, relation: NeighboringRelation, grid: float
             event.noise_parameter, event.num_buckets, value_discretization_interval=grid, neighboring_relation=relation
         )
     elif isinstance(event, dp_accounting.dp_event.MixtureOfGaussiansDpEvent) and add_remove:
-        one = pld_library.from_mixture_gaussian_mechanism(
-            event.standard_deviation, list(event.sensitivities), list(event.sampling_probs), value_discretization_interval=grid
-        )
+        one = mixtures.loss_distribution(event.standard_deviation, event.sensitivities, event.sampling_probs, grid=grid)
     elif isinstance(event, dp_accounting.dp_event.TruncatedSubsampledGaussianDpEvent):
         one = pld_library.from_truncated_subsampled_gaussian_mechanism(
             dataset_size=event.dataset_size,

@@ -289,19 +289,28 @@ def _clip_and_add(uses: dict[str, list[Use]], parameters: Mapping[str, nn.Parame
     """Weighs every unit by its norm, in float64 for the norms and in the working precision for the sum."""
     device = next(iter(parameters.values())).device
     margin = MARGIN * max(_rounding(parameter) for parameter in parameters.values())
-    square_by_group = {label: torch.zeros(num_units, dtype=torch.float64, device=device) for label in how.labels}
-    for name in uses:
-        uses[name] = rules.combine(uses[name], parameters[name].shape, num_units)
-        square_by_group[how.label_of(name)] += rules.square_norm(uses[name], margin)
-    norm_by_group = {label: square_U.sqrt() * (1 + margin) for label, square_U in square_by_group.items()}
+    by_group: dict[str, dict[str, list[Use]]] = {label: {} for label in how.labels}
+    for name in list(uses):
+        by_group[how.label_of(name)][name] = rules.combine(uses.pop(name), parameters[name].shape, num_units)
+    entries = {label: rules.entries(of_group) for label, of_group in by_group.items()}
+    del by_group
+    nothing_U = torch.zeros(num_units, dtype=torch.float64, device=device)
+    square_by_group = {label: rules.square_norm([each.uses for each in of], margin) if of else nothing_U for label, of in entries.items()}
     norm_U = torch.stack(list(square_by_group.values())).sum(0).sqrt() * (1 + margin)
     finite_U = norm_U.isfinite()
-    weight_by_group = {label: torch.where(finite_U, how.weight(group_norm_U), 0.0) for label, group_norm_U in norm_by_group.items()}
     broken_U = None if bool(finite_U.all()) else ~finite_U
     sums: dict[str, Tensor] = {}
-    for name, parameter in parameters.items():
-        weight_U = weight_by_group[how.label_of(name)].to(rules.working(parameter.dtype))
-        sums[name] = rules.weighted_sum(uses.pop(name, []), parameter.shape, weight_U, broken_U)
+    for label, square_U in square_by_group.items():
+        weight_U = torch.where(finite_U, how.weight(square_U.sqrt() * (1 + margin)), 0.0)
+        while entries[label]:  # each is freed as soon as it is added up
+            each = entries[label].pop()
+            shapes = [parameters[name].shape for name in each.names]
+            whole = shapes[0] if len(shapes) == 1 else torch.Size([sum(shape.numel() for shape in shapes)])
+            total = rules.weighted_sum(each.uses, whole, weight_U.to(rules.working(parameters[each.names[0]].dtype)), broken_U)
+            parts = total.flatten().split([shape.numel() for shape in shapes])
+            sums |= {name: part.view(shape) for name, part, shape in zip(each.names, parts, shapes, strict=True)}
+    unused = {name: torch.zeros_like(p, dtype=rules.working(p.dtype)) for name, p in parameters.items() if name not in sums}
+    sums = {name: sums[name] if name in sums else unused[name] for name in parameters}
     votes = float(((norm_U <= how.clip_norm).double() - 0.5).sum())
     return ClippedSum(gradients=sums, clip_norm=how.clip_norm, votes=votes)
 

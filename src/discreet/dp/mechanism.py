@@ -11,9 +11,11 @@ can only overstate, verified once on the fine one.
 
 Source: Abadi et al. 2016 (mechanism); the division by a public expected batch follows the add/remove relation, under which the realised size is private.
 
-A sampler and its event stand in one row of `_PAIRS`; `draw` and `Mechanism.event` both read that row, so neither can be changed without the other (PITFALLS 1).
+A sampler and its event stand in one row of `_PAIRS`; `draw` and `Mechanism.event` both read that row, so neither can be changed without the other (PITFALLS 1). Correlated
+noise belongs to one sampler (its units come back only where the noise is independent), and an adaptive clip norm lowers the noise that is accounted: both are fields of the
+mechanism, so they cannot be switched on beside it.
 
-Does not cover: adaptive clipping, correlated noise.
+Does not cover: adaptive clipping together with correlated noise (refused).
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ import dp_accounting
 from dp_accounting import DpEvent
 from scipy import stats
 
+from discreet.dp import banded
 from discreet.dp.accounting import (
     COARSE,
     FINE,
-    MANY_STEPS,
     Guarantee,
     RdpFilter,
     Relation,
@@ -72,8 +74,36 @@ class Sampling(StrEnum):
     TRUNCATED_POISSON = "truncated_poisson"
     """The same, and of more than `batch_limit` units that many, chosen uniformly."""
 
+    CYCLIC_POISSON = "cyclic_poisson"
+    """Units are dealt into as many groups as the noise has bands, by one secret coin each; a step samples its group alone, in turn: a unit comes back after that many steps."""
+
     POISSON_DOCUMENTS = "poisson_documents"
     """Each of a unit's at most `cap` documents, chosen once for the whole run, with the sampling probability and clipped alone (example-level sampling, ELS)."""
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adaptive:
+    """A clip norm that follows a quantile of the contributions' norms (`dp.adaptive`); what it learns of them is part of the price.
+
+    Attributes:
+        quantile: share of the contributions that should lie within the clip norm, in (0, 1).
+        rate: step of the clip norm in logarithm, > 0.
+        votes_multiplier: standard deviation of the noise on the votes, each +-1/2; > 0.
+    """
+
+    quantile: float
+    rate: float
+    votes_multiplier: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"Expected 0 < quantile={self.quantile} < 1.")
+        _positive(self.rate, "rate")
+        _positive(self.votes_multiplier, "votes_multiplier")
+
+    def to_json(self) -> dict[str, float]:
+        return {"quantile": self.quantile, "rate": self.rate, "votes_multiplier": self.votes_multiplier}
 
 
 @final
@@ -84,13 +114,15 @@ class Mechanism:
     Attributes:
         sampling_probability: chance of each unit (each document under POISSON_DOCUMENTS) to take part in a step, in (0, 1].
         noise_multiplier: noise standard deviation divided by `clip_norm`, > 0.
-        clip_norm: L2 bound of one unit's contribution to a step, > 0.
+        clip_norm: L2 bound of one unit's contribution to a step, > 0; with `adaptive` to the first step.
         steps: number of noised updates, >= 1, all of them paid for.
         sampling: the sampler, and with it the event.
         population: number of units, >= 1; what truncation is accounted for.
         cap: largest number of documents of one unit, >= 1.
         batch_limit: largest number of units in a step under TRUNCATED_POISSON, >= 1; None under every other sampler.
         combine: whether the documents of a unit are added or averaged before they are clipped as one; the price is the same.
+        bands: coefficients of the correlated noise (`dp.banded`) under CYCLIC_POISSON, at most one a step; empty for independent noise.
+        adaptive: how the clip norm moves, or None when it is fixed.
     """
 
     sampling_probability: float
@@ -102,6 +134,8 @@ class Mechanism:
     cap: int = 1
     batch_limit: int | None = None
     combine: Combine = Combine.SUM
+    bands: tuple[float, ...] = ()
+    adaptive: Adaptive | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.sampling_probability <= 1:
@@ -115,11 +149,36 @@ class Mechanism:
             raise ValueError(f"Expected a batch_limit for truncated Poisson sampling and for no other, got {self.batch_limit} with {self.sampling}.")
         if self.batch_limit is not None:
             _whole(self.batch_limit, "batch_limit")
+        if bool(self.bands) != (self.sampling is Sampling.CYCLIC_POISSON):
+            raise ValueError(f"Expected bands for cyclic Poisson sampling and for no other, got {len(self.bands)} with {self.sampling}.")
+        if self.bands:
+            banded.check(self.bands)
+            if len(self.bands) > self.steps:
+                raise ValueError(f"Expected at most one band a step, got {len(self.bands)} bands and {self.steps} steps.")
+            if self.adaptive is not None:
+                raise ValueError("Expected a fixed clip norm with correlated noise: the two together are not accounted for.")
 
     @property
     def event(self) -> DpEvent:
         """The dp_accounting event that this mechanism is, for one unit, under add/remove."""
-        return dp_accounting.SelfComposedDpEvent(_PAIRS[self.sampling].event(self), self.steps)
+        return self.event_after(self.steps)
+
+    def event_after(self, steps: int) -> DpEvent:
+        """The event of the first steps alone: of the unit that was in most of them.
+
+        Args:
+            steps: from 0 to `self.steps`.
+        """
+        return dp_accounting.SelfComposedDpEvent(_PAIRS[self.sampling].event(self), -(-steps // max(1, len(self.bands))))
+
+    @property
+    def accounted_multiplier(self) -> float:
+        """Standard deviation of the noise over the sensitivity, of all that a step releases: with an adaptive clip norm below `noise_multiplier`."""
+        if self.adaptive is None:
+            return self.noise_multiplier
+        from discreet.dp.adaptive import joint_multiplier  # here, because it imports torch, and other prices need none
+
+        return joint_multiplier(noise_multiplier=self.noise_multiplier, votes_multiplier=self.adaptive.votes_multiplier)
 
 
 @final
@@ -177,8 +236,17 @@ class Plan:
 
     @property
     def noise_std_of_mean(self) -> float:
-        """Standard deviation of the noise on each coordinate of the released mean: the signal has to stand out from it."""
-        return self.noise_multiplier * self.clip_norm / self.expected_batch
+        """Standard deviation of the noise on each coordinate of the released mean, at its largest over the steps: the signal has to stand out from it."""
+        spread = math.sqrt(math.fsum(banded.inverse(self.bands, self.steps) ** 2)) if self.bands else 1.0
+        return self.noise_multiplier * self.clip_norm * spread / self.expected_batch
+
+    @property
+    def bands(self) -> tuple[float, ...]:
+        return self.mechanism.bands
+
+    @property
+    def adaptive(self) -> Adaptive | None:
+        return self.mechanism.adaptive
 
     @property
     def sampling(self) -> Sampling:
@@ -220,6 +288,15 @@ class Plan:
             "filter_epsilon": self.filter_epsilon,
             "allow_large_delta": self.allow_large_delta,
             "event": event_to_json(self.event),
+            **{name: value for name, value in self.extras().items() if name != "batch_limit"},
+        }
+
+    def extras(self) -> dict[str, Any]:
+        """Returns, as JSON values, the fields of the mechanism that most plans leave out: `batch_limit`, `bands`, `adaptive`."""
+        return {
+            **({"batch_limit": self.mechanism.batch_limit} if self.mechanism.batch_limit else {}),
+            **({"bands": list(self.bands)} if self.bands else {}),
+            **({"adaptive": self.adaptive.to_json()} if self.adaptive else {}),
         }
 
 
@@ -266,6 +343,17 @@ def _draw_truncated(mechanism: Mechanism, num_documents: Sequence[int], names: S
     return _with_documents([unit for unit in kept if unit < len(names)], mechanism, num_documents, names, key, step)
 
 
+def _draw_cyclic(mechanism: Mechanism, num_documents: Sequence[int], names: Sequence[str], key: Key, step: int) -> list[Group]:
+    """Each unit's group is one fair coin of its own, drawn once for the run: it says nothing about anybody else, and removing a unit moves nobody's chances."""
+    from discreet.dp import csprng, sampling
+
+    num_groups = len(mechanism.bands)
+    groups = (csprng.uniform(key.stream("groups", 0), len(names)) * num_groups).long()
+    turn = (groups == (step - 1) % num_groups).nonzero().squeeze(1)
+    chosen = turn[sampling.poisson(len(turn), mechanism.sampling_probability, key.stream("sample", step))].tolist()
+    return _with_documents(chosen, mechanism, num_documents, names, key, step)
+
+
 def _draw_documents(mechanism: Mechanism, num_documents: Sequence[int], names: Sequence[str], key: Key, step: int) -> list[Group]:
     """The contribution cap holds over the whole run: its stream names no step."""
     from discreet.dp import sampling
@@ -289,20 +377,20 @@ def _with_documents(
 
 
 def _poisson_event(mechanism: Mechanism) -> DpEvent:
-    return dp_accounting.PoissonSampledDpEvent(mechanism.sampling_probability, dp_accounting.GaussianDpEvent(mechanism.noise_multiplier))
+    return dp_accounting.PoissonSampledDpEvent(mechanism.sampling_probability, dp_accounting.GaussianDpEvent(mechanism.accounted_multiplier))
 
 
 def _truncated_event(mechanism: Mechanism) -> DpEvent:
     """arXiv 2508.15089. Its dataset has `population` places; leaving a place empty, as `_draw_truncated` does, is weaker than adding or removing one."""
     return dp_accounting.dp_event.TruncatedSubsampledGaussianDpEvent(
-        mechanism.population, mechanism.sampling_probability, mechanism.batch_limit, mechanism.noise_multiplier
+        mechanism.population, mechanism.sampling_probability, mechanism.batch_limit, mechanism.accounted_multiplier
     )
 
 
 def _documents_event(mechanism: Mechanism) -> DpEvent:
     """One unit's documents take part independently: Binomial(cap, q) contributions of norm at most clip_norm each (arXiv 2401.10294, 2407.07737)."""
     chances = stats.binom.pmf(range(mechanism.cap + 1), mechanism.cap, mechanism.sampling_probability)
-    return mixture(mechanism.noise_multiplier, [float(chance) for chance in chances])
+    return mixture(mechanism.accounted_multiplier, [float(chance) for chance in chances])
 
 
 class _Pair(NamedTuple):
@@ -313,9 +401,11 @@ class _Pair(NamedTuple):
 _PAIRS = {
     Sampling.POISSON: _Pair(_draw_units, _poisson_event),
     Sampling.TRUNCATED_POISSON: _Pair(_draw_truncated, _truncated_event),
+    Sampling.CYCLIC_POISSON: _Pair(_draw_cyclic, _poisson_event),
     Sampling.POISSON_DOCUMENTS: _Pair(_draw_documents, _documents_event),
 }
-"""A sampler and the event of one step under it."""
+"""A sampler and the event of one step under it; under CYCLIC_POISSON of one step in which a unit's group has its turn, whose noise no other such step shares
+(arXiv 2306.08153, theorem 4)."""
 
 
 def event_of(*, sampling_probability: float, noise_multiplier: float, steps: int) -> DpEvent:
@@ -340,6 +430,8 @@ def calibrate(
     sampling: Sampling = Sampling.POISSON,
     batch_limit: int | None = None,
     combine: Combine = Combine.SUM,
+    bands: int = 0,
+    adaptive: Adaptive | None = None,
 ) -> Plan:
     """Finds the least noise that keeps the promise.
 
@@ -357,6 +449,8 @@ def calibrate(
         sampling: who takes part in a step.
         batch_limit: largest number of units in a step, for TRUNCATED_POISSON only.
         combine: whether the documents of a unit are added or averaged before they are clipped as one.
+        bands: over how many steps the noise is correlated, for CYCLIC_POISSON only; from 1 to `steps` and to population / expected_batch.
+        adaptive: how the clip norm moves.
 
     Returns:
         the plan with the smallest noise multiplier, to 0.02 %.
@@ -378,16 +472,16 @@ def calibrate(
         "cap": cap,
         "batch_limit": batch_limit,
         "combine": combine,
+        "bands": banded.coefficients(bands, steps) if bands else (),
+        "adaptive": adaptive,
     }
-    fixed["sampling_probability"] = _probability(sampling, expected_batch, population, cap)
+    fixed["sampling_probability"] = _probability(sampling, expected_batch, population, cap=cap, bands=bands)
 
     def event(noise_multiplier: float) -> DpEvent:
         return Mechanism(noise_multiplier=noise_multiplier, **fixed).event
 
     noise_multiplier = (
-        _noise_for_target(event, epsilon=epsilon, delta=delta, steps=steps)
-        if budget is None
-        else _noise_for_budget(budget, event, epsilon=epsilon, delta=delta)
+        _noise_for_target(event, epsilon=epsilon, delta=delta) if budget is None else _noise_for_budget(budget, event, epsilon=epsilon, delta=delta)
     )
     return _plan(
         Mechanism(noise_multiplier=noise_multiplier, **fixed),
@@ -399,8 +493,11 @@ def calibrate(
     )
 
 
-def _probability(sampling: Sampling, expected_batch: int, population: int, cap: int) -> float:
-    return expected_batch / (population * cap if sampling is Sampling.POISSON_DOCUMENTS else population)
+def _probability(sampling: Sampling, expected_batch: int, population: int, *, cap: int, bands: int) -> float:
+    """Chance of whoever is asked in a step: everyone, every document up to the cap, or one group out of `bands`."""
+    if sampling is Sampling.CYCLIC_POISSON and expected_batch * bands > population:
+        raise ValueError(f"Expected bands={bands} <= population / expected_batch={population / expected_batch:.4g}: a group has to fill its steps.")
+    return expected_batch * max(1, bands) / (population * cap if sampling is Sampling.POISSON_DOCUMENTS else population)
 
 
 def noise_for(*, epsilon: float, delta: float, sampling_probability: float, steps: int) -> float:
@@ -416,10 +513,10 @@ def noise_for(*, epsilon: float, delta: float, sampling_probability: float, step
     def event(noise_multiplier: float) -> DpEvent:
         return event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
 
-    return _noise_for_target(event, epsilon=epsilon, delta=delta, steps=steps)
+    return _noise_for_target(event, epsilon=epsilon, delta=delta)
 
 
-def _noise_for_target(event: Callable[[float], DpEvent], *, epsilon: float, delta: float, steps: int) -> float:
+def _noise_for_target(event: Callable[[float], DpEvent], *, epsilon: float, delta: float) -> float:
     """The smallest noise multiplier whose PLD epsilon meets the target: bracketed by the quickest accountant that knows the event."""
     grid = COARSE if epsilon > _TINY_EPSILON else FINE
     has_rdp = entry_of(event(1.0)) == "rdp"
@@ -431,10 +528,28 @@ def _noise_for_target(event: Callable[[float], DpEvent], *, epsilon: float, delt
 
     bracket = _smallest(lambda noise: quick(noise) <= epsilon, tolerance=1e-2)
     noise_multiplier = _least_noise(lambda noise: pld_epsilon(event(noise), delta=delta, grid=grid), epsilon, low=0.85 * bracket, high=bracket)
-    finest = FINE if has_rdp and steps <= MANY_STEPS else grid  # mixtures take half a minute on the fine grid; a coarse one errs to the safe side
-    while pld_epsilon(event(noise_multiplier), delta=delta, grid=finest) > epsilon:
+    while (
+        pld_epsilon(event(noise_multiplier), delta=delta, grid=None if has_rdp else grid) > epsilon
+    ):  # what only PLD knows is slow on the finest grid
         noise_multiplier *= 1 + _TOLERANCE
     return noise_multiplier
+
+
+def mechanism_from_json(value: Mapping[str, Any]) -> Mechanism:
+    """Rebuilds the mechanism that a stored plan or a public claim describes; other fields are left aside.
+
+    Raises:
+        KeyError, TypeError, ValueError: when a field is missing, of another type or out of range.
+    """
+    fields = ("sampling_probability", "noise_multiplier", "clip_norm", "steps", "population", "cap")
+    return Mechanism(
+        sampling=Sampling(value["sampling"]),
+        combine=Combine(value["combine"]),
+        batch_limit=value.get("batch_limit"),
+        bands=tuple(value.get("bands", ())),
+        adaptive=Adaptive(**value["adaptive"]) if "adaptive" in value else None,
+        **{key: value[key] for key in fields},
+    )
 
 
 def plan_from_json(value: Mapping[str, Any]) -> Plan:
@@ -447,9 +562,8 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
         ValueError: when a field is missing, unknown or out of range, or a stated figure differs from the computed one.
     """
     try:
-        fields = ("sampling_probability", "noise_multiplier", "clip_norm", "steps", "population", "cap", "batch_limit")
         plan = _plan(
-            Mechanism(sampling=Sampling(value["sampling"]), combine=Combine(value["combine"]), **{key: value[key] for key in fields}),
+            mechanism_from_json(value),
             **{key: value[key] for key in ("expected_batch", "unit", "delta", "filter_epsilon", "allow_large_delta")},
         )
     except (KeyError, TypeError) as error:
@@ -499,8 +613,10 @@ def _plan(
     _check_delta(delta, population, allow_large_delta)
     _check_batch(population, expected_batch, cap)
     _check_unit(unit)
-    if mechanism.sampling_probability != _probability(mechanism.sampling, expected_batch, population, cap):
-        raise ValueError("Expected sampling_probability = expected_batch / population, or / (population * cap) where documents are sampled.")
+    if mechanism.sampling_probability != _probability(mechanism.sampling, expected_batch, population, cap=cap, bands=len(mechanism.bands)):
+        raise ValueError(
+            "Expected sampling_probability = expected_batch / population, / (population * cap) where documents are sampled, * bands where groups are."
+        )
     return Plan(
         mechanism=mechanism,
         population=population,

@@ -4,16 +4,19 @@ Adds N(0, (noise_multiplier * clip_norm)^2) to every coordinate of the sum, whic
 one unit (Dwork & Roth 2014, A.1; Abadi et al. 2016). Each parameter draws from its own fork of the step's stream, named by the parameter: the draw
 does not depend on the order of parameters, and no two parameters share one.
 
+With a `Memory` the noise is correlated over steps: u_t = (z_t - c_1 u_(t-1) - ... - c_(b-1) u_(t-b+1)) / c_0 for the strategy's column c (`banded`), z_t the draw of this
+step; that is row t of C^-1 z. A step takes back part of what the steps before added, so running sums hold less noise at the same price.
+
 Guarantees: the input is a `ClippedSum`, hence bounded; noise is added before anything is divided; the same stream gives the same noise (resume).
 
-Does not cover: correlated noise, discrete noise for federation, one draw across ranks.
+Does not cover: discrete noise for federation, one draw across ranks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch
@@ -30,20 +33,45 @@ class Noised:
 
     Attributes:
         gradients: parameter name -> noised sum, float32, the parameter's shape.
-        noise_std: standard deviation of the noise on each coordinate.
+        noise_std: standard deviation of the step's own draw on each coordinate.
     """
 
     gradients: Mapping[str, torch.Tensor]
     noise_std: float
 
 
-def add(clipped: ClippedSum, *, noise_multiplier: float, key: Stream) -> Noised:
+@final
+@dataclass(slots=True, kw_only=True, eq=False)
+class Memory:
+    """The noise of the last steps, which correlated noise takes back in part. Sensitive like a seed: whoever holds it subtracts the noise.
+
+    Attributes:
+        bands: the strategy's column (`banded.coefficients`).
+        past: parameter name -> noise of the last steps in standard deviations, the latest first, at most one less than there are bands; float32 or the sum's dtype.
+    """
+
+    bands: tuple[float, ...]
+    past: dict[str, list[torch.Tensor]] = field(default_factory=dict, repr=False)
+
+    def correlated(self, name: str, fresh: torch.Tensor) -> torch.Tensor:
+        """Turns a step's independent draw into its noise, and keeps it for the steps to come."""
+        before = self.past.setdefault(name, [])
+        for coefficient, noise in zip(self.bands[1:], before, strict=False):
+            fresh.sub_(noise, alpha=coefficient)
+        fresh.div_(self.bands[0])
+        before.insert(0, fresh.clone())
+        del before[len(self.bands) - 1 :]
+        return fresh
+
+
+def add(clipped: ClippedSum, *, noise_multiplier: float, key: Stream, memory: Memory | None = None) -> Noised:
     """Adds one Gaussian draw to a clipped sum.
 
     Args:
         clipped: the sum over all micro-batches of one step; `ClippedSum.zero` for an empty one.
         noise_multiplier: standard deviation of the noise as a multiple of `clipped.clip_norm`, finite and >= 0; 0 gives no privacy.
         key: this step's stream; a different one for every step.
+        memory: noise of the steps before, for correlated noise; it is moved on by this step. None for independent noise.
 
     Returns:
         the noised sum, not divided by anything.
@@ -57,9 +85,9 @@ def add(clipped: ClippedSum, *, noise_multiplier: float, key: Stream) -> Noised:
     if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
         raise ValueError(f"Expected a finite noise_multiplier={noise_multiplier} >= 0.")
     std = noise_multiplier * clipped.clip_norm
-    return Noised(gradients={name: _noised(sum_, std, key.fork("noise", name)) for name, sum_ in clipped.gradients.items()}, noise_std=std)
+    return Noised(gradients={name: _noised(name, sum_, std, key, memory) for name, sum_ in clipped.gradients.items()}, noise_std=std)
 
 
-def _noised(sum_: torch.Tensor, std: float, key: Stream) -> torch.Tensor:
-    noise = csprng.normal(key, sum_.shape, dtype=sum_.dtype, device=sum_.device)
-    return noise.mul_(std).add_(sum_)
+def _noised(name: str, sum_: torch.Tensor, std: float, key: Stream, memory: Memory | None) -> torch.Tensor:
+    noise = csprng.normal(key.fork("noise", name), sum_.shape, dtype=sum_.dtype, device=sum_.device)
+    return (noise if memory is None else memory.correlated(name, noise)).mul_(std).add_(sum_)

@@ -23,7 +23,7 @@ Legend: B rows of the batch, U units, L tokens of a unit (padded), N tokens, d a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +34,20 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 MARGIN = 16
 """Rounding allowance, in units of the working precision's epsilon: relative to the norm, and relative to the sum of token norms for Gram matrices."""
 
-_LEAF = 64
-"""Tokens below which a Gram matrix is formed whole; above, its lower triangle is not computed."""
+_STRIP = 32
+"""Least number of columns of a Gram matrix that are formed at once; a strip ends at the diagonal, so little of the other triangle is computed."""
+
+_ROOM = 1.5
+"""A kept gradient may take this much more memory than the inputs and output gradients it replaces."""
+
+_COLUMNS = 80
+"""Time of keeping over that of Gram matrices is this times p d / (L^2 (p + d)): 0.8 ns an element against 0.01 ns, measured on a CPU with AVX-512."""
+
+_SMALL = 1 << 15
+"""Elements of a gradient that is kept whatever the time says: a call has a price of its own."""
+
+_PACKED = 1 << 20
+"""Kept gradients up to this size are laid side by side: hundreds of adapters and scales become one norm and one product."""
 
 _TILE = 1 << 13
 """Features of a low-precision tensor that are widened to float32 at once: 512 tokens of a vocabulary of 262,144 would take 512 MB."""
@@ -83,7 +95,7 @@ def wide(x: Tensor) -> Tensor:
 
 
 def combine(uses: list[Use], shape: torch.Size, num_units: int) -> list[Use]:
-    """Merges a parameter's uses of one kind, and forms the unit's own gradient where that takes no more memory than the use itself."""
+    """Merges a parameter's uses of one kind, and forms the unit's own gradient where that is cheaper."""
     outer = [use for use in uses if isinstance(use, Outer)]
     rows = [use for use in uses if isinstance(use, Rows)]
     kept = [use for use in uses if isinstance(use, Kept)]
@@ -101,17 +113,40 @@ def combine(uses: list[Use], shape: torch.Size, num_units: int) -> list[Use]:
     return [Kept(grad_UX)] if grad_UX is not None else []
 
 
+class Entry(NamedTuple):
+    """Parameters whose norm and sum are computed together: one with its uses, or several whose gradients are kept side by side."""
+
+    names: tuple[str, ...]
+    uses: list[Use]
+
+
+def entries(uses: Mapping[str, list[Use]]) -> list[Entry]:
+    """Lays the small kept gradients of one group of parameters side by side, by precision; the others stay alone."""
+    small: dict[torch.dtype, list[str]] = {}
+    alone = []
+    for name, of_name in uses.items():
+        match of_name:
+            case [Kept(grad_UX)] if grad_UX.numel() <= _PACKED:
+                small.setdefault(grad_UX.dtype, []).append(name)
+            case _:
+                alone.append(Entry((name,), of_name))
+    packed = [Entry(tuple(names), [Kept(torch.cat([uses[name][0].grad_UX for name in names], dim=1))]) for names in small.values()]  # type: ignore[union-attr]  # all Kept
+    return packed + alone
+
+
 def _concatenate(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _forming_is_cheaper(use: Outer) -> bool:
-    """Says whether p d <= L (p + d): then a kept gradient takes no more memory than A and G, and 2 L p d operations serve norm and sum together.
+    """Says whether to form each unit's gradient, which then serves norm and sum with 2 L p d operations, or Gram matrices of L^2 (p + d) on top of the product.
 
-    Gram matrices would take L^2 (p + d) on top of the weighted product's 2 L p d, so keeping is never dearer here; below, it is the memory that forbids it.
+    Forming takes no more operations, but each unit's p d numbers are written and read twice: at L = 128 and p = d = 1024 that is dearer than the matrices. Twice the
+    operations (T <= 2 p d / (p + d)) would be the rule if the gradient were formed for its norm alone.
     """
     (_, num_tokens, p), d = use.left_ULp.shape, use.right_ULd.shape[2]
-    return num_tokens * (p + d) >= p * d
+    fits = p * d <= _ROOM * num_tokens * (p + d)
+    return fits and (p * d <= _SMALL or _COLUMNS * p * d <= num_tokens**2 * (p + d))
 
 
 def form(use: Use, shape: torch.Size, num_units: int) -> Tensor:
@@ -127,48 +162,70 @@ def form(use: Use, shape: torch.Size, num_units: int) -> Tensor:
     return use.grad_UX
 
 
-def square_norm(uses: list[Use], margin: float) -> Tensor:
-    """Upper bound of the squared norm of one parameter's gradient for each unit, float64 [U].
+def square_norm(groups: Iterable[Sequence[Use]], margin: float) -> Tensor:
+    """Upper bound of the squared norm over several parameters for each unit, float64 [U].
 
     The norm of a kept gradient is that of the very numbers that are released. A Gram norm is computed on another path than the sum it bounds: both round
     relative to the sum of token norms, which tokens that cancel leave far above the norm itself, hence the second term.
+
+    Args:
+        groups: the uses of each parameter, or entry, at least one.
     """
-    square_U, tokens_U = (torch.stack(parts).sum(0) for parts in zip(*(_SQUARE_NORM[type(use)](use) for use in uses), strict=True))
-    outer = next((use for use in uses if isinstance(use, Outer)), None)
-    rows = next((use for use in uses if isinstance(use, Rows)), None)
-    if outer is not None and rows is not None:
-        square_U += 2 * cross_term(outer, rows)
-    return (square_U + margin * tokens_U.square()).clamp(min=0.0)
+    found: list[tuple[Tensor, Tensor]] = []
+    sharing: dict[Any, list[Outer]] = {}
+    for uses in groups:
+        match uses:
+            case [Outer() as outer]:
+                sharing.setdefault(_identity(outer.right_ULd), []).append(outer)
+            case [Outer() as outer, Rows() as rows]:
+                (head_U, head_tokens_U), (rows_U, rows_tokens_U) = _outer_norm([outer]), _rows_norm(rows)
+                found.append((head_U + rows_U + 2 * cross_term(outer, rows), head_tokens_U + rows_tokens_U))
+            case _:
+                found += [_rows_norm(use) if isinstance(use, Rows) else _kept_norm(use) for use in uses if not isinstance(use, Outer)]
+    found += [_outer_norm(outers) for outers in sharing.values()]
+    return torch.stack([(square_U + margin * tokens_U.square()).clamp_(min=0.0) for square_U, tokens_U in found]).sum(0)
 
 
-def _outer_norm(use: Outer) -> tuple[Tensor, Tensor]:
-    """sum_st <l_s, l_t> <r_s, r_t> (Goodfellow; Li et al.), and sum_t |l_t| |r_t|."""
-    return _triangle(use.left_ULp, use.right_ULd)
+def _identity(x: Tensor) -> tuple[Any, ...]:
+    """Tells whether two tensors are one: the layers that read a block's input (query, key and value; gate and up) share it."""
+    return (x.data_ptr(), x.shape, x.stride(), x.dtype)
 
 
-def _triangle(left_ULp: Tensor, right_ULd: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sums from the diagonal blocks and the upper triangle alone: 3/4 of the operations after one halving, 9/16 after three."""
-    half = left_ULp.shape[1] // 2
-    if left_ULp.shape[1] <= _LEAF:
-        product_ULL = _products(left_ULp, left_ULp).mul_(_products(right_ULd, right_ULd))
-        tokens_U = product_ULL.diagonal(dim1=1, dim2=2).clamp(min=0.0).sqrt().sum(1, dtype=torch.float64)
-        return _total(product_ULL), tokens_U
-    above_U, above_tokens_U = _triangle(left_ULp[:, :half], right_ULd[:, :half])
-    below_U, below_tokens_U = _triangle(left_ULp[:, half:], right_ULd[:, half:])
-    corner_ULL = _products(left_ULp[:, :half], left_ULp[:, half:]).mul_(_products(right_ULd[:, :half], right_ULd[:, half:]))
-    return above_U + below_U + 2 * _total(corner_ULL), above_tokens_U + below_tokens_U
+def _outer_norm(uses: Sequence[Outer]) -> tuple[Tensor, Tensor]:
+    """sum_st <l_s, l_t> <r_s, r_t> (Goodfellow; Li et al.), and sum_t |l_t| |r_t|, for parameters with the same right side: <l_s, l_t> is then added over them.
+
+    The matrices are formed in strips of columns that end at the diagonal, tall times narrow: up to half of the operations, at twice the speed of whole products.
+    The token sum of several is that of their lengths together, an upper bound of the root of their squares (Minkowski).
+    """
+    right_ULd = uses[0].right_ULd
+    num_tokens = right_ULd.shape[1]
+    width = max(_STRIP, num_tokens // 8)
+    columns, blocks, diagonals = [], [], []
+    for start in range(0, num_tokens, width):
+        stop = min(start + width, num_tokens)
+        product_USs = _products(right_ULd[:, :stop], right_ULd[:, start:stop])
+        left_USs = None
+        for use in uses:
+            left_USs = _products(use.left_ULp[:, :stop], use.left_ULp[:, start:stop], left_USs)
+        product_USs.mul_(left_USs)
+        block_Uss = product_USs[:, start:]
+        columns.append(product_USs.sum(1))
+        blocks.append(block_Uss.sum(1))
+        diagonals.append(block_Uss.diagonal(dim1=1, dim2=2))
+    column_UL, block_UL, diagonal_UL = (torch.cat(parts, dim=1) for parts in (columns, blocks, diagonals))
+    square_U = 2 * column_UL.sum(1, dtype=torch.float64) - block_UL.sum(1, dtype=torch.float64)
+    return square_U, diagonal_UL.clamp_(min=0.0).sqrt_().sum(1, dtype=torch.float64)
 
 
-def _products(one_USp: Tensor, other_UTp: Tensor) -> Tensor:
-    """Inner products of tokens, [U, S, T], in the working precision; a low-precision tensor is widened a tile at a time."""
+def _products(one_USp: Tensor, other_UTp: Tensor, added_UST: Tensor | None = None) -> Tensor:
+    """Inner products of tokens, [U, S, T], in the working precision, added to what there is; a low-precision tensor is widened a tile at a time."""
     if one_USp.dtype is working(one_USp.dtype):
-        return torch.bmm(one_USp, other_UTp.mT)
-    tiles = zip(torch.split(one_USp, _TILE, dim=2), torch.split(other_UTp, _TILE, dim=2), strict=True)
-    first, second = next(tiles)
-    total_UST = torch.bmm(wide(first), wide(second).mT)
-    for first, second in tiles:
-        total_UST.baddbmm_(wide(first), wide(second).mT)
-    return total_UST
+        return torch.bmm(one_USp, other_UTp.mT) if added_UST is None else added_UST.baddbmm_(one_USp, other_UTp.mT)
+    for first, second in zip(torch.split(one_USp, _TILE, dim=2), torch.split(other_UTp, _TILE, dim=2), strict=True):
+        first, second = wide(first), wide(second)
+        added_UST = torch.bmm(first, second.mT) if added_UST is None else added_UST.baddbmm_(first, second.mT)
+    assert added_UST is not None
+    return added_UST
 
 
 def _total(product_UST: Tensor) -> Tensor:
@@ -194,9 +251,6 @@ def _kept_norm(use: Kept) -> tuple[Tensor, Tensor]:
     for block_UX in torch.split(use.grad_UX, _BLOCK, dim=1):
         square_U += torch.linalg.vector_norm(block_UX, dim=1).double().square()
     return square_U, torch.zeros_like(square_U)
-
-
-_SQUARE_NORM: dict[type, Callable[[Any], tuple[Tensor, Tensor]]] = {Outer: _outer_norm, Rows: _rows_norm, Kept: _kept_norm}
 
 
 def cross_term(outer: Outer, rows: Rows) -> Tensor:

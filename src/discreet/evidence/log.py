@@ -4,18 +4,25 @@
     checkpoint                           -> signed root over all entries           log_checkpoints
     export                               -> bundle: checkpoint, leaves, entries.jsonl, manifest.json
     verify_bundle(bundle, public key)    -> the entries, or the list of everything that broke
+    rotate                               -> a new key, which the old one names and which consents to it         log_keys
+    pin                                  -> the last checkpoint in a file outside the database, which a restored database cannot fake
 
 A statement is written in the transaction that stores what it describes, so neither exists without the other. Writers are serialised by `store.py`; the index is the next free one and
 the database refuses a second entry at it. Whatever is read back is verified again: leaf hash, signature, place.
 
 Guarantees of `verify_bundle`: every byte of every file was read once, is covered by a signature of the given key, and is the only form of what it says; the entries are leaves of the signed
-tree, at their places, none of the public ones missing (none at all in an internal bundle); and the story holds (`_PRECEDED`, `_ONCE`: what was released was audited, what was trained was
+tree, at their places, each signed by the key that was in force there, none of the public ones missing (none at all in an internal bundle); and the story holds (`_PRECEDED`, `_ONCE`: what was released was audited, what was trained was
 paid for). With an older checkpoint as `pinned`, also that the log has only grown since.
 
-Sources: RFC 6962, c2sp.org/tlog-checkpoint, c2sp.org/tlog-proof, docs/formats.md.
+A proof of one entry reads tiles, never the whole tree: the roots of full tiles are kept with the leaves in a table of their own (`log_tiles`). They are computed again by `verify`, and a proof is checked before it is given out.
+
+Rotation: from the entry after `key_rotated` on, the new key signs. The old key named the new one, the new one signed its consent, the old private key is destroyed. Whoever trusts any one
+key of a log verifies a whole bundle of it; a proof made before the rotation verifies with the old key as before.
+
+Sources: RFC 6962, c2sp.org/tlog-checkpoint, c2sp.org/tlog-proof, c2sp.org/tlog-tiles, docs/formats.md.
 
 Does not cover: an owner of the key who rewrites the whole log and shows it to someone who never saw an older checkpoint (pin one, or have it cosigned); entries after the last checkpoint removed from the
-database; the size of the tree, which a public bundle shows and which grows with the number of batches of records; rotation of the log's key.
+database; the size of the tree, which a public bundle shows and which grows with the number of batches of records; a key that was stolen before its rotation and shown to somebody who kept no checkpoint.
 """
 
 from __future__ import annotations
@@ -23,32 +30,36 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
+import json
 import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, TypeVar, final
 
-from sqlalchemy import Column, Connection, Integer, LargeBinary, String, Table, func, insert, select
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from sqlalchemy import Column, Connection, Integer, LargeBinary, String, Table, Text, bindparam, func, insert, select
 
 from discreet.errors import EvidenceInvalid, NotFound, OperationFailed
 from discreet.evidence import merkle, note, statement
 from discreet.evidence.note import Checkpoint, VerifierKey
-from discreet.evidence.statement import Entry, Predicate, Statement, canonical_json, parse_json
+from discreet.evidence.statement import JSON, Entry, Predicate, Statement, canonical_json, parse_json
 from discreet.keys import Key, Keyring, Stream
 from discreet.record import Digest
-from discreet.store import Store, metadata, now
+from discreet.store import Store, metadata, now, write_atomically
 
 T = TypeVar("T")
 
-__all__ = ["Entry", "Log", "Predicate", "Proof", "Statement", "VerifiedBundle", "verify_bundle", "verify_proof"]
+__all__ = ["Entry", "Log", "Predicate", "Proof", "Statement", "VerifiedBundle", "verify_bundle", "verify_certificate", "verify_proof"]
 
 BUNDLE_FORMAT = "discreet-bundle/v1"
 MANIFEST_TYPE = "application/vnd.discreet.bundle+json"
+CONSENT_PREFIX = b"discreet log key rotation v1\n"
 PROOF_HEADER = "c2sp.org/tlog-proof@v1"
 
 _MANIFEST = "manifest.json"
@@ -79,6 +90,24 @@ _checkpoints = Table(
     Column("size", Integer, primary_key=True, autoincrement=False),
     Column("note", LargeBinary, nullable=False),
 )
+_tiles = Table(
+    "log_tiles",
+    metadata,
+    Column("level", Integer, primary_key=True, autoincrement=False),
+    Column("position", Integer, primary_key=True, autoincrement=False),
+    Column("hash", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)
+"""The hashes of the tree by the tile: leaves at level 0, roots of full tiles of the level below above it. Beside the entries, so that a tile is a few pages and not a run of envelopes."""
+
+_keys = Table(
+    "log_keys",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("first", Integer, nullable=False),
+    Column("vkey", Text, nullable=False),
+)
+"""The keys of a log that had several: the first entry that each signs. Empty until the first rotation."""
 
 
 @final
@@ -105,30 +134,92 @@ class VerifiedBundle:
     checkpoint: Checkpoint
     note: bytes
     public: bool
+    keys: tuple[VerifierKey, ...]
+    """Every key the log ever had, oldest first."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """The keys of a log and the first entry that each signs, oldest first."""
+
+    since: tuple[tuple[int, VerifierKey], ...]
+
+    @property
+    def all(self) -> tuple[VerifierKey, ...]:
+        return tuple(key for _, key in self.since)
+
+    @property
+    def current(self) -> VerifierKey:
+        return self.since[-1][1]
+
+    def at(self, index: int) -> VerifierKey:
+        """The key that signs the entry at an index."""
+        return next(key for first, key in reversed(self.since) if first <= index)
+
+    def to_json(self) -> list[list[JSON]]:
+        return [[first, str(key)] for first, key in self.since]
 
 
 class Log:
     """The log of one project, in its database, signed by its key."""
 
-    def __init__(self, store: Store, keyring: Keyring, origin: str) -> None:
-        """Opens the log. Fetches its key, so it must not be called inside a transaction.
+    def __init__(self, store: Store, keyring: Keyring, origin: str, *, pin: Path | None = None) -> None:
+        """Opens the log. Must not be called inside a transaction.
 
         Args:
             store: the database.
-            keyring: gives the Ed25519 key "log".
+            keyring: gives the Ed25519 keys "log", "log/1" and so on.
             origin: the log's name, by convention a URL without a scheme; no spaces, no plus signs.
+            pin: file of the last checkpoint, outside the database; left out, none is kept.
 
         Raises:
             EvidenceInvalid: when the origin cannot be the name of a log.
         """
         self._store = store
-        self._signer = keyring.signer("log")
-        self._key = note.verifier_key(name=origin, signer=self._signer)
+        self._keyring = keyring
+        self._pin = pin
         self.origin = origin
+        with store.transaction() as tx:
+            self._load_keys(tx)
+            _fill_tiles(tx)
+
+    def _load_keys(self, tx: Connection) -> None:
+        rows = tx.execute(select(_keys).order_by(_keys.c.number)).all()
+        self._signer = self._keyring.signer(_signer_name(max(0, len(rows) - 1)), tx=tx)
+        self._keys = _Keys(
+            tuple((row.first, note.parse_key(row.vkey)) for row in rows) or ((0, note.verifier_key(name=self.origin, signer=self._signer)),)
+        )
+        self._by_label = note.by_label(self._keys.all)
+        self._rotations = len(rows)
+
+    @property
+    def _key(self) -> VerifierKey:
+        return self._keys.current
 
     def public_key(self) -> str:
-        """Returns the C2SP vkey with which anyone verifies this log's bundles, checkpoints and proofs."""
-        return str(self._key)
+        """Returns the C2SP vkey with which anyone verifies this log's bundles, checkpoints and proofs; of a log whose key was rotated all of them, a line each, oldest first."""
+        return "\n".join(map(str, self._keys.all))
+
+    def rotate(self) -> str:
+        """Gives the log a new key, logs it under the old one, and destroys the old private key. Returns the new public key (every key, as `public_key`).
+
+        Raises:
+            EvidenceInvalid: as `append`.
+        """
+        with self._store.transaction() as tx:
+            self._load_keys(tx)
+            number, old = len(self._keys.since), self._key
+            signer = self._keyring.signer(_signer_name(number), tx=tx)
+            new = note.verifier_key(name=self.origin, signer=signer)
+            consent = base64.b64encode(signer.sign(_consented(old, new))).decode()
+            fields: dict[str, JSON] = {"old": str(old), "new": str(new), "consent": consent}
+            index = self.append(tx, Statement(predicate=Predicate.KEY_ROTATED, subjects=(statement.digest_of(str(new).encode()),), fields=fields))
+            known = [] if self._rotations else [{"number": 0, "first": 0, "vkey": str(old)}]
+            tx.execute(insert(_keys), [*known, {"number": number, "first": index + 1, "vkey": str(new)}])
+            self._load_keys(tx)
+        self._keyring.destroy_signer(_signer_name(number - 1))
+        return self.public_key()
 
     def seal(self, payload: bytes, *, payload_type: str) -> bytes:
         """Returns the DSSE envelope of a payload that travels beside the log's bundle, signed by the log's key.
@@ -157,8 +248,9 @@ class Log:
         """Appends statements in order, as durable as the one transaction that holds them, and returns their indices. Errors as `append`."""
         if not statements:
             return []
-        counted = select(func.max(_entries.c.position), func.max(_entries.c.serial), select(func.max(_checkpoints.c.size)).scalar_subquery())
-        last, last_serial, signed = tx.execute(counted).one()
+        last, last_serial, signed, rotations = tx.execute(_COUNTED).one()
+        if rotations != self._rotations:  # another process gave the log a new key
+            self._load_keys(tx)
         first, serial = (0 if last is None else last + 1), (0 if last_serial is None else last_serial + 1)
         if first < (signed or 0):
             raise _invalid([f"log: rollback, {signed} entries were signed and {first} are here"])
@@ -168,9 +260,10 @@ class Log:
         for index, each in enumerate(statements, start=first):
             rows.append(self._row(each, index=index, serial=serial if each.predicate.public else None, time=time, salt=salts))
             serial += each.predicate.public
-        tx.execute(insert(_entries), rows)
+        tx.execute(_INSERT_ENTRIES, rows)
         about = [{"digest": digest, "position": row["position"]} for row, each in zip(rows, statements, strict=True) for digest in each.subjects]
-        tx.execute(insert(_subjects), about)
+        tx.execute(_INSERT_SUBJECTS, about)
+        _fold(tx, first, [row["leaf_hash"] for row in rows])
         return [row["position"] for row in rows]
 
     def _row(self, statement_: Statement, *, index: int, serial: int | None, time: str, salt: Stream) -> dict[str, Any]:
@@ -212,20 +305,110 @@ class Log:
             EvidenceInvalid: when the entries are not those of the last checkpoint and more: this log signs no fork (PITFALLS 20).
         """
         with self._store.transaction() as tx:
-            return self._checkpoint(tx, _leaves(tx))
+            return self._checkpoint(tx, _Tree.of(tx))
 
     def prove(self, index: int) -> Proof:
         """Returns the proof that an entry is in the log, under a checkpoint over all entries.
 
         Raises:
             NotFound: when there is no such entry.
-            EvidenceInvalid: as `checkpoint`.
+            EvidenceInvalid: as `checkpoint`, and when the entry is not the one that was appended.
         """
         with self._store.transaction() as tx:
-            leaves = _leaves(tx)
-            if not 0 <= index < len(leaves):
-                raise NotFound(f"the index of one of {len(leaves)} entries", value=index)
-            return Proof(index=index, path=tuple(merkle.inclusion_proof(leaves, index)), checkpoint=self._checkpoint(tx, leaves))
+            tree = _Tree.of(tx)
+            envelope = tx.execute(select(_entries.c.envelope).where(_entries.c.position == index)).scalar_one_or_none()
+            if envelope is None or not 0 <= index < tree.size:
+                raise NotFound(f"the index of one of {tree.size} entries", value=index)
+            proof = Proof(index=index, path=tree.path(index), checkpoint=self._checkpoint(tx, tree))
+            try:
+                merkle.verify_inclusion(merkle.leaf_hash(envelope), index=index, size=tree.size, proof=proof.path, root=tree.root(tree.size))
+            except ValueError:
+                raise _invalid([f"log_entries row {index}: not the entry that was appended"]) from None
+            return proof
+
+    def prove_growth(self, old_size: int) -> tuple[bytes, ...]:
+        """Returns the consistency proof from the tree of `old_size` entries to that of the present checkpoint.
+
+        Raises:
+            NotFound: when there are fewer entries.
+        """
+        with self._store.transaction() as tx:
+            tree = _Tree.of(tx)
+            if not 0 <= old_size <= tree.size:
+                raise NotFound(f"a size up to {tree.size} entries", value=old_size)
+            return tree.growth(old_size)
+
+    def check_pin(self) -> None:
+        """Compares the log with the last checkpoint that was pinned outside the database.
+
+        Raises:
+            EvidenceInvalid: when the log lacks entries that were signed (a restored backup), or has other ones (a fork).
+        """
+        if self._pin is None or not self._pin.exists():
+            return
+        with self._store.transaction() as tx:
+            failed: list[str] = []
+            _check_pinned(self._pin.read_bytes(), tree=_Tree.of(tx), keys=self._keys.all, failed=failed, where="pinned checkpoint")
+        if failed:
+            raise EvidenceInvalid(
+                "a log that has grown from the checkpoint that was pinned outside the database",
+                value=failed[0],
+                remedy="A backup was restored, or the log was changed. Restore a newer one, or accept the loss: `discreet evidence pin --accept-rollback`.",
+                failed=failed,
+            )
+
+    def pin(self) -> bytes:
+        """Signs a checkpoint over all entries, keeps it outside the database, and returns it.
+
+        Raises:
+            EvidenceInvalid: as `checkpoint` and `check_pin`.
+        """
+        self.check_pin()
+        signed = self.checkpoint()
+        if self._pin is not None and (not self._pin.exists() or self._pin.read_bytes() != signed):
+            write_atomically(self._pin, signed)
+        return signed
+
+    def accept_rollback(self, *, by: str, reason: str) -> bytes:
+        """Logs that a named person goes on with a log that lost entries, and pins it as it is. Whoever kept a newer checkpoint still sees the loss.
+
+        Raises:
+            EvidenceInvalid: as `checkpoint`.
+        """
+        lost = ""
+        with suppress(EvidenceInvalid), self._store.transaction() as tx:
+            if self._pin is not None and self._pin.exists():
+                lost = f"{note.open_checkpoint(self._pin.read_bytes(), keys=self._keys.all).size} entries signed, {_Tree.of(tx).size} here"
+        fields: dict[str, JSON] = {"rule": "no rollback", "reason": reason, "by": by, "value": lost}
+        with self._store.transaction() as tx:
+            self.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(statement.digest_of(self.origin.encode()),), fields=fields))
+        if self._pin is not None:
+            self._pin.unlink(missing_ok=True)
+        return self.pin()
+
+    def export_tiles(self, folder: Path) -> Path:
+        """Writes checkpoint and tiles as c2sp.org/tlog-tiles serves them, for monitors and mirrors, and returns the folder. No entry is in it.
+
+        Args:
+            folder: new or empty, or an earlier export, which grows.
+
+        Raises:
+            EvidenceInvalid: as `checkpoint`.
+            OperationFailed: when it cannot be written.
+        """
+        with self._store.transaction() as tx:
+            tree = _Tree.of(tx)
+            signed = self._checkpoint(tx, tree)
+            level, width = 0, tree.size
+            while width:
+                for number in range(-(-width // merkle.TILE_WIDTH)):
+                    count = min(merkle.TILE_WIDTH, width - number * merkle.TILE_WIDTH)
+                    path = folder / "tile" / str(level) / _tile_name(number, count)
+                    if count < merkle.TILE_WIDTH or not path.exists():
+                        write_atomically(path, b"".join(_read_tile(tx, level, number)[:count]))
+                level, width = level + 1, width // merkle.TILE_WIDTH
+        write_atomically(folder / "checkpoint", signed)
+        return folder
 
     def verify(self, *, pinned: bytes | None = None) -> VerifiedBundle:
         """Verifies the whole log as it stands in the database and returns it under a fresh checkpoint.
@@ -241,15 +424,18 @@ class Log:
             rows = list(tx.execute(select(_entries).order_by(_entries.c.position)))
             leaves = [merkle.leaf_hash(row.envelope) for row in rows]
             failed += [f"log_entries row {row.position}: leaf hash differs" for row, leaf in zip(rows, leaves, strict=True) if row.leaf_hash != leaf]
+            tree = _Tree.over(leaves)
             entries = _check_entries(
-                (row.envelope for row in rows), leaves=leaves, key=self._key, public=False, failed=failed, where="log_entries row"
+                (row.envelope for row in rows), leaves=leaves, keys=self._keys, public=False, failed=failed, where="log_entries row"
             )
             failed += _check_columns(tx, rows, entries)
+            failed += _check_tiles(tx, leaves)
             for old in tx.execute(select(_checkpoints.c.note).order_by(_checkpoints.c.size)).scalars():
-                _check_pinned(old, leaves=leaves, key=self._key, failed=failed, where="log_checkpoints")
-            _finish(entries, leaves=leaves, key=self._key, public=False, pinned=pinned, failed=failed)
-            signed = self._checkpoint(tx, leaves)
-        return VerifiedBundle(entries=tuple(entries), checkpoint=note.open_checkpoint(signed, key=self._key), note=signed, public=False)
+                _check_pinned(old, tree=tree, keys=self._keys.all, failed=failed, where="log_checkpoints")
+            _finish(entries, tree=tree, keys=self._keys, public=False, pinned=pinned, failed=failed)
+            signed = self._checkpoint(tx, tree)
+        head = note.open_checkpoint(signed, keys=self._keys.all)
+        return VerifiedBundle(entries=tuple(entries), checkpoint=head, note=signed, public=False, keys=self._keys.all)
 
     def export(self, folder: Path, *, public: bool) -> Path:
         """Writes the log as a bundle and returns its folder.
@@ -273,12 +459,13 @@ class Log:
             shown = select(_entries.c.envelope).order_by(_entries.c.position)
             lines = tx.execute(shown.where(_entries.c.serial.is_not(None)) if public else shown).yield_per(256).scalars()
             contents: dict[str, Iterable[bytes]] = {
-                "checkpoint": [self._checkpoint(tx, leaves)],
+                "checkpoint": [self._checkpoint(tx, _Tree.over(leaves))],
                 "leaves": leaves,
                 "entries.jsonl": (line + b"\n" for line in lines),
             }
             files = {name: _write(partial / name, content) for name, content in contents.items()}
-            payload = canonical_json({"files": files, "format": BUNDLE_FORMAT, "origin": self.origin, "public": public, "size": len(leaves)})
+            described = {"files": files, "format": BUNDLE_FORMAT, "origin": self.origin, "public": public, "size": len(leaves)}
+            payload = canonical_json(described | ({"keys": self._keys.to_json()} if self._rotations else {}))
             manifest = statement.seal_envelope(payload, payload_type=MANIFEST_TYPE, signer=self._signer, key_id=self._key.label)
             _write(partial / _MANIFEST, [manifest])
             _remove(folder)
@@ -296,24 +483,33 @@ class Log:
     def _entry(self, row: Any) -> Entry:
         """The verified entry of a row, or what broke."""
         failed: list[str] = []
-        entry = _verify_entry(row.envelope, key=self._key, failed=failed, where=f"log_entries row {row.position}")
+        entry = _verify_entry(row.envelope, keys=self._keys, labels=self._by_label, failed=failed, where=f"log_entries row {row.position}")
         if entry is None or entry.index != row.position or merkle.leaf_hash(row.envelope) != row.leaf_hash or entry.predicate != row.predicate:
             raise _invalid(failed or [f"log_entries row {row.position}: not the entry that was appended"])
         return entry
 
-    def _checkpoint(self, tx: Connection, leaves: Sequence[bytes]) -> bytes:
+    def _checkpoint(self, tx: Connection, tree: _Tree) -> bytes:
         latest = tx.execute(select(_checkpoints.c.note).order_by(_checkpoints.c.size.desc()).limit(1)).scalar_one_or_none()
         if latest is not None:
             failed: list[str] = []
-            _check_pinned(latest, leaves=leaves, key=self._key, failed=failed, where="last checkpoint")
+            _check_pinned(latest, tree=tree, keys=self._keys.all, failed=failed, where="last checkpoint")
             if failed:
                 raise _invalid(failed)
-            if note.open_checkpoint(latest, key=self._key).size == len(leaves):
+            if note.open_checkpoint(latest, keys=self._keys.all).size == tree.size:
                 return bytes(latest)
-        head = Checkpoint(origin=self.origin, size=len(leaves), root=merkle.root(leaves))
+        head = Checkpoint(origin=self.origin, size=tree.size, root=tree.root(tree.size))
         signed = note.sign_note(head.text, name=self.origin, signer=self._signer)
-        tx.execute(insert(_checkpoints).values(size=len(leaves), note=signed))
+        tx.execute(insert(_checkpoints).values(size=tree.size, note=signed))
         return signed
+
+
+_COUNTED = select(
+    func.max(_entries.c.position),
+    func.max(_entries.c.serial),
+    select(func.max(_checkpoints.c.size)).scalar_subquery(),
+    select(func.count()).select_from(_keys).scalar_subquery(),
+)
+_INSERT_ENTRIES, _INSERT_SUBJECTS = insert(_entries), insert(_subjects)
 
 
 def verify_bundle(path: Path, *, public_key: str, pinned: bytes | None = None) -> VerifiedBundle:
@@ -321,15 +517,15 @@ def verify_bundle(path: Path, *, public_key: str, pinned: bytes | None = None) -
 
     Args:
         path: the bundle's folder.
-        public_key: the C2SP vkey of the log, from somewhere else than the bundle.
+        public_key: a C2SP vkey of the log, or all that it ever had, a line each and oldest first; from somewhere else than the bundle.
         pinned: an older checkpoint of the same log; the bundle must have grown from it.
 
     Raises:
         EvidenceInvalid: `failed` names every file, entry and rule that broke.
     """
     failed = _check_names(path)
-    key = _try(lambda: note.parse_key(public_key.strip()), "public key", failed)
-    if key is None:
+    trusted = _try(lambda: note.parse_keys(public_key), "public key", failed)
+    if trusted is None:
         raise _invalid(failed)
     read: dict[str, bytes] = {}
     for name in ("checkpoint", "leaves", _MANIFEST):
@@ -337,8 +533,9 @@ def verify_bundle(path: Path, *, public_key: str, pinned: bytes | None = None) -
             if file is not None:
                 read[name] = file.read(_CAPS[name])
     seen = {name: _Seen.of([content]) for name, content in read.items()}
-    manifest = _try(lambda: _read_manifest(read[_MANIFEST], key), _MANIFEST, failed) if _MANIFEST in read else None
-    head = _try(lambda: note.open_checkpoint(read["checkpoint"], key=key), "checkpoint", failed) if "checkpoint" in read else None
+    opened = _try(lambda: _read_manifest(read[_MANIFEST], trusted), _MANIFEST, failed) if _MANIFEST in read else None
+    manifest, keys = opened if opened else (None, _Keys(((0, trusted[-1]),)))
+    head = _try(lambda: note.open_checkpoint(read["checkpoint"], keys=[keys.current]), "checkpoint", failed) if "checkpoint" in read else None
     leaves = _split_leaves(read.get("leaves", b""), failed)
     if head is not None and "leaves" in read and (len(leaves) != head.size or merkle.root(leaves) != head.root):
         failed.append("leaves: not the tree of the checkpoint")
@@ -348,13 +545,13 @@ def verify_bundle(path: Path, *, public_key: str, pinned: bytes | None = None) -
         if file is not None:
             seen["entries.jsonl"] = _Seen.of(())
             lines = _lines(file, seen["entries.jsonl"], failed)
-            entries = _check_entries(lines, leaves=leaves, key=key, public=public, failed=failed, where="entries.jsonl line")
+            entries = _check_entries(lines, leaves=leaves, keys=keys, public=public, failed=failed, where="entries.jsonl line")
     if manifest is not None:
-        failed += _check_manifest(manifest, seen, key=key, size=len(leaves))
-    _finish(entries, leaves=leaves, key=key, public=public, pinned=pinned, failed=failed)
+        failed += _check_manifest(manifest, seen, key=keys.current, size=len(leaves))
+    _finish(entries, tree=_Tree.over(leaves), keys=keys, public=public, pinned=pinned, failed=failed)
     if head is None or public is None:  # both were named above; the type checker and a reader need not trace that
         raise _invalid(["bundle: incomplete"])
-    return VerifiedBundle(entries=tuple(entries), checkpoint=head, note=read["checkpoint"], public=public)
+    return VerifiedBundle(entries=tuple(entries), checkpoint=head, note=read["checkpoint"], public=public, keys=keys.all)
 
 
 def verify_proof(proof: bytes, *, envelope: bytes, public_key: str) -> Entry:
@@ -363,17 +560,17 @@ def verify_proof(proof: bytes, *, envelope: bytes, public_key: str) -> Entry:
     Args:
         proof: the bytes of a `Proof`.
         envelope: the bytes of the entry.
-        public_key: the C2SP vkey of the log.
+        public_key: the C2SP vkeys of the log under which entry and checkpoint were signed, a line each; one, when its key was not rotated between them.
 
     Raises:
         EvidenceInvalid: when proof, checkpoint, signature or statement do not verify, or do not belong together.
     """
-    key = note.parse_key(public_key.strip())
+    keys = note.parse_keys(public_key)
     if len(proof) > note.MAX_NOTE_BYTES + 8192:
         raise EvidenceInvalid("a proof of at most 72 KiB", value=len(proof))
     parsed = _parse_proof(proof)
-    entry = statement.verify(envelope, public_key=key.ed25519, key_id=key.label, origin=key.name)
-    head = note.open_checkpoint(parsed.checkpoint, key=key)
+    entry = statement.verify(envelope, keys=note.by_label(keys), origin=keys[0].name)
+    head = note.open_checkpoint(parsed.checkpoint, keys=keys)
     try:
         merkle.verify_inclusion(merkle.leaf_hash(envelope), index=parsed.index, size=head.size, proof=parsed.path, root=head.root)
     except ValueError as error:
@@ -394,6 +591,177 @@ def _leaves(tx: Connection) -> list[bytes]:
     if broken:
         raise _invalid(broken)
     return [row.leaf_hash for row in rows]
+
+
+def verify_certificate(path: Path, *, public_key: str) -> tuple[Entry, bytes]:
+    """Verifies a statement with its proof, as `erase --json` and `trace --json` print them, with a public key alone.
+
+    Args:
+        path: a JSON file with the members `statement` (an envelope) and `proof` (a tlog-proof).
+        public_key: as in `verify_proof`.
+
+    Returns:
+        The entry and the checkpoint's note.
+
+    Raises:
+        EvidenceInvalid: when it is too large, has a key twice, is no such document, or does not verify.
+    """
+    with path.open("rb") as file:
+        content = file.read(_MAX_CERTIFICATE_BYTES + 1)
+    if len(content) > _MAX_CERTIFICATE_BYTES:
+        raise _invalid([f"certificate: larger than {_MAX_CERTIFICATE_BYTES} bytes"])
+    try:
+        document = json.loads(content, object_pairs_hook=_once)
+        said, proof = document["statement"].encode(), document["proof"].encode()
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        raise _invalid(["certificate: not a JSON object with a statement and its proof"]) from None
+    return verify_proof(proof, envelope=said, public_key=public_key), _parse_proof(proof).checkpoint
+
+
+_MAX_CERTIFICATE_BYTES = 2 << 20
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError
+    return dict(pairs)
+
+
+# ---------------------------------------------------------------- keys
+
+
+def _signer_name(number: int) -> str:
+    return f"log/{number}" if number else "log"
+
+
+def _consented(old: VerifierKey, new: VerifierKey) -> bytes:
+    return CONSENT_PREFIX + f"{old}\n{new}\n".encode()
+
+
+def _check_rotations(entries: Sequence[Entry], keys: _Keys) -> list[str]:
+    """Each key but the first was named by the one before it, in the last entry that that one signed, and consented to it; no other rotation was logged."""
+    logged = {entry.index: entry for entry in entries if entry.predicate is Predicate.KEY_ROTATED}
+    broken: list[str] = []
+    for (_, old), (first, new) in zip(keys.since, keys.since[1:], strict=False):
+        entry = logged.pop(first - 1, None)
+        named = entry is not None and (entry.fields["old"], entry.fields["new"]) == (str(old), str(new))
+        if entry is None or not named or not _consents(str(entry.fields["consent"]), old, new):
+            broken.append(f"keys: the key of entry {first} was not named by the one before it")
+    return broken + [f"keys: entry {index} rotates a key that signs on" for index in sorted(logged)]
+
+
+def _consents(consent: str, old: VerifierKey, new: VerifierKey) -> bool:
+    try:
+        new.ed25519.verify(base64.b64decode(consent, validate=True), _consented(old, new))
+    except (ValueError, InvalidSignature):
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- the tree in the database
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """Root and proofs of a log's tree, from tiles in the database or from all leaves."""
+
+    size: int
+    root: Callable[[int], bytes]
+    path: Callable[[int], tuple[bytes, ...]]
+    growth: Callable[[int], tuple[bytes, ...]]
+
+    @staticmethod
+    def of(tx: Connection) -> _Tree:
+        """The tree in the database; reads what is asked for."""
+        size = _size(tx)
+        tiles = merkle.Tiles(lambda level, number: _read_tile(tx, level, number))
+        return _Tree(
+            size=size,
+            root=lambda n: _read(lambda: tiles.root(n)),
+            path=lambda index: _read(lambda: tuple(tiles.inclusion_proof(index, size))),
+            growth=lambda old: _read(lambda: tuple(tiles.consistency_proof(old, size))),
+        )
+
+    @staticmethod
+    def over(leaves: Sequence[bytes]) -> _Tree:
+        return _Tree(
+            size=len(leaves),
+            root=lambda n: merkle.root(leaves[:n]),
+            path=lambda index: tuple(merkle.inclusion_proof(leaves, index)),
+            growth=lambda old: tuple(merkle.consistency_proof(leaves, old)),
+        )
+
+
+def _read(compute: Callable[[], T]) -> T:
+    try:
+        return compute()
+    except ValueError as error:
+        raise _invalid([f"log_tiles: {error}"]) from None
+
+
+def _size(tx: Connection) -> int:
+    last = tx.execute(select(func.max(_entries.c.position))).scalar_one()
+    return 0 if last is None else int(last) + 1
+
+
+def _read_tile(tx: Connection, level: int, number: int) -> list[bytes]:
+    """The hashes of a tile that are there, in order and without a gap."""
+    first = number * merkle.TILE_WIDTH
+    rows = tx.execute(_TILE, {"level": level, "first": first, "end": first + merkle.TILE_WIDTH}).all()
+    if rows and rows[-1].position != first + len(rows) - 1:
+        raise _invalid([f"log_tiles: tile {number} of level {level} has a gap"])
+    return [row.hash for row in rows]
+
+
+_TILE = (
+    select(_tiles.c.position, _tiles.c.hash)
+    .where(_tiles.c.level == bindparam("level"), _tiles.c.position >= bindparam("first"), _tiles.c.position < bindparam("end"))
+    .order_by(_tiles.c.position)
+)
+_INSERT_TILES = insert(_tiles)
+
+
+def _fold(tx: Connection, start: int, leaves: Sequence[bytes]) -> None:
+    """Keeps the leaf hashes from entry `start` on, and the roots of the tiles that became full with them."""
+    level, hashes, end = 0, leaves, start + len(leaves)
+    while hashes:
+        tx.execute(_INSERT_TILES, [{"level": level, "position": n, "hash": each} for n, each in enumerate(hashes, start=start)])
+        full = range(start // merkle.TILE_WIDTH, end // merkle.TILE_WIDTH)
+        hashes = [merkle.root(_read_tile(tx, level, number)) for number in full]
+        level, start, end = level + 1, start // merkle.TILE_WIDTH, end // merkle.TILE_WIDTH
+
+
+def _fill_tiles(tx: Connection) -> None:
+    """Keeps the tiles of a log that was begun before there were any."""
+    last = tx.execute(select(func.max(_tiles.c.position)).where(_tiles.c.level == 0)).scalar_one()
+    kept = 0 if last is None else last + 1
+    if kept < _size(tx):
+        query = select(_entries.c.leaf_hash).where(_entries.c.position >= kept).order_by(_entries.c.position)
+        _fold(tx, kept, tx.execute(query).scalars().all())
+
+
+def _check_tiles(tx: Connection, leaves: Sequence[bytes]) -> list[str]:
+    """Every kept hash is that of the leaves, and none is missing."""
+    kept = {(row.level, row.position): row.hash for row in tx.execute(select(_tiles))}
+    expected: dict[tuple[int, int], bytes] = {}
+    level, hashes = 0, list(leaves)
+    while hashes:
+        expected |= {(level, position): item for position, item in enumerate(hashes)}
+        full = range(0, len(hashes) - merkle.TILE_WIDTH + 1, merkle.TILE_WIDTH)
+        hashes = [merkle.root(hashes[first : first + merkle.TILE_WIDTH]) for first in full]
+        level += 1
+    wrong = sorted(place for place in kept.keys() | expected.keys() if kept.get(place) != expected.get(place))
+    return [f"log_tiles: hash {position} of level {level} differs from the leaves" for level, position in wrong]
+
+
+def _tile_name(number: int, count: int) -> Path:
+    """The path of a tile below its level: thousands as folders, and how many hashes it has when it is not full (c2sp.org/tlog-tiles)."""
+    parts = [f"{number % 1000:03d}"]
+    while number := number // 1000:
+        parts.insert(0, f"x{number % 1000:03d}")
+    name = Path(*parts)
+    return name if count == merkle.TILE_WIDTH else name.with_name(f"{name.name}.p") / str(count)
 
 
 def _parse_proof(proof: bytes) -> Proof:
@@ -515,6 +883,7 @@ def _lines(file: IO[bytes], seen: _Seen, failed: list[str]) -> Iterator[bytes]:
 
 _PRECEDED: tuple[tuple[Predicate, Predicate, str, tuple[str, ...]], ...] = (
     (Predicate.RESERVED, Predicate.BUDGET_OPENED, "budget", ()),
+    (Predicate.BUDGET_RAISED, Predicate.BUDGET_OPENED, "budget", ()),
     (Predicate.SPENT, Predicate.BUDGET_OPENED, "budget", ()),
     (Predicate.SPENT, Predicate.RESERVED, "reservation", ("run", "budget", "plan")),
     (Predicate.CLOSED, Predicate.RESERVED, "reservation", ()),
@@ -586,14 +955,14 @@ def _check_verdicts(entries: Sequence[Entry]) -> list[str]:
 
 
 def _check_entries(
-    envelopes: Iterable[bytes], *, leaves: Sequence[bytes], key: VerifierKey, public: bool | None, failed: list[str], where: str
+    envelopes: Iterable[bytes], *, leaves: Sequence[bytes], keys: _Keys, public: bool | None, failed: list[str], where: str
 ) -> list[Entry]:
     """The entries that verify; `public` None means that the manifest does not say what should be there."""
     entries: list[Entry] = []
-    count = 0
+    count, labels = 0, note.by_label(keys.all)
     for number, envelope in enumerate(envelopes):
         count += 1
-        entry = _verify_entry(envelope, key=key, failed=failed, where=f"{where} {number}")
+        entry = _verify_entry(envelope, keys=keys, labels=labels, failed=failed, where=f"{where} {number}")
         if entry is None:
             continue
         name = f"{where} {number} (entry {entry.index}, {entry.predicate})"
@@ -614,18 +983,21 @@ def _check_entries(
     return entries
 
 
-def _verify_entry(envelope: bytes, *, key: VerifierKey, failed: list[str], where: str) -> Entry | None:
-    return _try(lambda: statement.verify(envelope, public_key=key.ed25519, key_id=key.label, origin=key.name), where, failed)
+def _verify_entry(envelope: bytes, *, keys: _Keys, labels: Mapping[str, Ed25519PublicKey], failed: list[str], where: str) -> Entry | None:
+    entry = _try(lambda: statement.verify(envelope, keys=labels, origin=keys.current.name), where, failed)
+    if entry is not None and entry.key_id != keys.at(entry.index).label:
+        failed.append(f"{where} (entry {entry.index}): signed by a key that was not in force")
+    return entry
 
 
-def _check_pinned(old: bytes, *, leaves: Sequence[bytes], key: VerifierKey, failed: list[str], where: str) -> None:
-    """The tree has grown from an older checkpoint. All leaves are here, so the old root is computed rather than proven."""
-    head = _try(lambda: note.open_checkpoint(old, key=key), where, failed)
+def _check_pinned(old: bytes, *, tree: _Tree, keys: Sequence[VerifierKey], failed: list[str], where: str) -> None:
+    """The tree has grown from an older checkpoint: the old root is computed from what is here rather than proven."""
+    head = _try(lambda: note.open_checkpoint(old, keys=keys), where, failed)
     if head is None:
         return
-    if head.size > len(leaves):
-        failed.append(f"{where}: rollback, {head.size} entries were signed and {len(leaves)} are here")
-    elif merkle.root(leaves[: head.size]) != head.root:
+    if head.size > tree.size:
+        failed.append(f"{where}: rollback, {head.size} entries were signed and {tree.size} are here")
+    elif tree.root(head.size) != head.root:
         failed.append(f"{where}: fork, the first {head.size} entries are not those that were signed")
 
 
@@ -642,12 +1014,12 @@ def _check_columns(tx: Connection, rows: Sequence[Any], entries: Sequence[Entry]
     return wrong + [f"log_subjects: the rows of entry {index} differ from the envelope" for index in sorted({index for _, index in found ^ expected})]
 
 
-def _finish(
-    entries: Sequence[Entry], *, leaves: Sequence[bytes], key: VerifierKey, public: bool | None, pinned: bytes | None, failed: list[str]
-) -> None:
-    """Growth since the pinned checkpoint, then the story; the story only of a log that is whole, since a broken entry breaks the rules that need it too."""
+def _finish(entries: Sequence[Entry], *, tree: _Tree, keys: _Keys, public: bool | None, pinned: bytes | None, failed: list[str]) -> None:
+    """Keys, growth since the pinned checkpoint, then the story; the story only of a log that is whole, since a broken entry breaks the rules that need it too."""
+    if not failed:
+        failed += _check_rotations(entries, keys)
     if pinned is not None:
-        _check_pinned(pinned, leaves=leaves, key=key, failed=failed, where="pinned checkpoint")
+        _check_pinned(pinned, tree=tree, keys=keys.all, failed=failed, where="pinned checkpoint")
     if not failed:
         failed += _check_story(entries, public=public is not False)
     if failed:
@@ -664,13 +1036,38 @@ def _check_names(path: Path) -> list[str]:
     return unknown + [f"{name}: missing" for name in sorted(_CAPS) if name not in names]
 
 
-def _read_manifest(content: bytes, key: VerifierKey) -> dict[str, Any]:
-    payload = statement.open_envelope(content, payload_type=MANIFEST_TYPE, public_key=key.ed25519, key_id=key.label)
+def _read_manifest(content: bytes, trusted: Sequence[VerifierKey]) -> tuple[dict[str, Any], _Keys]:
+    """The manifest and the keys of its log. Keys that the reader does not know yet are believed only after `_check_rotations`."""
+    if len(content) > statement.MAX_ENVELOPE_BYTES:
+        raise EvidenceInvalid(f"an envelope of at most {statement.MAX_ENVELOPE_BYTES} bytes", value=len(content))
+    keys = _claimed_keys(content, trusted)
+    payload, _ = statement.open_envelope(content, payload_type=MANIFEST_TYPE, keys=note.by_label([keys.current]))
     manifest = parse_json(payload)
     match manifest:
-        case {"files": dict(), "format": str(), "origin": str(), "public": bool(), "size": int(), **more} if not more:
-            return manifest  # type: ignore[no-any-return]  # the pattern above is its type
+        case {"files": dict(), "format": str(), "origin": str(), "public": bool(), "size": int(), **more} if not set(more) - {"keys"}:
+            return manifest, keys
     raise EvidenceInvalid("a manifest in the form of docs/formats.md")
+
+
+def _claimed_keys(content: bytes, trusted: Sequence[VerifierKey]) -> _Keys:
+    """The keys that a manifest, not verified yet, says its log had. A reader who knows several finds them there in a row."""
+    try:
+        outer = parse_json(content)
+        label = outer["signatures"][0]["keyid"]
+        claimed = parse_json(base64.b64decode(outer["payload"], validate=True)).get("keys")
+        if claimed is None:
+            return _Keys(((0, next((key for key in trusted if key.label == label), trusted[-1])),))
+        since = tuple((int(first), note.parse_key(vkey)) for first, vkey in claimed)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise EvidenceInvalid("a manifest in the form of docs/formats.md") from None
+    firsts, keys = [first for first, _ in since], [key for _, key in since]
+    if len(keys) < 2 or firsts[0] != 0 or firsts != sorted(set(firsts)) or len(set(keys)) != len(keys):
+        raise EvidenceInvalid("a manifest in the form of docs/formats.md")
+    start = next((keys.index(key) for key in trusted if key in keys), None)
+    known = trusted[trusted.index(keys[start]) :] if start is not None else ()
+    if start is None or any(a != b for a, b in zip(keys[start:], known, strict=False)):
+        raise EvidenceInvalid("a bundle of the log that the key names", remedy="Verify with the public key of the log that made it.")
+    return _Keys(since)
 
 
 def _check_manifest(manifest: dict[str, Any], seen: Mapping[str, _Seen], *, key: VerifierKey, size: int) -> list[str]:

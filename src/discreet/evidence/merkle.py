@@ -8,17 +8,24 @@ Guarantees, as long as SHA-256 resists collisions: a verified inclusion proof me
 consistency proof means that the old tree is a prefix of the new one. Verification returns None or raises `ValueError`: there is no boolean to forget. Proofs
 of another length than the sizes demand are refused, before and after hashing.
 
-Sources: RFC 6962 section 2.1; RFC 9162 sections 2.1.1 to 2.1.4 (the verification algorithms).
+Sources: RFC 6962 section 2.1; RFC 9162 sections 2.1.1 to 2.1.4 (the verification algorithms); c2sp.org/tlog-tiles.
 
-Does not cover: who signed a root (`note.py`), what a leaf means (`statement.py`), storage of large trees in tiles.
+A large log is not read whole: `Tiles` gives roots and proofs from the tiles of c2sp.org/tlog-tiles, runs of 256 hashes of every eighth level. A root, or a proof, of a million leaves reads
+the last tile of each level and the tiles above the leaf: six of them.
+
+Does not cover: who signed a root (`note.py`), what a leaf means (`statement.py`), where tiles are kept (`log.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import final
 
 HASH_BYTES = 32
+
+TILE_HEIGHT = 8
+TILE_WIDTH = 1 << TILE_HEIGHT
 
 EMPTY_ROOT = hashlib.sha256(b"").digest()
 """The root of the tree without leaves: SHA-256 of nothing (RFC 6962 section 2.1)."""
@@ -118,23 +125,96 @@ def consistency_proof(leaf_hashes: Sequence[bytes], old_size: int) -> list[bytes
         ValueError: when the old tree is larger than the new one, or an item is not 32 bytes long.
     """
     _check_hashes(leaf_hashes)
-    low, high, remaining = 0, len(leaf_hashes), old_size
+    return _consistency(lambda low, high: _root(leaf_hashes[low:high]), old_size, len(leaf_hashes))
+
+
+def _consistency(root_of: Callable[[int, int], bytes], old_size: int, size: int) -> list[bytes]:
+    """The proof, with the roots of ranges of leaves from `root_of`."""
+    low, high, remaining = 0, size, old_size
     if not 0 <= old_size <= high:
         raise ValueError(f"Expected 0 <= old_size <= {high} leaves, got {old_size}.")
     if old_size == 0:
         return []
     proof: list[bytes] = []
     while remaining != high - low:
-        split = 1 << (high - low - 1).bit_length() - 1  # the largest power of two below the size
+        split = _split(high - low)
         if remaining <= split:
-            proof.append(_root(leaf_hashes[low + split : high]))
+            proof.append(root_of(low + split, high))
             high = low + split
         else:
-            proof.append(_root(leaf_hashes[low : low + split]))
+            proof.append(root_of(low, low + split))
             low, remaining = low + split, remaining - split
     if low > 0:  # the verifier knows the old root itself, but not a part of it
-        proof.append(_root(leaf_hashes[low:high]))
+        proof.append(root_of(low, high))
     return proof[::-1]
+
+
+def _split(size: int) -> int:
+    """The largest power of two below a size."""
+    return 1 << (size - 1).bit_length() - 1
+
+
+@final
+class Tiles:
+    """A tree whose hashes are read by the tile; answers as `root`, `inclusion_proof` and `consistency_proof` of its first `size` leaves would."""
+
+    def __init__(self, read: Callable[[int, int], Sequence[bytes]]) -> None:
+        """Reads nothing yet.
+
+        Args:
+            read: (level, number) to the hashes of that tile, 1 to 256 of 32 bytes: leaves at level 0, roots of full tiles of the level below above it. Asked once for each.
+        """
+        self._read = read
+        self._tiles: dict[tuple[int, int], Sequence[bytes]] = {}
+
+    def root(self, size: int) -> bytes:
+        """Returns the root of the first `size` leaves."""
+        return self._range(0, size)
+
+    def inclusion_proof(self, index: int, size: int) -> list[bytes]:
+        """Returns the siblings on the way from leaf `index` to the root of the first `size` leaves, lowest first.
+
+        Raises:
+            ValueError: when there is no such leaf, or a tile lacks a hash that the size promises.
+        """
+        if not 0 <= index < size:
+            raise ValueError(f"Expected 0 <= index < {size} leaves, got {index}.")
+        low, high = 0, size
+        proof: list[bytes] = []
+        while high - low > 1:
+            middle = low + _split(high - low)
+            proof.append(self._range(middle, high) if index < middle else self._range(low, middle))
+            low, high = (low, middle) if index < middle else (middle, high)
+        return proof[::-1]
+
+    def consistency_proof(self, old_size: int, size: int) -> list[bytes]:
+        """Returns the proof that the first `old_size` leaves are a prefix of the first `size`. Errors as `inclusion_proof`."""
+        return _consistency(self._range, old_size, size)
+
+    def _range(self, low: int, high: int) -> bytes:
+        """The root of leaves `low` to `high`; `low` is a multiple of a power of two that is not below the width."""
+        peaks: list[bytes] = []
+        while low < high:
+            height = min((high - low).bit_length() - 1, (low & -low).bit_length() - 1 if low else 64)
+            peaks.append(self._node(height, low >> height))
+            low += 1 << height
+        if not peaks:
+            return EMPTY_ROOT
+        joined = peaks.pop()
+        while peaks:
+            joined = node_hash(peaks.pop(), joined)
+        return joined
+
+    def _node(self, height: int, index: int) -> bytes:
+        """The root of the complete subtree of 2^height leaves that begins at leaf index * 2^height."""
+        level, above = divmod(height, TILE_HEIGHT)
+        number, place = divmod(index << above, TILE_WIDTH)
+        if (level, number) not in self._tiles:
+            self._tiles[level, number] = self._read(level, number)
+        hashes = self._tiles[level, number][place : place + (1 << above)]
+        if len(hashes) != 1 << above or any(len(item) != HASH_BYTES for item in hashes):
+            raise ValueError(f"Expected tile {number} of level {level} to hold {place + (1 << above)} hashes of {HASH_BYTES} bytes.")
+        return _root(hashes)
 
 
 def verify_consistency(*, old_size: int, old_root: bytes, size: int, root: bytes, proof: Sequence[bytes]) -> None:

@@ -150,6 +150,23 @@ def parse_key(vkey: str) -> VerifierKey:
     return key
 
 
+def parse_keys(text: str) -> tuple[VerifierKey, ...]:
+    """Returns the keys of a log that had several, oldest first: one vkey a line, all under the log's name.
+
+    Raises:
+        EvidenceInvalid: when a line is no vkey, is there twice, or names another log.
+    """
+    keys = tuple(parse_key(line) for line in text.strip().split("\n"))
+    if len({key.name for key in keys}) != 1 or len(set(keys)) != len(keys):
+        raise _malformed()
+    return keys
+
+
+def by_label(keys: Sequence[VerifierKey]) -> dict[str, Ed25519PublicKey]:
+    """Returns the keys by their label, as envelopes name them."""
+    return {key.label: key.ed25519 for key in keys}
+
+
 def sign_note(text: str, *, name: str, signer: Ed25519PrivateKey) -> bytes:
     """Returns the note of a text with one Ed25519 signature line.
 
@@ -235,18 +252,18 @@ def parse_checkpoint(text: str) -> Checkpoint:
     return checkpoint
 
 
-def open_checkpoint(note: bytes, *, key: VerifierKey) -> Checkpoint:
+def open_checkpoint(note: bytes, *, keys: Sequence[VerifierKey]) -> Checkpoint:
     """Returns the checkpoint that a log signed under its own name.
 
     Args:
         note: at most 64 KiB.
-        key: of the log; its name is the origin.
+        keys: of the log, 1 or more; their name is the origin.
 
     Raises:
         EvidenceInvalid: as `open_note` and `parse_checkpoint`, and when the origin is another log's.
     """
-    checkpoint = parse_checkpoint(open_note(note, keys=[key]).text)
-    if checkpoint.origin != key.name:
+    checkpoint = parse_checkpoint(open_note(note, keys=keys).text)
+    if checkpoint.origin != keys[0].name:
         raise EvidenceInvalid("a checkpoint of the log that the key names", remedy="Verify with the public key of the log that made it.")
     return checkpoint
 

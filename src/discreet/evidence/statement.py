@@ -63,6 +63,7 @@ class Predicate(StrEnum):
     FROZEN = "frozen"
     COMMITTED = "committed"
     BUDGET_OPENED = "budget_opened"
+    BUDGET_RAISED = "budget_raised"
     RESERVED = "reserved"
     SPENT = "spent"
     CLOSED = "closed"
@@ -70,6 +71,7 @@ class Predicate(StrEnum):
     AUDITED = "audited"
     CONTROL_DESTROYED = "control_destroyed"
     KEY_DESTROYED = "key_destroyed"
+    KEY_ROTATED = "key_rotated"
     RELEASED = "released"
     WITHHELD = "withheld"
     OVERRIDDEN = "overridden"
@@ -119,6 +121,7 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.FROZEN: _internal("name"),
         Predicate.COMMITTED: _public("commitment", "scheme run canaries kind"),
         Predicate.BUDGET_OPENED: _public("budget epsilon delta unit", "accountant orders relation query_delta period"),
+        Predicate.BUDGET_RAISED: _public("budget epsilon earlier reason"),
         Predicate.RESERVED: _internal("reservation run budget plan snapshot"),
         Predicate.SPENT: _public("reservation run budget plan", _PRICE),
         Predicate.CLOSED: _public("reservation reason", "run budget plan steps"),
@@ -129,6 +132,7 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         ),
         Predicate.CONTROL_DESTROYED: _public("control", "run kind reason"),
         Predicate.KEY_DESTROYED: _public("run", "reason kind"),
+        Predicate.KEY_ROTATED: _public("old new consent"),
         Predicate.RELEASED: _public("name base adapter guarantee", "run plan gates audit verdict report purpose policy limits kind"),
         Predicate.WITHHELD: _public("adapter reasons", "name run gates audit verdict"),
         Predicate.OVERRIDDEN: _public("rule reason", "value run budget name by"),
@@ -172,7 +176,7 @@ class Statement:
         if unknown:
             remedy = "It is public, so its fields are closed: add the field to PREDICATES, or say it in an internal statement."
             raise EvidenceInvalid(f"only known fields in a {self.predicate} statement", value=", ".join(unknown), remedy=remedy)
-        object.__setattr__(self, "fields", MappingProxyType(parse_json(canonical_json(self.fields))))
+        object.__setattr__(self, "fields", MappingProxyType(json.loads(canonical_json(self.fields))))
 
 
 @final
@@ -190,6 +194,7 @@ class Entry:
     time: str
     serial: int | None
     envelope: bytes
+    key_id: str
 
 
 def digest_of(content: bytes) -> Digest:
@@ -204,8 +209,7 @@ def canonical_json(value: object) -> bytes:
         EvidenceInvalid: on NaN, infinity, integers beyond 2^53 - 1, keys that are not strings, lone surrogates, or anything that is not JSON.
     """
     try:
-        _check_json(value, 0)
-        return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+        return json.dumps(_plain(value, 0), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
     except (TypeError, ValueError):  # the value may be sensitive: nothing of it is repeated, nor chained
         raise EvidenceInvalid(
             "a value that canonical JSON can hold", remedy="Use strings, finite numbers, booleans, null, lists and objects."
@@ -245,11 +249,14 @@ def seal_envelope(payload: bytes, *, payload_type: str, signer: Ed25519PrivateKe
     )
 
 
-def open_envelope(envelope: bytes, *, payload_type: str, public_key: Ed25519PublicKey, key_id: str) -> bytes:
-    """Returns the payload of a DSSE envelope signed by this key.
+def open_envelope(envelope: bytes, *, payload_type: str, keys: Mapping[str, Ed25519PublicKey]) -> tuple[bytes, str]:
+    """Returns the payload of a DSSE envelope signed by one of these keys, and that key's label.
+
+    Args:
+        keys: by label (`note.by_label`); the trusted ones.
 
     Raises:
-        EvidenceInvalid: when the envelope is too large, not canonical, of another type, signed by another key, or the signature does not verify.
+        EvidenceInvalid: when the envelope is too large, not canonical, of another type, signed by another key than these, or the signature does not verify.
     """
     if len(envelope) > MAX_ENVELOPE_BYTES:
         raise EvidenceInvalid(f"an envelope of at most {MAX_ENVELOPE_BYTES} bytes", value=len(envelope))
@@ -261,14 +268,14 @@ def open_envelope(envelope: bytes, *, payload_type: str, public_key: Ed25519Publ
             raise EvidenceInvalid(_BLAND)
     if no_more or nothing:
         raise EvidenceInvalid(_BLAND)
-    if kind != payload_type or named != key_id:
+    if kind != payload_type or named not in keys:
         raise EvidenceInvalid("an envelope of this type, signed by this log's key", remedy="Verify with the public key of the log that made it.")
     payload, signature = _decode(encoded), _decode(sig)
     try:
-        public_key.verify(signature, pae(kind, payload))
+        keys[named].verify(signature, pae(kind, payload))
     except InvalidSignature:
         raise EvidenceInvalid("an envelope whose signature verifies") from None
-    return payload
+    return payload, named
 
 
 def sign(
@@ -289,7 +296,9 @@ def sign(
     Raises:
         EvidenceInvalid: when the place or the salt is malformed, or the envelope is too large.
     """
-    predicate = {"fields": dict(statement.fields), "index": index, "log": origin, "salt": salt.hex(), "serial": serial, "time": time}
+    predicate = {"fields": statement.fields, "index": index, "log": origin, "salt": salt.hex(), "serial": serial, "time": time}
+    if not _is_place(predicate, statement.predicate):  # construction verifies: what is written can be read back
+        raise EvidenceInvalid(_BLAND)
     payload = canonical_json(
         {
             "_type": STATEMENT_TYPE,
@@ -301,27 +310,25 @@ def sign(
     envelope = seal_envelope(payload, payload_type=PAYLOAD_TYPE, signer=signer, key_id=key_id)
     if len(envelope) > MAX_ENVELOPE_BYTES:
         raise EvidenceInvalid(f"an envelope of at most {MAX_ENVELOPE_BYTES} bytes", value=len(envelope), remedy="Split the statement.")
-    _read_payload(payload, envelope, origin)  # construction verifies: what is written can be read back
     return envelope
 
 
-def verify(envelope: bytes, *, public_key: Ed25519PublicKey, key_id: str, origin: str) -> Entry:
-    """Returns the entry that this key signed for this log.
+def verify(envelope: bytes, *, keys: Mapping[str, Ed25519PublicKey], origin: str) -> Entry:
+    """Returns the entry that one of these keys signed for this log; which of them was in force at its place is for the caller to check (`Entry.key_id`).
 
     Args:
         envelope: the bytes of the log entry.
-        public_key: of the log.
-        key_id: its name (`note.VerifierKey.label`).
+        keys: of the log, by label (`note.by_label`).
         origin: the log's name.
 
     Raises:
         EvidenceInvalid: when the envelope or its signature is not valid, or the statement is not of the closed table.
     """
-    payload = open_envelope(envelope, payload_type=PAYLOAD_TYPE, public_key=public_key, key_id=key_id)
-    return _read_payload(payload, envelope, origin)
+    payload, key_id = open_envelope(envelope, payload_type=PAYLOAD_TYPE, keys=keys)
+    return _read_payload(payload, envelope, origin, key_id)
 
 
-def _read_payload(payload: bytes, envelope: bytes, origin: str) -> Entry:
+def _read_payload(payload: bytes, envelope: bytes, origin: str, key_id: str) -> Entry:
     """The entry of a payload whose signature has been verified; every key of it is accounted for."""
     body = parse_json(payload)
     try:
@@ -347,6 +354,7 @@ def _read_payload(payload: bytes, envelope: bytes, origin: str) -> Entry:
         time=place["time"],
         serial=place["serial"],
         envelope=envelope,
+        key_id=key_id,
     )
 
 
@@ -356,7 +364,7 @@ def _subject(item: dict[str, Any]) -> Digest:
     return Digest(f"sha256:{item['digest']['sha256']}")
 
 
-def _is_place(place: dict[str, Any], kind: Predicate) -> bool:
+def _is_place(place: Mapping[str, Any], kind: Predicate) -> bool:
     serial, index = place["serial"], place["index"]
     return (
         _is_count(index)
@@ -383,31 +391,22 @@ def _decode(encoded: str) -> bytes:
     return content
 
 
-def _check_json(value: object, depth: int) -> None:
-    """Refuses what json.dumps would accept or bend silently: NaN is left to allow_nan, the rest is here."""
+def _plain(value: object, depth: int) -> object:
+    """The same value in the types that json.dumps knows (a read-only mapping is not one of them); refuses what it would accept or bend silently, but for NaN."""
+    if isinstance(value, str) or value is None or isinstance(value, bool):
+        return value
     if depth > _MAX_DEPTH:
         raise ValueError
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise TypeError
-        for item in value.values():
-            _check_json(item, depth + 1)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _check_json(item, depth + 1)
-    elif isinstance(value, bool) or value is None:
-        return
-    elif isinstance(value, int):
+        return {str(key): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, int):
         if abs(value) > _MAX_INTEGER:
             raise ValueError
-    elif not isinstance(value, float | str):
+        return value
+    if not isinstance(value, float):
         raise TypeError
-
-
-def _plain(value: object) -> object:
-    """The same value in the types that json.dumps knows (a read-only mapping is not one of them)."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return float(value) if isinstance(value, float) else value
+    return float(value)

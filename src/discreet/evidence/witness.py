@@ -42,13 +42,13 @@ def cosign(bundle: Path, *, public_key: str, name: str, state: Path) -> dict[str
         EvidenceInvalid: when the bundle does not verify, or the log was rolled back or forked since.
         OperationFailed: when the witness's key file is not a key.
     """
-    log_key = note.parse_key(public_key.strip())
+    origin = note.parse_keys(public_key)[0].name
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    kept = state / f"{hashlib.sha256(str(log_key).encode()).hexdigest()}.checkpoint"
+    kept = state / f"{hashlib.sha256(origin.encode()).hexdigest()}.checkpoint"
     verified = verify_bundle(bundle, public_key=public_key, pinned=kept.read_bytes() if kept.exists() else None)
     signer = _signer(state / _KEY)
     write_atomically(kept, verified.note)
-    signed = note.cosign(verified.note, log_key=log_key, name=name, signer=signer, timestamp=int(time.time()))
+    signed = note.cosign(verified.note, log_key=verified.keys[-1], name=name, signer=signer, timestamp=int(time.time()))
     key = note.verifier_key(name=name, signer=signer, algorithm=note.Algorithm.COSIGNATURE_V1)
     return {"checkpoint": signed.decode(), "key": str(key)}
 

@@ -5,7 +5,10 @@
     coordinator: sum of the survivors ──decode──> / public expected batch ──> one optimiser step, a checkpoint, a signed entry of the transcript
 
 The privacy unit is (site, subject) under `unit = "subject"`: a person known to k sites is k units, and the guarantee says what that costs (`Agreement.at_sites`); or the whole site.
-Participation is Poisson: each site flips the coins of its own units, inside, so that not even the server knows who is in and amplification holds against it.
+Participation is Poisson: each site flips the coins of its own units, inside, so that not even the server knows who is in and amplification holds against it. A fleet that
+cannot be sampled takes participation = "bounded" (DP-FTRL with a banded strategy): a unit is in every `separation`-th step, always the same ones, and the noise of a step takes back
+part of that of the `separation` - 1 steps before it. The steps of one unit meet independent noise, so its price is that of its own steps, without amplification; running sums of the
+steps, which are what the model feels, hold less noise. Central noise only: distributed shares would have to come from the same sites in every step.
 Noise is planned for the smallest survivor set less the assumed colluders; a round below that aborts. More survivors mean more noise, which is not credited.
 
     noise        who adds it                    who must be trusted with a noise-free sum
@@ -16,9 +19,11 @@ Noise is planned for the smallest survivor set less the assumed colluders; a rou
 Guarantees: the plan is reserved and spent in each site's own ledger before its first contribution; a contribution is computed once for good (journal.py); personal heads
 (`personalise`) are trained after the last round and never uploaded: trained along, they would carry one unit into every later gradient beyond its clip.
 
-Sources: McMahan et al. 2018 (DP-FedAvg); Kairouz et al. 2021 (distributed discrete Gaussian); Andrew et al. 2021; Sun et al. 2024 (FFA-LoRA: A frozen, the sum is exact).
+Sources: McMahan et al. 2018 (DP-FedAvg); Kairouz et al. 2021 (distributed discrete Gaussian); Andrew et al. 2021; Sun et al. 2024 (FFA-LoRA: A frozen, the sum is exact);
+Kairouz et al. 2021, arXiv 2103.00039 (DP-FTRL); Choquette-Choo et al. 2023, arXiv 2306.08153 (banded); Kalinin & Lampert 2024 (the banded square root).
 
-Does not cover: verifying another client's norm bound or noise (not possible under masking; colluders are counted instead), fleets that cannot be sampled (no DP-FTRL yet).
+Does not cover: verifying another client's norm bound or noise (not possible under masking; colluders are counted instead); bounded participation
+against a coordinator that names the wrong step (it adds the noise, so it is trusted with the sum).
 """
 
 from __future__ import annotations
@@ -50,7 +55,7 @@ from discreet.federated.masks import WORD, Words
 from discreet.federated.secagg import Server, Terms
 from discreet.keys import Key, Stream
 from discreet.model import Base, attach, trained_parameters
-from discreet.record import Digest
+from discreet.record import Digest, Sensitive
 from discreet.train.step import PrivateCorpus, Rows, arranged, drawn, public_step, summed
 
 FILE_NAME = "fleet.toml"
@@ -68,6 +73,13 @@ class Noise(StrEnum):
     CENTRAL = "central"
 
 
+class Participation(StrEnum):
+    """Who takes part in a round."""
+
+    POISSON = "poisson"
+    BOUNDED = "bounded"
+
+
 class FleetFile(BaseModel):
     """The keys of fleet.toml; unknown ones are errors. All of it is public, and every site has the same file."""
 
@@ -81,6 +93,11 @@ class FleetFile(BaseModel):
     unit_name: str = "patient"
     population: int = Field(ge=1, description="units in the whole fleet: a public estimate, never an exact count")
     expected_batch: int = Field(ge=1, description="expected units in a round, over all sites")
+    participation: Participation = Field(
+        Participation.POISSON, description="poisson: every unit by its own coin; bounded: in every `separation`-th step"
+    )
+    separation: int = Field(1, ge=1, description='steps from one participation of a unit to the next; participation = "bounded" only')
+    cap: int = Field(1, ge=1, description='documents of one unit used in one round, chosen by keyed hash; unit = "subject" only')
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
     clip_norm: float = Field(gt=0)
@@ -124,15 +141,31 @@ class Agreement:
     fleet: FleetFile
     plan: Plan
     encoding: Encoding
+    layout: str = ""
 
     @property
     def digest(self) -> str:
-        """Pinned by every client: the file, the plan and the encoding as computed."""
-        return digest_of({"fleet": self.fleet.model_dump(mode="json"), "plan": self.plan.digest, "encoding": self.encoding.to_json()})
+        """Pinned by every client: the file, the plan and the encoding as computed, and which parameters the vector holds in which order."""
+        said = {"fleet": self.fleet.model_dump(mode="json"), "plan": self.plan.digest, "encoding": self.encoding.to_json(), "layout": self.layout}
+        return digest_of(said)
 
     @property
     def unit(self) -> str:
         return self.plan.unit
+
+    @property
+    def is_bounded(self) -> bool:
+        return self.fleet.participation is Participation.BOUNDED
+
+    @property
+    def bands(self) -> tuple[float, ...]:
+        """The column of the banded strategy: the first `separation` coefficients of the square root of the running sum, scaled to norm 1; (1,) under Poisson."""
+        root = np.cumprod([1.0, *((2 * k - 1) / (2 * k) for k in range(1, self.fleet.separation))])
+        return tuple(float(value) for value in root / math.sqrt(math.fsum(root**2)) * (1 - 1e-12))
+
+    def spent_steps(self, opened: int) -> int:
+        """Returns how many steps of the plan `opened` rounds have spent: under bounded participation the steps of one unit."""
+        return -(-opened // self.fleet.separation)
 
     @property
     def delta(self) -> float:
@@ -162,6 +195,8 @@ class Agreement:
             "noise_multiplier": self.plan.noise_multiplier,
             "sampling_probability": self.plan.sampling_probability,
             "rounds": self.fleet.rounds,
+            "participation": self.fleet.participation.value,
+            "steps_of_a_unit": self.plan.steps,
             "minimum": self.fleet.minimum,
             "colluders": self.fleet.colluders,
             "server": self.fleet.server.value,
@@ -182,11 +217,12 @@ class Agreement:
         ]
 
 
-def agree(fleet: FleetFile, *, dimension: int) -> Agreement:
+def agree(fleet: FleetFile, *, dimension: int, layout: str = "") -> Agreement:
     """Computes plan and encoding from the public file: the least noise that an RDP budget of (epsilon, delta) admits.
 
     Args:
         dimension: number of shared parameters.
+        layout: digest of their names and shapes (`layout_of`).
 
     Raises:
         PlanInvalid: when the numbers break a rule of the mathematics or of the protocol.
@@ -195,6 +231,12 @@ def agree(fleet: FleetFile, *, dimension: int) -> Agreement:
     rules = (
         (fleet.minimum <= len(fleet.sites) // fleet.groups, "a minimum that every group of sites can reach"),
         (fleet.colluders < fleet.minimum, "fewer colluders than the smallest survivor set"),
+        (fleet.participation is Participation.BOUNDED or fleet.separation == 1, 'separation with participation = "bounded"'),
+        (fleet.separation <= fleet.rounds, "a separation within the rounds"),
+        (
+            fleet.participation is Participation.POISSON or (fleet.noise is Noise.CENTRAL and fleet.groups == 1 and fleet.adaptive_quantile is None),
+            'bounded participation with noise = "central", one group and a fixed clip norm',
+        ),
         (is_site or (fleet.adaptive_quantile is None and fleet.local_steps == 1), 'adaptive_quantile and local_steps with unit = "site"'),
     )
     for holds, rule in rules:
@@ -205,9 +247,11 @@ def agree(fleet: FleetFile, *, dimension: int) -> Agreement:
             epsilon=fleet.epsilon,
             delta=fleet.delta,
             population=fleet.population,
-            expected_batch=fleet.expected_batch,
-            steps=fleet.rounds,
+            # Under bounded participation the steps of one unit are disjoint columns of the strategy, each of norm 1: as many Gaussian steps without sampling.
+            expected_batch=fleet.population if fleet.participation is Participation.BOUNDED else fleet.expected_batch,
+            steps=-(-fleet.rounds // fleet.separation),
             clip_norm=fleet.clip_norm,
+            cap=fleet.cap,
             unit="site" if is_site else f"({fleet.unit_name}, site)",
             budget=RdpFilter.open(epsilon=fleet.epsilon, delta=fleet.delta),
         )
@@ -225,7 +269,7 @@ def agree(fleet: FleetFile, *, dimension: int) -> Agreement:
         raise PlanInvalid("a fleet that the mathematics accepts", value=str(error)) from None
     if encoding.renyi_slack * fleet.rounds > 1e-12:
         raise PlanInvalid("noise of each client wide enough to be as good as Gaussian", value=encoding.local_std, remedy="Use 32 bits.")
-    return Agreement(fleet=fleet, plan=plan, encoding=encoding)
+    return Agreement(fleet=fleet, plan=plan, encoding=encoding, layout=layout)
 
 
 def _rdp_epsilon(event: Any, delta: float, unit: str) -> float:
@@ -234,6 +278,11 @@ def _rdp_epsilon(event: Any, delta: float, unit: str) -> float:
 
 
 # The model on the wire
+
+
+def layout_of(module: nn.Module) -> str:
+    """Returns the digest of the names and shapes of the trained parameters, in the order of `flatten`."""
+    return digest_of({name: list(parameter.shape) for name, parameter in sorted(trained_parameters(module).items())})
 
 
 def flatten(tensors: Mapping[str, torch.Tensor]) -> Reals:
@@ -257,13 +306,13 @@ def unflatten(module: nn.Module, vector: Reals) -> None:
             at += count
 
 
-def payload_of(vector: Reals, *, base: Digest, clip_norm: float) -> bytes:
-    """Returns what a round announces: base digest, clip norm and shared parameters. Its digest is the model digest of the terms."""
-    return canonical_json({"base": base, "clip_norm": clip_norm, "count": len(vector)}) + b"\n" + vector.astype("<f4").tobytes()
+def payload_of(vector: Reals, *, base: Digest, clip_norm: float, step: int = 0) -> bytes:
+    """Returns what a round announces: base digest, clip norm, step (from 0; aborted rounds are none) and shared parameters. Its digest is the model digest of the terms."""
+    return canonical_json({"base": base, "clip_norm": clip_norm, "count": len(vector), "step": step}) + b"\n" + vector.astype("<f4").tobytes()
 
 
-def read_payload(payload: bytes, *, base: Digest) -> tuple[Reals, float]:
-    """Returns parameters and clip norm of an announced model.
+def read_payload(payload: bytes, *, base: Digest) -> tuple[Reals, float, int]:
+    """Returns parameters, clip norm and step of an announced model.
 
     Raises:
         TermsRefused: when it is malformed, not finite, or on another base model.
@@ -271,13 +320,15 @@ def read_payload(payload: bytes, *, base: Digest) -> tuple[Reals, float]:
     head, _, body = payload.partition(b"\n")
     try:
         fields = parse_json(head)
-        vector, clip_norm = np.frombuffer(body, "<f4"), float(fields["clip_norm"])
-        is_right = fields["base"] == base and fields["count"] == len(vector) and bool(np.isfinite(vector).all()) and 0 < clip_norm < math.inf
+        vector, clip_norm, step = np.frombuffer(body, "<f4"), float(fields["clip_norm"]), int(fields["step"])
+        is_right = (
+            fields["base"] == base and fields["count"] == len(vector) and bool(np.isfinite(vector).all()) and 0 < clip_norm < math.inf and step >= 0
+        )
     except (EvidenceInvalid, KeyError, TypeError, ValueError):
         is_right = False
     if not is_right:
         raise TermsRefused("a model of this fleet on this base", remedy="Nothing left this client.")
-    return vector.astype(np.float32), clip_norm
+    return vector.astype(np.float32), clip_norm, step
 
 
 def round_signs(terms: Terms) -> Stream:
@@ -306,10 +357,13 @@ class Worker:
 
     def contribution(self, terms: Terms, payload: bytes) -> Words:
         """Returns this site's clipped, rounded and noised vector for one round, modulo 2^bits."""
-        start, clip_norm = read_payload(payload, base=self.base.digest)
+        start, clip_norm, applied = read_payload(payload, base=self.base.digest)
         unflatten(self.module, start)
         step = terms.number + 1
-        vector = self._site_update(step, start, clip_norm) if self.agreement.fleet.unit == "site" else self._subject_sum(step, clip_norm)
+        if self.agreement.fleet.unit == "site":
+            vector = self._site_update(step, start, clip_norm, is_in=self._is_in(step, applied))
+        else:
+            vector = self._subject_sum(step, clip_norm, self._in_turn(applied))
         encoding = self.agreement.encoding
         sent = _quiet(encoding) if self.agreement.fleet.noise is Noise.CENTRAL else encoding
         integers = discrete.encode(vector, sent, signs=round_signs(terms), secret=self.run_key.stream("federated", step))
@@ -326,19 +380,39 @@ class Worker:
             tokens += public_step(self.module, optimizer, [documents[i] for i in chosen], token_budget=self.token_budget).tokens
         return tokens
 
-    def _subject_sum(self, step: int, clip_norm: float) -> Reals:
+    def _in_turn(self, applied: int) -> PrivateCorpus:
+        """The units that are asked in a step: all of them, or under bounded participation those whose turn it is. A unit's turn is drawn once a session, inside the site."""
+        if not self.agreement.is_bounded:
+            return self.corpus
+        kept = [i for i, name in enumerate(self.corpus.names) if self._turn(name) == self._turn_of(applied)]
+        units = self.corpus.units.reveal()
+        return PrivateCorpus(units=Sensitive(tuple(units[i] for i in kept)), names=tuple(self.corpus.names[i] for i in kept))
+
+    def _is_in(self, step: int, applied: int) -> bool:
+        if self.agreement.is_bounded:
+            return self._turn("site") == self._turn_of(applied)
+        return bool(csprng.bernoulli(self.run_key.stream("sample", step), 1, self.agreement.plan.sampling_probability).item())
+
+    def _turn(self, name: str) -> int:
+        return int.from_bytes(self.run_key.derive("turn").mac(name.encode())[:8], "big") % self.agreement.fleet.separation
+
+    def _turn_of(self, applied: int) -> int:
+        if applied >= self.agreement.fleet.rounds:
+            raise TermsRefused(f"a step below the {self.agreement.fleet.rounds} of the plan", value=applied)
+        return applied % self.agreement.fleet.separation
+
+    def _subject_sum(self, step: int, clip_norm: float, corpus: PrivateCorpus) -> Reals:
         if clip_norm != self.agreement.plan.clip_norm:
             raise TermsRefused("the clip norm of the plan", value=clip_norm)
         plan = self.agreement.plan
-        units = drawn(self.corpus, plan, run_key=self.run_key, step=step)
+        units = drawn(corpus, plan, run_key=self.run_key, step=step) if corpus.names else []
         batches = arranged(units, self.token_budget, Rows.PADDED)
         total = summed(self.module, units, batches, clip_norm=plan.clip_norm, token_budget=self.token_budget, combine=plan.combine)
         return flatten(total.gradients) / np.float32(clip_norm)
 
-    def _site_update(self, step: int, start: Reals, clip_norm: float) -> Reals:
-        """The site's own update, clipped as a whole; zero (but noised and masked all the same) when its coin says no."""
+    def _site_update(self, step: int, start: Reals, clip_norm: float, *, is_in: bool) -> Reals:
+        """The site's own update, clipped as a whole; zero (but noised and masked all the same) when it is not in."""
         fleet = self.agreement.fleet
-        is_in = bool(csprng.bernoulli(self.run_key.stream("sample", step), 1, self.agreement.plan.sampling_probability).item())
         optimizer = torch.optim.SGD(trained_parameters(self.module).values(), lr=fleet.learning_rate)
         documents = [document for unit in self.corpus.units.reveal() for document in unit]
         for local in range(fleet.local_steps if is_in else 0):
@@ -425,19 +499,51 @@ def groups_of(names: Iterable[str], count: int) -> list[list[str]]:
     return [ordered[start::count] for start in range(count)]
 
 
-def opened_vector(total: Words, agreement: Agreement, terms: Terms, *, central: Stream | None) -> Reals:
-    """Returns the decoded sum of a round; under central DP the noise is added here, to the integers, before anything else sees them.
+def opened_vector(total: Words, agreement: Agreement, terms: Terms, *, central: Stream | None, correlated: Correlated | None = None) -> Reals:
+    """Returns the decoded sum of a round; under central DP the noise is added here, before anything else sees the sum.
 
     Args:
-        central: the coordinator's secret stream of this round; None unless noise = "central".
+        central: the coordinator's secret stream of this round; None unless noise = "central" and participation is Poisson: discrete noise on the integers.
+        correlated: the noise of the steps under bounded participation, moved on by this one.
 
     Raises:
-        PlanInvalid: when noise is central and no stream is given, or the other way round.
+        PlanInvalid: when noise is central and neither is given, or the other way round.
     """
-    if (agreement.fleet.noise is Noise.CENTRAL) != (central is not None):
+    wanted = (agreement.fleet.noise is Noise.CENTRAL and not agreement.is_bounded, agreement.is_bounded)
+    if wanted != (central is not None, correlated is not None):
         raise PlanInvalid("a stream of noise exactly under central DP")
     encoding = agreement.encoding
     if central is not None:
         noise = discrete.discrete_gaussian(central, encoding.dimension, std=encoding.noise_multiplier * encoding.sensitivity)
         total = total + (noise & ((1 << encoding.bits) - 1)).astype(total.dtype)
-    return discrete.decode(total, encoding, signs=round_signs(terms))
+    vector = discrete.decode(total, encoding, signs=round_signs(terms))
+    return vector if correlated is None else vector + correlated.next(encoding)
+
+
+@final
+class Correlated:
+    """Row after row of C^-1 z for the banded strategy C: u_t = (z_t - c_1 u_(t-1) - ...) / c_0. Nothing of it is stored; a restart draws it again from its streams."""
+
+    def __init__(self, bands: Sequence[float], key: Key) -> None:
+        self._bands, self._key, self.step = tuple(bands), key, 0
+        self._past: list[NDArray[np.float64]] = []
+
+    def __repr__(self) -> str:
+        return "<correlated noise>"
+
+    def next(self, encoding: Encoding) -> Reals:
+        """Returns the noise of the next step, float32 [d], of the standard deviation that the plan and the sum's sensitivity ask for."""
+        fresh = csprng.normal(self._key.stream("correlated", self.step), [encoding.dimension]).numpy().astype(np.float64)
+        fresh *= encoding.noise_multiplier * encoding.sensitivity / encoding.scale
+        for coefficient, noise in zip(self._bands[1:], self._past, strict=False):
+            fresh -= coefficient * noise
+        fresh /= self._bands[0]
+        self._past = [fresh, *self._past][: len(self._bands) - 1]
+        self.step += 1
+        return fresh.astype(np.float32)
+
+    def at(self, step: int, encoding: Encoding) -> Correlated:
+        """Moves on to a step, drawing what lies between, after a restart."""
+        while self.step < step:
+            self.next(encoding)
+        return self

@@ -40,6 +40,9 @@ _PRIME = 2**256 + 297
 _FIELD_BYTES = 48
 """Random coefficients are 48 bytes modulo the prime: within 2^-127 of uniform."""
 
+_LAZY = 16
+"""Steps of Horner's rule between two reductions."""
+
 _CHUNK = 1 << 18
 """Bytes of keystream at once: what fits the cache is added before it leaves it."""
 
@@ -82,10 +85,19 @@ def agree(private: X25519PrivateKey, public: bytes, *, terms: bytes, purpose: st
     Raises:
         PeerRefused: when the peer's key is not one of 32 bytes, or of small order.
     """
+    return derive(exchange(private, public), terms=terms, purpose=purpose)
+
+
+def exchange(private: X25519PrivateKey, public: bytes) -> bytes:
+    """Returns the raw X25519 secret, from which only `derive` makes keys. Raises as `agree`."""
     try:
-        secret = private.exchange(X25519PublicKey.from_public_bytes(public))
+        return private.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
         raise PeerRefused("an X25519 key that agrees on a secret") from None
+
+
+def derive(secret: bytes, *, terms: bytes, purpose: str) -> bytes:
+    """Returns the key of one purpose and one round from an X25519 secret."""
     return HKDF(SHA256(), SECRET_BYTES, terms, PROTOCOL + b" " + purpose.encode()).derive(secret)
 
 
@@ -107,24 +119,24 @@ def add_mask(total: Words, seed: bytes, *, sign: int) -> None:
         operation(part, np.frombuffer(scratch, total.dtype, len(part)), out=part)
 
 
-def split(secret: bytes, *, threshold: int, count: int, stream: Stream) -> list[bytes]:
+def split(secret: bytes, *, threshold: int, points: Sequence[int], stream: Stream) -> list[bytes]:
     """Splits a secret into shares, any `threshold` of which give it back.
 
     Args:
         secret: 32 bytes.
-        threshold: 1 to `count`.
-        count: number of shares; share i belongs to the point i + 1.
+        threshold: >= 1.
+        points: distinct, 1 to 2^16: of the shares that are wanted; the same stream gives shares of the same polynomial.
         stream: the source of the polynomial, used for nothing else.
 
     Returns:
-        `count` shares of 33 bytes.
+        one share of 33 bytes for each point.
     """
-    if len(secret) != SECRET_BYTES or not 1 <= threshold <= count:
-        raise ValueError(f"Expected a secret of {SECRET_BYTES} bytes and 1 <= threshold={threshold} <= count={count}.")
+    if len(secret) != SECRET_BYTES or threshold < 1 or not all(1 <= point <= 1 << 16 for point in points):
+        raise ValueError(f"Expected a secret of {SECRET_BYTES} bytes, threshold={threshold} >= 1 and points of 1 to 65536.")
     random = stream.bytes(_FIELD_BYTES * (threshold - 1))
     higher = [int.from_bytes(random[i : i + _FIELD_BYTES], "little") % _PRIME for i in range(0, len(random), _FIELD_BYTES)]
     coefficients = [*higher, int.from_bytes(secret, "little")]
-    return [_evaluate(coefficients, point).to_bytes(SHARE_BYTES, "little") for point in range(1, count + 1)]
+    return [_evaluate(coefficients, point).to_bytes(SHARE_BYTES, "little") for point in points]
 
 
 def weights(points: Sequence[int]) -> list[int]:
@@ -188,8 +200,10 @@ def pair_sign(name: str, peer: str) -> int:
 
 
 def _evaluate(coefficients: Sequence[int], point: int) -> int:
-    """Horner's rule; the last coefficient is the constant, the secret."""
+    """Horner's rule; the last coefficient is the constant, the secret. Reduced now and then only: a point has 17 bits, so the value stays small for a while."""
     value = 0
-    for coefficient in coefficients:
-        value = (value * point + coefficient) % _PRIME
+    for start in range(0, len(coefficients), _LAZY):
+        for coefficient in coefficients[start : start + _LAZY]:
+            value = value * point + coefficient
+        value %= _PRIME
     return value

@@ -27,6 +27,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, final
 
 import numpy as np
@@ -249,11 +250,17 @@ def open_frame(frame: bytes, key: bytes, *, kind: str, terms: bytes | None) -> F
         raise PeerRefused(
             f"a message of kind {kind} under the terms of this round", value=header.get("kind") if header.get("kind") in _KINDS else None
         )
+    _verify(key, head)
+    return Frame(header, head, body)
+
+
+@lru_cache(maxsize=1 << 14)
+def _verify(key: bytes, head: bytes) -> None:
+    """Verifies the signature of a head; a verdict is a function of these bytes, so a good one is kept (a bad one raises, and is not)."""
     try:
         Ed25519PublicKey.from_public_bytes(key).verify(head[-SIGNATURE_BYTES:], masks.PROTOCOL + head[4:-SIGNATURE_BYTES])
     except InvalidSignature:
         raise PeerRefused("a message that its pinned sender signed") from None
-    return Frame(header, head, body)
 
 
 def checked_body(frame: Frame) -> bytes:
@@ -262,18 +269,24 @@ def checked_body(frame: Frame) -> bytes:
     return frame.body
 
 
-def _parse(frame: bytes) -> tuple[dict[str, Any], bytes, bytes]:
+def _parse(frame: bytes) -> tuple[Mapping[str, Any], bytes, bytes]:
     length = int.from_bytes(frame[:4], "big")
     end = 4 + length + SIGNATURE_BYTES
     if length > MAX_HEAD_BYTES or len(frame) < end:
         raise PeerRefused("a whole message")
+    head = frame[:end]
+    return _header(head), head, frame[end:]
+
+
+@lru_cache(maxsize=1 << 14)
+def _header(head: bytes) -> Mapping[str, Any]:
     try:
-        header = parse_json(frame[4 : 4 + length])
+        header = parse_json(head[4:-SIGNATURE_BYTES])
     except EvidenceInvalid:
         raise PeerRefused("a message in canonical JSON") from None
     if not isinstance(header, dict):
         raise PeerRefused("a message in canonical JSON")
-    return header, frame[:end], frame[end:]
+    return MappingProxyType(header)
 
 
 def join(parts: Iterable[bytes]) -> bytes:
@@ -375,6 +388,8 @@ class _Member:
     own_shares: dict[str, bytes] = field(default_factory=dict)
     upload: str = ""
     uploads: dict[str, str] = field(default_factory=dict)
+    cohort: str = ""
+    agreed_on: dict[str, bytes] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -450,6 +465,7 @@ class _Member:
             raise PeerRefused("different keys of different clients")
         if len(self.peers) < max(self.terms.threshold, self.terms.minimum):
             raise RoundAborted(f"a cohort of {max(self.terms.threshold, self.terms.minimum)}", value=len(self.peers))
+        self.cohort = _set_digest(self.peers)
         return self._split
 
     def _split(self) -> bytes:
@@ -460,12 +476,12 @@ class _Member:
             plain = shares[0][index] + shares[1][index]
             if peer != self.name:
                 sealed.append(masks.seal_shares(self._pair_key(peer, f"{self.name}>{peer}"), plain, context=self._context(self.name, peer)))
-        return self._reply("shares", b"".join(sealed), cohort=_set_digest(names))
+        return self._reply("shares", b"".join(sealed), cohort=self.cohort)
 
-    def _split_one(self, secret: bytes) -> list[bytes]:
+    def _split_one(self, secret: bytes, *, points: Sequence[int] | None = None) -> list[bytes]:
         # The stream is forked by a digest of cohort and secret: a replay after a restart splits along the same polynomial.
-        fork = self.polynomial.fork(_set_digest(self.peers), _hex(b"which" + secret))
-        return masks.split(secret, threshold=self.terms.threshold, count=len(self.peers), stream=fork)
+        fork = self.polynomial.fork(self.cohort, _hex(b"which" + secret))
+        return masks.split(secret, threshold=self.terms.threshold, points=points or range(1, len(self.peers) + 1), stream=fork)
 
     def _delivery(self, request: bytes) -> Callable[[], bytes]:
         """U2: those whose shares arrived; their shares open only under the same terms and the same cohort."""
@@ -493,10 +509,11 @@ class _Member:
     def _survivors(self, request: bytes) -> Callable[[], bytes]:
         """U3: signed heads of uploads over the same U2 as this client's own, which is among them unchanged."""
         uploads: dict[str, str] = {}
+        senders = _set_digest(self.senders)
         for head in parts(self._request(request, "survivors")):
             who = _sender(head, self.policy.roster)
             frame = open_frame(head, self.policy.roster.clients[who], kind="masked", terms=self.terms.digest)
-            if who in uploads or who not in self.senders or frame.header.get("senders") != _set_digest(self.senders):
+            if who in uploads or who not in self.senders or frame.header.get("senders") != senders:
                 raise SurvivorsRefused("survivors that uploaded over the same cohort, each once", remedy="No share was revealed.")
             uploads[who] = str(frame.header.get("body"))
         if uploads.get(self.name) != self.upload:
@@ -525,8 +542,8 @@ class _Member:
 
     def _reveal(self) -> bytes:
         """One share for each sender but this client itself, whose own are split anew: own seed of a survivor, mask key of one that dropped out."""
-        point = sorted(self.peers).index(self.name)
-        mine = [self._split_one(secret)[point] for secret in (self._mask_secret(), self.keys.own_seed)]
+        point = sorted(self.peers).index(self.name) + 1
+        mine = [self._split_one(secret, points=[point])[0] for secret in (self._mask_secret(), self.keys.own_seed)]
         held = {**self.held, self.name: b"".join(mine)}
         shares = [held[who][masks.SHARE_BYTES :] if who in self.uploads else held[who][: masks.SHARE_BYTES] for who in self.senders]
         return self._reply("reveal", b"".join(shares), survivors=survivors_digest(self.uploads))
@@ -535,10 +552,12 @@ class _Member:
         return self.keys.mask.private_bytes_raw()
 
     def _pair_key(self, peer: str, purpose: str) -> bytes:
-        return masks.agree(self.keys.cipher, self.peers[peer][0], terms=self.terms.digest, purpose=f"shares {purpose}")
+        if peer not in self.agreed_on:
+            self.agreed_on[peer] = masks.exchange(self.keys.cipher, self.peers[peer][0])
+        return masks.derive(self.agreed_on[peer], terms=self.terms.digest, purpose=f"shares {purpose}")
 
     def _context(self, sender: str, receiver: str) -> bytes:
-        return canonical_json([sender, receiver, self.terms.digest.hex(), _set_digest(self.peers)])
+        return canonical_json([sender, receiver, self.terms.digest.hex(), self.cohort])
 
 
 # The server

@@ -2,7 +2,7 @@
 
     Site          a project folder whose corpus is frozen; `answer(request) -> reply` is all that a transport needs
     Coordinator   rounds over any `Exchange`: requests by site -> the replies that came in time; continues from its last checkpoint
-    in_process    the exchange of a simulation: sites and coordinator in one process, without a network
+    InProcess     the exchange of a simulation: sites and coordinator in one process, without a network
 
 Every site keeps its own consent, de-identification, ledger and log. It computes the agreement itself from its copy of fleet.toml, pins roster and session (roster.json), and reserves and
 spends the plan in its own ledger before its first contribution. A process that is started for every message takes up the round from its journal and the kept requests.
@@ -16,9 +16,12 @@ Does not cover: distributing fleet.toml and roster.json (the controllers agree o
 from __future__ import annotations
 
 import json
+import shutil
+import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -27,12 +30,12 @@ from discreet import model as models
 from discreet.config import ModelSection, digest_of
 from discreet.dp.accounting import guarantee
 from discreet.dp.mechanism import event_of
-from discreet.errors import DiscreetError, EvidenceInvalid, NotFound, RoundAborted, SourceMissing
+from discreet.errors import DiscreetError, EvidenceInvalid, MessageReplayed, NotFound, RoundAborted, SourceMissing, TermsRefused
 from discreet.evidence.log import Log
 from discreet.evidence.statement import Predicate, Statement
 from discreet.federated import fleet as fleets
 from discreet.federated import secagg, transcript
-from discreet.federated.fleet import Agreement, FleetFile, Noise, Trainer, Worker
+from discreet.federated.fleet import Agreement, Correlated, FleetFile, Noise, Reals, Trainer, Worker
 from discreet.federated.journal import Journal
 from discreet.federated.secagg import STAGES, Opened, Policy, Receipt, Roster, Terms
 from discreet.keys import Key, Keyring, open_master
@@ -47,8 +50,22 @@ STATE = ".federation"
 RETRIES = 10
 """Rounds that may abort in a run before the coordinator gives up."""
 
-Exchange = Callable[[Mapping[str, bytes]], Mapping[str, bytes]]
-"""Sends each site its request and returns the replies that came in time."""
+AGREEMENT_TRIES = 3
+"""How often the last stage of a round is asked of those who have not answered: a share that was revealed to nobody's use would still have been paid for."""
+WAIT_S = 3600.0
+"""How long a round waits for as many sites as it needs."""
+
+
+class Exchange(Protocol):
+    """A transport: carries requests, knows who is there."""
+
+    def present(self) -> set[str]:
+        """Returns the sites that are connected now."""
+        ...
+
+    def __call__(self, requests: Mapping[str, bytes], *, enough: int) -> Mapping[str, bytes]:
+        """Sends each site its request and returns the replies that came in time; `enough` of them are enough, stragglers are not waited for much longer."""
+        ...
 
 
 class Observer(Protocol):
@@ -123,6 +140,7 @@ class Site:
         if self.session.roster.clients.get(self.name) != self.identity.public_key().public_bytes_raw():
             raise NotFound("a roster that names this site with its key", value=self.name)
         self.journal = Journal(self._store)
+        self.said = ""
         self._member: Generator[bytes, bytes, Receipt] | None = None
         self._worker: Worker | None = None
 
@@ -143,8 +161,15 @@ class Site:
             self._member = self._new_member()
         elif self._member is None:
             self._member = self._taken_up(kind)
-        reply = self._member.send(request)
+        try:
+            reply = self._member.send(request)
+        except (DiscreetError, StopIteration) as error:
+            self._member = None  # a refused message ends the generator, not the round: the right one is answered from the journal's state
+            if isinstance(error, StopIteration):
+                raise MessageReplayed("a message of a stage that is still open", value=kind if kind in STAGES else None) from None
+            raise
         write_atomically(self.place / f"{kind}.request", request)
+        self.said = f"{self.name}: answered {kind}"
         if kind == STAGES[-1]:
             with suppress(StopIteration):
                 self._member.send(b"")
@@ -155,6 +180,22 @@ class Site:
     def receipts(self) -> list[Receipt]:
         """Returns the receipts of this session, by round."""
         return [Receipt(**json.loads(path.read_text())) for path in sorted((self.place / self.session.id).glob("receipt-*.json"))]
+
+    def outcome(self) -> dict[str, Any] | None:
+        """Returns what this site verified at the end of the session; None before."""
+        path = self.place / self.session.id / "receipt.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    def leave(self) -> None:
+        """Takes this site out of the session for good: no further answer, the run's key destroyed. What was spent stays spent."""
+        run = f"federated-{self.session.id}"
+        if self._ledger.has_run(run) and (held := self._ledger.of_run(run)).state.value != "closed":
+            self._ledger.close(held, CloseReason.CRASH, executed_steps=self._spent_steps)
+        self._keyring.close_run(run)
+
+    @property
+    def _spent_steps(self) -> int:
+        return self.worker.agreement.spent_steps(min(len(self.receipts()), self.fleet.rounds))
 
     def _taken_up(self, kind: str) -> Generator[bytes, bytes, Receipt]:
         """The round that an earlier process of this site was in: its requests again, answered from the journal."""
@@ -237,6 +278,8 @@ class Site:
     def _finish(self, request: bytes) -> bytes:
         """The end of the session: checks the transcript, closes the reservation, destroys the run's key, trains the personal head if one is wished."""
         frame = secagg.open_frame(request, self.session.roster.server, kind="close", terms=None)
+        if frame.header.get("session") != self.session.id:
+            raise TermsRefused("the end of the session that this client joined", value=frame.header.get("session"))
         payload, *entries = secagg.parts(secagg.checked_body(frame))
         valid, failed = True, []
         try:
@@ -248,7 +291,7 @@ class Site:
         held = self._ledger.of_run(run) if self._ledger.has_run(run) else None
         if held is not None and held.state.value != "closed":
             self._personalise(payload)
-            self._ledger.close(held, CloseReason.COMPLETED, executed_steps=min(len(self.receipts()), self.fleet.rounds))
+            self._ledger.close(held, CloseReason.COMPLETED, executed_steps=self._spent_steps)
             self._keyring.close_run(run)
             with self._store.transaction() as tx:
                 fields = {"commitment": head, "run": run, "kind": "transcript of a federated session", "scheme": "verified" if valid else "REFUSED"}
@@ -259,7 +302,7 @@ class Site:
 
     def _personalise(self, payload: bytes) -> None:
         if self.fleet.personal_steps:
-            vector, _ = fleets.read_payload(payload, base=self.worker.base.digest)
+            vector, _, _ = fleets.read_payload(payload, base=self.worker.base.digest)
             self.worker.personalise(vector)
             models.save_adapter(self.worker.module, self.place / "personal")
 
@@ -267,10 +310,35 @@ class Site:
 def agreement_for(fleet: FleetFile, base: Base, section: ModelSection) -> Agreement:
     """Returns the agreement of a fleet on a base model and the adapters that are shared."""
     module = models.attach(base, section)
-    return fleets.agree(fleet, dimension=sum(parameter.numel() for parameter in models.trained_parameters(module).values()))
+    dimension = sum(parameter.numel() for parameter in models.trained_parameters(module).values())
+    return fleets.agree(fleet, dimension=dimension, layout=fleets.layout_of(module))
 
 
 # The coordinator
+
+
+@final
+class Replay:
+    """The replies to the stages of a round under way, kept until it is applied: a coordinator that was killed takes the round up where it stopped, and the sites answer the
+    same from their journals. What lies here is what the coordinator was sent: sealed shares, masked vectors, and at the end shares that open the sum alone."""
+
+    def __init__(self, place: Path) -> None:
+        self._place = place
+
+    def members(self, members: list[str]) -> list[str]:
+        """Returns the members that the round began with."""
+        path = self._place / "members"
+        if not path.is_file():
+            write_atomically(path, json.dumps(members).encode())
+        return list(json.loads(path.read_text()))
+
+    def of(self, stage: str, ask: Callable[[], Mapping[str, bytes]]) -> dict[str, bytes]:
+        """Returns the kept replies of a stage, or asks and keeps them."""
+        path = self._place / stage
+        if not path.is_file():
+            write_atomically(path, secagg.join(piece for name, body in ask().items() for piece in (name.encode(), body)))
+        pieces = list(secagg.parts(path.read_bytes()))
+        return {name.decode(): body for name, body in zip(pieces[::2], pieces[1::2], strict=True)}
 
 
 @final
@@ -287,6 +355,7 @@ class Coordinator:
     observer: Observer
     attempts: int = 0
     entries: list[bytes] = field(default_factory=list)
+    correlated: Correlated | None = None
     sent: int = 0
     received: int = 0
 
@@ -294,18 +363,28 @@ class Coordinator:
     def place(self) -> Path:
         return self.folder / STATE / self.session.id
 
+    @property
+    def _under_way(self) -> Path:
+        return self.place / f"round-{self.trainer.number}"
+
     def restore(self) -> None:
-        """Continues from the last checkpoint of this session, if there is one."""
-        if (self.place / "trainer").is_file():
-            self.trainer = Trainer.from_bytes((self.place / "trainer").read_bytes())
+        """Continues from the last checkpoint of this session, if there is one; a round that was under way is taken up where it stopped."""
+        if (self.place / "attempts").is_file():
             self.attempts = json.loads((self.place / "attempts").read_text())
-            self.entries = list(secagg.parts((self.place / "transcript").read_bytes()))
+        if (self.place / "checkpoint").is_file():
+            trainer, *self.entries = secagg.parts((self.place / "checkpoint").read_bytes())
+            self.trainer = Trainer.from_bytes(trainer)
+        for path in self.place.glob("round-*"):
+            if path == self._under_way:
+                self.attempts -= 1
+            else:
+                shutil.rmtree(path)
 
     def run(self, exchange: Exchange) -> dict[str, Any]:
         """Runs every round that is left, then closes the session. Returns the guarantee and what each site says of its receipts.
 
         Raises:
-            RoundAborted: when ten rounds aborted.
+            RoundAborted: when ten rounds aborted, or the sites that a round needs did not come back.
         """
         self.restore()
         fleet = self.agreement.fleet
@@ -316,26 +395,46 @@ class Coordinator:
         return self._close(exchange)
 
     def _round(self, exchange: Exchange) -> None:
+        present = self._awaited(exchange)
         number, self.attempts = self.attempts, self.attempts + 1
         write_atomically(self.place / "attempts", str(self.attempts).encode())
-        totals, survivors = [], 0
-        for members in fleets.groups_of(self.session.roster.clients, self.agreement.fleet.groups):
+        totals, entries, survivors, place = [], list(self.entries), 0, self._under_way
+        for index, group in enumerate(fleets.groups_of(self.session.roster.clients, self.agreement.fleet.groups)):
+            members = [name for name in group if name in present]
             try:
-                terms, opened = self._sum(exchange, number, members)
+                terms, opened = self._sum(exchange, number, members, Replay(place / str(index)))
             except RoundAborted as error:
                 self.observer.note(f"round {number}: {error}")
                 continue
-            self.entries.append(transcript.entry(opened, terms, entries=self.entries, signer=self.keyring.signer("federation")))
-            central = self.keyring.purpose("federation-noise").stream(self.session.id, number, *members) if self._is_central else None
-            totals.append(fleets.opened_vector(opened.total, self.agreement, terms, central=central))
+            entries.append(transcript.entry(opened, terms, entries=entries, signer=self.keyring.signer("federation")))
+            totals.append(self._noised(opened, terms))
             survivors += len(opened.uploads)
         if totals:
             self.trainer.apply(totals, self.agreement)
+            self.entries = entries
             self._save()
             self._tell(survivors)
+        shutil.rmtree(place, ignore_errors=True)
 
-    def _sum(self, exchange: Exchange, number: int, members: list[str]) -> tuple[Terms, Opened]:
-        payload, fleet = self._payload(), self.agreement.fleet
+    def _awaited(self, exchange: Exchange) -> set[str]:
+        """The sites that are there, once they are as many as a round needs: a site that left for good is not asked, one that comes late is from now on."""
+        needed, end = self.agreement.fleet.minimum, time.monotonic() + WAIT_S
+        groups, noted = fleets.groups_of(self.session.roster.clients, self.agreement.fleet.groups), False
+        while True:
+            present = exchange.present()
+            if any(len(present.intersection(group)) >= needed for group in groups):
+                return present
+            if not noted:
+                self.observer.note(f"waiting for {needed} sites; here: {', '.join(sorted(present)) or 'none'}")
+            noted = True
+            if time.monotonic() > end:
+                raise RoundAborted(f"at least {needed} sites", value=len(present), remedy="Bring the missing sites back, then run again; it resumes.")
+            time.sleep(1.0)
+
+    def _sum(self, exchange: Exchange, number: int, members: list[str], replay: Replay) -> tuple[Terms, Opened]:
+        payload, fleet, members = self._payload(), self.agreement.fleet, replay.members(members)
+        if len(members) < fleet.minimum:
+            raise RoundAborted(f"a group of at least {fleet.minimum} sites", value=len(members))
         terms = secagg.terms_for(
             self.session.roster,
             session=self.session.id,
@@ -352,14 +451,27 @@ class Coordinator:
         requests = next(hub)
         while True:
             try:
-                requests = hub.send(self._counted(exchange, requests))
+                stage = secagg.kind_of(next(iter(requests.values())))
+                requests = hub.send(replay.of(stage, partial(self._asked, exchange, requests, terms)))
             except StopIteration as end:
                 return terms, end.value
+
+    def _asked(self, exchange: Exchange, requests: Mapping[str, bytes], terms: Terms) -> Mapping[str, bytes]:
+        """The replies to one stage; the last stage is asked again of those who are missing, because what was revealed is paid for."""
+        enough = max(terms.threshold, terms.minimum)
+        replies = dict(self._counted(exchange, requests, enough=enough))
+        if secagg.kind_of(next(iter(requests.values()))) == STAGES[-1]:
+            for _ in range(AGREEMENT_TRIES - 1):
+                if len(replies) >= terms.threshold:
+                    break
+                replies |= self._counted(exchange, {who: body for who, body in requests.items() if who not in replies}, enough=enough)
+        return replies
 
     def _close(self, exchange: Exchange) -> dict[str, Any]:
         body = secagg.join([self._payload(), *self.entries])
         frame = secagg.sealed_frame(self.keyring.signer("federation"), {"kind": "close", "session": self.session.id}, body)
-        replies = self._counted(exchange, dict.fromkeys(self.session.roster.clients, frame))
+        present = sorted(exchange.present() & set(self.session.roster.clients))
+        replies = self._counted(exchange, dict.fromkeys(present, frame), enough=len(present))
         receipts = {}
         for name, key in self.session.roster.clients.items():
             with suppress(DiscreetError):
@@ -371,30 +483,37 @@ class Coordinator:
             "aborted": self.attempts - self.trainer.number,
             "guarantee": self.agreement.guarantee(),
             "receipts": receipts,
+            "absent": sorted(set(self.session.roster.clients) - set(receipts)),
             "bytes_down": self.sent,
             "bytes_up": self.received,
         }
 
-    @property
-    def _is_central(self) -> bool:
-        return self.agreement.fleet.noise is Noise.CENTRAL
+    def _noised(self, opened: Opened, terms: Terms) -> Reals:
+        """The decoded sum; central noise is drawn from streams of the coordinator's own key, named by session and round or step: a round taken up again draws the same."""
+        key, agreement = self.keyring.purpose("federation-noise").derive(self.session.id), self.agreement
+        if agreement.is_bounded:
+            self.correlated = (self.correlated or Correlated(agreement.bands, key)).at(self.trainer.number, agreement.encoding)
+            return fleets.opened_vector(opened.total, agreement, terms, central=None, correlated=self.correlated)
+        central = key.stream(terms.number, *terms.members) if agreement.fleet.noise is Noise.CENTRAL else None
+        return fleets.opened_vector(opened.total, agreement, terms, central=central)
 
     def _payload(self) -> bytes:
-        return fleets.payload_of(self.trainer.parameters, base=self.base, clip_norm=self.trainer.clip_norm)
+        return fleets.payload_of(self.trainer.parameters, base=self.base, clip_norm=self.trainer.clip_norm, step=self.trainer.number)
 
-    def _counted(self, exchange: Exchange, requests: Mapping[str, bytes]) -> Mapping[str, bytes]:
-        replies = exchange(requests)
+    def _counted(self, exchange: Exchange, requests: Mapping[str, bytes], *, enough: int) -> Mapping[str, bytes]:
+        replies = exchange(requests, enough=enough)
         self.sent += sum(map(len, requests.values()))
         self.received += sum(map(len, replies.values()))
         return replies
 
     def _save(self) -> None:
-        write_atomically(self.place / "transcript", secagg.join(self.entries))
-        write_atomically(self.place / "trainer", self.trainer.to_bytes())
+        write_atomically(self.place / "checkpoint", secagg.join([self.trainer.to_bytes(), *self.entries]))
 
     def _tell(self, survivors: int) -> None:
         plan, done = self.agreement.plan, self.trainer.number
-        event = event_of(sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=done)
+        event = event_of(
+            sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=self.agreement.spent_steps(done)
+        )
         spent = guarantee(event, delta=plan.delta, unit=plan.unit).epsilon_rdp
         figures = {"clients": survivors, "epsilon": f"{spent:.2f}", "up": f"{self.received / 1e6:.1f} MB", "down": f"{self.sent / 1e6:.1f} MB"}
         self.observer.progress("rounds", done, self.agreement.fleet.rounds, figures)
@@ -481,16 +600,21 @@ def kept_model(folder: Path) -> tuple[Base, ModelSection]:
     return models.load_base(fields["base"], cache=folder / STATE), ModelSection.model_validate(fields["section"])
 
 
-def in_process(sites: Mapping[str, Site], observer: Observer) -> Exchange:
-    """Returns the exchange of a simulation: every site answers in this process; one that refuses is noted and counts as lost."""
+@dataclass(frozen=True, slots=True)
+class InProcess:
+    """The exchange of a simulation: every site answers in this process; one that refuses is noted and counts as lost."""
 
-    def exchange(requests: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    sites: Mapping[str, Site]
+    observer: Observer
+
+    def present(self) -> set[str]:
+        return set(self.sites)
+
+    def __call__(self, requests: Mapping[str, bytes], *, enough: int) -> Mapping[str, bytes]:  # noqa: ARG002  # nobody is late here
         replies = {}
         for name, request in requests.items():
             try:
-                replies[name] = sites[name].answer(request)
+                replies[name] = self.sites[name].answer(request)
             except DiscreetError as error:
-                observer.note(f"{name}: {error} [{error.code}]")
+                self.observer.note(f"{name}: {error} [{error.code}]")
         return replies
-
-    return exchange

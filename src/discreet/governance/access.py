@@ -1,6 +1,6 @@
 """Who may do what: roles and actions as Cedar policies, deny by default, two pairs of eyes where one pair could cheat.
 
-    owner            opens budgets, registers sources
+    owner            opens and raises budgets, registers sources, rotates the log's key
     engineer         runs the pipeline and proposes what two people have to want
     privacy officer  erases, records consent, exports what a subject may see, approves
     auditor          reads log, report, lineage and evidence, and changes nothing
@@ -71,6 +71,7 @@ class Action(StrEnum):
     REGISTER_SOURCE = "register_source"
     OPEN_BUDGET = "open_budget"
     RAISE_BUDGET = "raise_budget"
+    ROTATE_KEY = "rotate_key"
     RUN = "run"
     RELEASE = "release"
     SERVE = "serve"
@@ -86,7 +87,7 @@ TWO_PEOPLE = frozenset({Action.RAISE_BUDGET, Action.RELEASE, Action.REIDENTIFY})
 """Actions that one person proposes and another approves."""
 
 POLICIES = """
-permit(principal in Role::"owner", action in [Action::"register_source", Action::"open_budget", Action::"raise_budget", Action::"read"], resource);
+permit(principal in Role::"owner", action in [Action::"register_source", Action::"open_budget", Action::"raise_budget", Action::"rotate_key", Action::"read"], resource);
 permit(principal in Role::"engineer", action in [Action::"run", Action::"release", Action::"reidentify", Action::"read"], resource);
 permit(principal in Role::"privacy_officer", action in [Action::"erase", Action::"consent", Action::"access_export", Action::"approve", Action::"read"], resource);
 permit(principal in Role::"auditor", action == Action::"read", resource);

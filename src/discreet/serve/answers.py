@@ -13,24 +13,49 @@ Fail closed: an event that does not have the form of its wire raises; the gatewa
 
 Source: the streaming events of OpenAI's and Anthropic's API references, as of November 2026; server-sent events, WHATWG HTML, section 9.2.
 
-Does not cover: identifiers that the model makes up or remembers.
+What the model says of its own is guarded on the way (`leaks`), in the strings that a model fills; ids and kinds are the server's and are left alone.
+
+Does not cover: numbers outside the strings of a tool call's JSON.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterable, Mapping
 from enum import StrEnum
-from typing import Any, Protocol, final
+from typing import Any, final
 
 from discreet.errors import UpstreamFailed
-from discreet.serve.filters import Conversation, JsonRestorer
+from discreet.serve.filters import Conversation, Growing, JsonRestorer
 
 MAX_EVENT_BYTES = 4_000_000
 """Longest single event of an upstream."""
 
 _CACHED = frozenset(
     ("cached_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "prompt_cache_hit_tokens", "prompt_cache_miss_tokens")
+)
+_MACHINE = frozenset(
+    (
+        "id",
+        "object",
+        "type",
+        "role",
+        "model",
+        "status",
+        "finish_reason",
+        "stop_reason",
+        "service_tier",
+        "system_fingerprint",
+        "item_id",
+        "call_id",
+        "tool_call_id",
+    )
+) | {"response_id", "previous_response_id", "prompt_cache_key", "safety_identifier", "user", "obfuscation", "encrypted_content", "signature"}
+"""Fields that the server fills in, not the model: they are left as they are."""
+
+_PLAIN_KEYS = (
+    _CACHED | _MACHINE | {"choices", "message", "content", "text", "index", "usage", "created", "output", "annotations", "tool_calls", "function"}
 )
 _ARGUMENTS = frozenset(("arguments", "partial_json"))
 _LINE_END = re.compile(rb"\r\n|\n|\r(?=.)", re.DOTALL)
@@ -44,22 +69,6 @@ class ToolArguments(StrEnum):
     PLACEHOLDER = "placeholder"
 
 
-class _Growing(Protocol):
-    def feed(self, text: str) -> str: ...
-    def close(self) -> str: ...
-
-
-@final
-class _Unchanged:
-    """Leaves placeholders as they are."""
-
-    def feed(self, text: str) -> str:
-        return text
-
-    def close(self) -> str:
-        return ""
-
-
 @final
 class Answer:
     """One answer: gives the restored form of its wire's bodies and events."""
@@ -67,7 +76,7 @@ class Answer:
     def __init__(self, conversation: Conversation, tools: ToolArguments) -> None:
         self._conversation = conversation
         self._tools = tools
-        self._growing: dict[tuple[object, ...], _Growing] = {}
+        self._growing: dict[tuple[object, ...], Growing] = {}
         self._templates: dict[tuple[object, ...], dict[str, Any]] = {}
         self._number = 0
         self.ended = False
@@ -79,23 +88,29 @@ class Answer:
         if isinstance(value, list):
             return [self.whole(item) for item in value]
         if isinstance(value, dict):
-            return {self._conversation.restore(key): self._member(key, item, value) for key, item in value.items()}
+            return {self._key(key): self._member(key, item, value) for key, item in value.items()}
         return value
+
+    def _key(self, key: str) -> str:
+        return key if key in _PLAIN_KEYS else self._conversation.restore(key)
 
     def _member(self, key: str, value: Any, owner: Mapping[str, Any]) -> Any:
         if key in _CACHED:
             return 0 if value is not None else None
         if key == "cache_creation" or key == "logprobs":
             return None if not isinstance(value, list) else []
+        if key in _MACHINE and isinstance(value, str):
+            return value
         if key in _ARGUMENTS and isinstance(value, str):
             arguments = self._arguments()
             return arguments.feed(value) + arguments.close()
         if key == "input" and owner.get("type") == "tool_use" and self._tools is ToolArguments.PLACEHOLDER:
-            return value
+            arguments = self._arguments()
+            return json.loads(arguments.feed(json.dumps(value)) + arguments.close())
         return self.whole(value)
 
-    def _arguments(self) -> _Growing:
-        return JsonRestorer(self._conversation) if self._tools is ToolArguments.RESTORE else _Unchanged()
+    def _arguments(self) -> Growing:
+        return JsonRestorer(self._conversation.restorer if self._tools is ToolArguments.RESTORE else self._conversation.guarded)
 
     def _grow(self, place: tuple[object, ...], text: str, *, arguments: bool = False) -> str:
         if place not in self._growing:
@@ -230,27 +245,30 @@ def _place(kind: str, event: Mapping[str, Any]) -> tuple[object, ...]:
     return (kind, event.get("item_id"), event.get("output_index"), event.get("content_index"), event.get("summary_index"))
 
 
-async def events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[str, None]:
-    """Yields the data of each server-sent event, however its bytes were cut.
+async def events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[list[str], None]:
+    """Yields the data of the server-sent events that each chunk completes, however its bytes were cut: what arrived together may leave together.
 
     Raises:
         UpstreamFailed: when an event is longer than `MAX_EVENT_BYTES` or not UTF-8.
     """
     held, lines = b"", []
     async for chunk in chunks:
+        whole: list[str] = []
         *complete, held = _LINE_END.split(held + chunk)
         for line in complete:
             if line.startswith(b"data:"):
                 lines.append(line[5:].removeprefix(b" "))
             elif not line and lines:
-                yield _text(b"\n".join(lines))
+                whole.append(_text(b"\n".join(lines)))
                 lines = []
         if len(held) + sum(map(len, lines)) > MAX_EVENT_BYTES:
             raise UpstreamFailed(f"events of at most {MAX_EVENT_BYTES} bytes")
+        if whole:
+            yield whole
     if held.startswith(b"data:"):
         lines.append(held[5:].strip())
     if lines:
-        yield _text(b"\n".join(lines))
+        yield [_text(b"\n".join(lines))]
 
 
 def _text(line: bytes) -> str:

@@ -3,7 +3,7 @@
 Nothing here looks into a conversation. An unexpected error loses its words (they may quote values) and its traceback; a caller who goes away cancels the work that was
 done for them, and the work has ended before the request has.
 
-Does not cover: TLS, the meaning of any body.
+Does not cover: the meaning of any body.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import base64
 import hashlib
 import logging
 import signal
+import ssl
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, aclosing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, final
 
-from discreet.errors import OperationFailed, RequestInvalid, missing_extra
+from discreet.errors import ConfigInvalid, OperationFailed, RequestInvalid, missing_extra
 from discreet.keys import Key
 
 try:
@@ -33,6 +36,7 @@ except ImportError as error:
 T = TypeVar("T")
 
 READ_TIMEOUT_S = 30.0
+SEND_TIMEOUT_S = 60.0
 GRACE_S = 10
 MAX_CONNECTIONS = 512
 
@@ -50,7 +54,40 @@ def hash_api_key(api_key: str) -> str:
     return hashlib.sha256(api_key.encode()).hexdigest()
 
 
-def server(application: Starlette, *, host: str, port: int) -> uvicorn.Server:
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """How callers reach the gateway over TLS 1.2 or later.
+
+    Args:
+        certificate: file with the chain, in PEM.
+        key: file with its private key, in PEM.
+        callers: file with the authorities whose certificates callers must show; None asks for none.
+
+    Raises:
+        ConfigInvalid: when a file cannot be read, or key and certificate do not belong together.
+    """
+
+    certificate: Path
+    key: Path
+    callers: Path | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self.certificate, self.key)
+            if self.callers is not None:
+                context.load_verify_locations(self.callers)
+        except (OSError, ssl.SSLError):
+            raise ConfigInvalid("a certificate and its private key in PEM", value=self.certificate.name) from None
+
+    def options(self) -> dict[str, Any]:
+        """Returns what the server needs to know."""
+        found: dict[str, Any] = {"ssl_certfile": str(self.certificate), "ssl_keyfile": str(self.key), "ssl_version": ssl.PROTOCOL_TLS_SERVER}
+        return found if self.callers is None else {**found, "ssl_ca_certs": str(self.callers), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+
+
+def server(application: Starlette, *, host: str, port: int, tls: Tls | None = None, grace_s: int = GRACE_S) -> uvicorn.Server:
     """Returns the server for `run`, for those who start and stop it themselves (`should_exit`)."""
     config = uvicorn.Config(
         application,
@@ -64,28 +101,33 @@ def server(application: Starlette, *, host: str, port: int) -> uvicorn.Server:
         ws="none",
         lifespan="on",
         limit_concurrency=MAX_CONNECTIONS,
-        timeout_graceful_shutdown=GRACE_S,
+        timeout_graceful_shutdown=grace_s,
+        **({} if tls is None else tls.options()),
     )
     logging.getLogger("uvicorn.error").addFilter(_without_traceback)  # adding the same function twice adds it once
     return uvicorn.Server(config)
 
 
-def run(application: Starlette, *, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM, lets running answers finish for at most ten seconds, and returns.
+def run(
+    application: Starlette, *, host: str, port: int, tls: Tls | None = None, grace_s: int = GRACE_S, on_hangup: Callable[[], None] | None = None
+) -> None:
+    """Serves until SIGINT or SIGTERM, lets running answers finish for at most `grace_s` seconds, and returns.
 
-    The server raises the signal again once it has stopped, which would end the process before its owner has written down what was served; here it then does nothing.
+    SIGHUP calls `on_hangup` (read the settings again). The server raises the signal again once it has stopped, which would end the process before its owner has written down what was served; here it then does nothing.
     """
-    with _signals_end_here():
-        server(application, host=host, port=port).run()
+    with _signals_end_here(on_hangup):
+        server(application, host=host, port=port, tls=tls, grace_s=grace_s).run()
 
 
 @contextmanager
-def _signals_end_here() -> Iterator[None]:
+def _signals_end_here(on_hangup: Callable[[], None] | None) -> Iterator[None]:
     """Gives the two signals a handler that does nothing, in the thread that can; the server puts its own in front while it runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    if on_hangup is not None:
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: on_hangup())
     try:
         yield
     finally:
@@ -127,7 +169,8 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         async for event in self._events:
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+            async with asyncio.timeout(SEND_TIMEOUT_S):  # a caller who stops reading holds a place no longer than that
+                await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -24,7 +24,6 @@ from enum import Enum, auto
 from types import MappingProxyType
 from typing import Any, Protocol, final
 
-from discreet.deid.policy import redact
 from discreet.errors import RequestInvalid
 from discreet.keys import Key
 from discreet.serve.filters import Conversation
@@ -300,7 +299,7 @@ class _Writer:
         return self.conversation.name(name)
 
     def stripped(self, text: str) -> str:
-        return redact(text, "label").text
+        return self.conversation.labelled(text)
 
     def id(self, value: str) -> str:
         return f"call_{self.ids.mac(value.encode()).hex()[:24]}"

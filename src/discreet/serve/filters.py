@@ -13,7 +13,9 @@ conversation issued are known to it.
 
 Fail closed: an exception here reaches the gateway, which answers with an error; there is no way to get text out of this module that has not passed it.
 
-Does not cover: what no detector finds; placeholders that the model misspells (they stay as they are); identifiers that the model makes up or remembers.
+Before a value is put back, `leaks` stops what the model may not say of its own.
+
+Does not cover: what no detector finds; placeholders that the model misspells (they stay as they are).
 """
 
 from __future__ import annotations
@@ -21,19 +23,20 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
-from discreet.deid.detect import detect
+from discreet.deid.detect import Span, leaves_none, spellings
 from discreet.deid.operators import canonical
 from discreet.deid.patterns import Label
-from discreet.deid.policy import Policy, builtin, protect
+from discreet.deid.policy import Policy, Redacted, builtin, find, protect, redact
 from discreet.deid.vault import ALPHABET, CODE_CHARS, MAX_PLACEHOLDER_CHARS, PLACEHOLDER, Vault
 from discreet.errors import RequestInvalid
 from discreet.keys import Key
 from discreet.record import Digest, Sensitive
 from discreet.serve.engine import Role, Turn
+from discreet.serve.leaks import Guard, LeakStop, squeeze
 from discreet.serve.wire import Message
 
 _ROLES: Mapping[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -42,6 +45,7 @@ MAX_VALUES = 1000
 """Most different identifiers in one conversation."""
 
 POLICY = builtin("prompt")
+GUARD = Guard()
 
 _SHORTEST_WORD = 4
 _JOINTS = re.compile(r"[_.\-/]+|(?<=[a-z])(?=[A-Z])")
@@ -61,19 +65,25 @@ class Prompt:
 class Conversation:
     """One request's table of placeholders, in memory, under a key of its own that nothing else ever derives again."""
 
-    def __init__(self, key: Key, *, policy: Policy = POLICY) -> None:
+    def __init__(self, key: Key, *, policy: Policy = POLICY, guard: Guard = GUARD) -> None:
         """Opens an empty table.
 
         Args:
             key: of the gateway, or of one of its tenants; the table's key is derived from it and a fresh random name.
             policy: of the channel prompt.
+            guard: what the model may not say of its own.
         """
         self._name = Key.random().mac(b"conversation").hex()
         self._vault = Vault(key, self._name)
-        self._policy = policy
+        self._policy, self._guard = policy, guard
         self._known: Sensitive[Mapping[str, Sequence[str]]] = Sensitive({})
+        self._sought: Sensitive[Mapping[str, Label]] = Sensitive({})
         self._words: Sensitive[frozenset[str]] = Sensitive(frozenset())
+        self._read: Sensitive[dict[str, tuple[Span, ...]]] = Sensitive({})
+        self._named: Sensitive[dict[str, str]] = Sensitive({})
+        self._shown: Sensitive[list[str]] = Sensitive([])
         self.counts: Counter[str] = Counter()
+        self.stopped: Counter[str] = Counter()
 
     def deidentify(self, messages: Sequence[Message]) -> Prompt:
         """Returns the conversation as the model may see it.
@@ -92,44 +102,113 @@ class Conversation:
         Raises:
             RequestInvalid: when there are more than `MAX_VALUES` different ones.
         """
-        known = _known(texts)
+        known = self._found(texts)
         people = (part for name in known.get(Label.PERSON, ()) for part in name.split())
         values = [*people, *(value for values in known.values() for value in values)]
         self._known = Sensitive(known)
+        self._sought = Sensitive(spellings(known))
         self._words = Sensitive(frozenset(word for value in values if len(word := canonical(value)) >= _SHORTEST_WORD))
 
+    def _found(self, texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Returns label -> values found in any of the texts, so that each is found in all."""
+        found: dict[str, dict[str, None]] = {}
+        for text in texts:
+            for span in self._spans(text):
+                found.setdefault(span.label, {})[text[span.start : span.end]] = None
+        if sum(map(len, found.values())) > MAX_VALUES:  # the second pass looks for each of them in each text
+            rule = f"at most {MAX_VALUES} different identifiers in a conversation"
+            raise RequestInvalid(rule, value="messages", remedy="Send a shorter conversation.")
+        return {label: tuple(values) for label, values in found.items()}
+
+    def _spans(self, text: str) -> tuple[Span, ...]:
+        """Returns what the text gives away by itself; read once in a request, however often it stands there."""
+        read = self._read.reveal()
+        if text not in read:
+            read[text] = tuple(find(text, names=self._policy.names))
+        return read[text]
+
     def text(self, text: str) -> str:
-        """Returns the text with placeholders in place of identifiers; call `learn` first."""
-        redacted = protect(text, self._vault, policy=self._policy, known=self._known.reveal())
+        """Returns the text with placeholders in place of identifiers; call `learn` first. It is read again only where a value of another text may stand uncovered."""
+        spans = self._spans(text)
+        if leaves_none(text, spans, self._sought.reveal()):
+            redacted = protect(text, self._vault, policy=self._policy, found=spans)
+        else:
+            redacted = protect(text, self._vault, policy=self._policy, known=self._known.reveal())
+        return self._counted(redacted)
+
+    def labelled(self, text: str) -> str:
+        """Returns the text with labels in place of identifiers: what it becomes depends on nothing else in the request."""
+        redacted = redact(text, "label", found=self._spans(text))
+        return self._counted(redacted)
+
+    def _counted(self, redacted: Redacted) -> str:
         self.counts.update(str(span.label) for span in redacted.spans)
+        self._shown.reveal().append(redacted.text)
         return redacted.text
 
     def name(self, name: str) -> str:
         """Returns the name of a tool or a field, or, where an identifier is part of it, a placeholder for the whole name in the letters that names may have."""
+        named = self._named.reveal()
+        if name not in named:
+            named[name] = self._renamed(name)
+        return named[name]
+
+    def _renamed(self, name: str) -> str:
         same = canonical(name)
         spoken = _JOINTS.sub(" ", name)
-        if not any(word in same for word in self._words.reveal()) and self.text(name) == name and self.text(spoken) == spoken:
+        if not any(word in same for word in self._words.reveal()) and self.text(name) == name and (spoken == name or self.text(spoken) == spoken):
             return name
         return self._vault.issue(Label.PERSON, name).strip("<>")
 
     def restore(self, text: str) -> str:
-        """Returns a text of the answer with the values of this conversation, in one pass."""
-        return self._vault.restore(text)
+        """Returns a text of the answer with the values of this conversation, in one pass, after what the model may not say was stopped.
 
-    def restorer(self) -> Restorer:
-        """Returns what restores the answer; call it after `deidentify`."""
-        return Restorer(self._vault, self._name)
+        Raises:
+            LeakStopped: when the answer must not leave.
+        """
+        guarded = self.guarded()
+        return self._vault.restore(guarded.feed(text) + guarded.close())
+
+    def restorer(self) -> Growing:
+        """Returns what does the same for a string that grows; call it after `learn` and `text`, or `deidentify`."""
+        return _Guarded(self.guarded(), Restorer(self._vault, self._name))
+
+    def guarded(self) -> LeakStop:
+        """Returns what only stops, for a string that keeps its placeholders."""
+        return LeakStop(self._guard, issued=lambda found: self._vault.restore_one(found) is not None, said=self._said, counts=self.stopped)
+
+    def _said(self, value: str) -> bool:
+        """Says whether the request, as the model saw it, holds a value."""
+        shown = self._shown.reveal()
+        if len(shown) > 1:
+            shown[:] = ["".join(map(squeeze, shown))]
+        return squeeze(value) in "".join(map(squeeze, shown))
 
 
-def _known(texts: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """Returns label -> values found in any of the texts, so that each is found in all."""
-    found: dict[str, dict[str, None]] = {}
-    for text in texts:
-        for span in detect(text):
-            found.setdefault(span.label, {})[text[span.start : span.end]] = None
-    if sum(map(len, found.values())) > MAX_VALUES:  # the second pass looks for each of them in each text
-        raise RequestInvalid(f"at most {MAX_VALUES} different identifiers in a conversation", value="messages", remedy="Send a shorter conversation.")
-    return {label: tuple(values) for label, values in found.items()}
+class Growing(Protocol):
+    """A string of an answer that arrives in pieces."""
+
+    def feed(self, text: str) -> str:
+        """Returns what is certain by now."""
+        ...
+
+    def close(self) -> str:
+        """Returns the rest."""
+        ...
+
+
+@final
+class _Guarded:
+    """First what must not be said, then the values: a restored value is the caller's own, and is not read again."""
+
+    def __init__(self, stop: LeakStop, restorer: Restorer) -> None:
+        self._stop, self._restorer = stop, restorer
+
+    def feed(self, text: str) -> str:
+        return self._restorer.feed(self._stop.feed(text))
+
+    def close(self) -> str:
+        return self._restorer.feed(self._stop.close()) + self._restorer.close()
 
 
 def _beginning() -> re.Pattern[str]:
@@ -202,15 +281,16 @@ _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 @final
 class JsonRestorer:
-    """Restores the strings of JSON that arrives in pieces (the arguments of a tool call): values are escaped, so that the JSON stays the JSON it was.
+    """Filters the strings of JSON that arrives in pieces (the arguments of a tool call): values are escaped, so that the JSON stays the JSON it was.
 
     Only what stands within quotes is restored. Escapes are read before a placeholder is looked for (`\\u003cPERSON_...`), and half an escape waits for its rest. JSON that
     is not valid stays as it is outside its strings.
     """
 
-    def __init__(self, conversation: Conversation) -> None:
-        self._conversation = conversation
-        self._inner: Restorer | None = None
+    def __init__(self, start: Callable[[], Growing]) -> None:
+        """Takes what makes the filter of one string: `Conversation.restorer`, or `Conversation.guarded` where placeholders stay."""
+        self._start = start
+        self._inner: Growing | None = None
         self._held = ""
 
     def feed(self, text: str) -> str:
@@ -223,7 +303,7 @@ class JsonRestorer:
                 quote = self._held.find('"', at)
                 end = len(self._held) if quote < 0 else quote + 1
                 out.append(self._held[at:end])
-                self._inner = None if quote < 0 else self._conversation.restorer()
+                self._inner = None if quote < 0 else self._start()
                 at = end
             elif _HALF_ESCAPE.match(self._held, at):
                 break

@@ -91,14 +91,14 @@ def released_entry(envelope: bytes, *, public_key: str) -> Entry:
 
     Args:
         envelope: content of `release.json`, a DSSE envelope.
-        public_key: the log's vkey (C2SP), which also names the log.
+        public_key: the log's vkeys (C2SP), a line each, which also name the log.
 
     Raises:
         EvidenceInvalid: when the envelope, its signature, its place or the key is not valid.
         NotReleased: when it is a valid statement of another kind: that a model was trained, or withheld, is not a release.
     """
-    key = note.parse_key(public_key)
-    entry = statement.verify(envelope, public_key=key.ed25519, key_id=key.label, origin=key.name)
+    keys = note.parse_keys(public_key)
+    entry = statement.verify(envelope, keys=note.by_label(keys), origin=keys[0].name)
     if entry.predicate is not Predicate.RELEASED:
         raise NotReleased("a statement that a model was released", value=entry.predicate, remedy="Run `discreet release`.")
     return entry
@@ -271,7 +271,7 @@ class _Gateway:
                 return EventStream(_events(pieces, first, label, asked), headers=self._headers())
             return self._json(await _whole(pieces, first, label))
 
-    async def _pieces(self, asked: wire.ChatRequest, prompt: filters.Prompt, restorer: filters.Restorer) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, asked: wire.ChatRequest, prompt: filters.Prompt, restorer: filters.Growing) -> AsyncGenerator[Piece, None]:
         """Yields the answer, restored, cut at the caller's stop strings, which are applied to what the caller sees and never reach the engine."""
         stop = StopAt(asked.stop or ())
         deadline = asyncio.get_running_loop().time() + self._limits.max_seconds

@@ -8,29 +8,37 @@ in memory, and gone with it: nothing is cached, nothing is shared, nothing is wr
 
 Fail closed: an error anywhere is an error to the caller, in the form of its wire, before or within the stream; what an upstream says about an error is never repeated.
 
-Metrics (Prometheus, `/metrics`) have labels of closed lists only: tenant, route, status, label of identifier. Nothing else of a request is counted, logged or kept.
+Metrics (Prometheus, `/metrics`) have labels of closed lists only: tenant, route, status, label of identifier. So have the roll-ups of the trail and the attributes of a trace
+(`ATTRIBUTES`). Nothing else of a request is counted, logged or kept.
 
-Does not cover: TLS towards callers (bind to loopback, or put a proxy that terminates it in front), identifiers that the model makes up or remembers, sizes and timing as a side channel.
+Settings are one frozen value. `change` puts another in its place: requests that are under way keep the policy they began with, new ones have the new one.
+
+Does not cover: sizes and timing as a side channel.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
 
 from discreet.deid.patterns import Label
-from discreet.errors import AccessDenied, DiscreetError, NotFound, OperationFailed, RequestInvalid, UpstreamFailed, missing_extra
+from discreet.errors import AccessDenied, ConfigInvalid, DiscreetError, NotFound, OperationFailed, RequestInvalid, UpstreamFailed, missing_extra
 from discreet.keys import Key
-from discreet.serve import answers, fields, upstream, wire
+from discreet.serve import answers, fields, oidc, openapi, upstream, wire
 from discreet.serve.answers import Answer
 from discreet.serve.asgi import EventStream, frame, hash_api_key, read_body, unexpected, unless_gone
 from discreet.serve.filters import Conversation
-from discreet.serve.tenants import Quotas, Tenant, identify
+from discreet.serve.oidc import Verifier
+from discreet.serve.tenants import Limits, Quotas, Settings, Tenant, bearer, claimed, identify
+from discreet.serve.trail import Trail
 from discreet.serve.upstream import Upstream
 
 try:
@@ -44,33 +52,23 @@ try:
 except ImportError as error:
     raise missing_extra("serve", str(error.name)) from None
 
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span, Tracer
+
 MODELS_FOR_S = 60.0
 """How long the upstream's list of models is believed."""
 
 MAX_DEPTH = 64
+
+MAX_INLINE_BYTES = 8_000
+"""Requests up to this size are read in the event loop: handing them to a thread costs more than reading them."""
+
 POLICY_HEADER = "x-discreet-policy"
 
-_CLIENT_GONE = 499
+ATTRIBUTES = frozenset(("http.route", "http.response.status_code", "discreet.tenant", "discreet.identifiers"))
+"""All that a trace says."""
 
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What one request may cost.
-
-    Args:
-        max_request_bytes: size of a body, >= 1.
-        max_chars: text in it, >= 1.
-        max_seconds: time for an answer, > 0.
-    """
-
-    max_request_bytes: int = 4_000_000
-    max_chars: int = 400_000
-    max_seconds: float = 600.0
-
-    def __post_init__(self) -> None:
-        if min(self.max_request_bytes, self.max_chars) < 1 or not self.max_seconds > 0:
-            raise RequestInvalid("max_request_bytes >= 1, max_chars >= 1 and max_seconds > 0")
+_CLIENT_GONE, _FAILED = 499, 500
 
 
 @final
@@ -95,6 +93,21 @@ WIRES = (
 
 
 @final
+@dataclass(slots=True, kw_only=True)
+class _Asked:
+    """One request under way: what it began with, and what the trail says of it at its end. `status` is that of an end nobody told: the caller's going away."""
+
+    route: Wire
+    tenant: Tenant
+    limits: Limits
+    began: float
+    inline: bool
+    found: int = 0
+    first: float | None = None
+    status: int = 499
+
+
+@final
 class Metrics:
     """Counters whose labels are of closed lists: names of tenants and routes, HTTP statuses, labels of identifiers."""
 
@@ -104,6 +117,7 @@ class Metrics:
         self._requests = Counter("discreet_requests", "Requests answered.", ["tenant", "route", "status"], registry=self.registry)
         self._found = Counter("discreet_identifiers", "Identifiers replaced.", ["tenant", "label"], registry=self.registry)
         self._running = Gauge("discreet_running", "Requests under way.", registry=self.registry)
+        self._stopped = Counter("discreet_stopped", "Identifiers and canaries of the model's own.", ["tenant", "label"], registry=self.registry)
         self._filter = Histogram("discreet_filter_seconds", "Time to de-identify a request.", ["route"], registry=self.registry)
 
     def answered(self, tenant: str, route: str, status: int) -> None:
@@ -116,45 +130,76 @@ class Metrics:
         for label, number in counts.items():
             self._found.labels(tenant, Label(label)).inc(number)
 
+    def stopped(self, tenant: str, counts: Mapping[str, int]) -> None:
+        """Counts what one answer held that must not leave."""
+        for label, number in counts.items():
+            self._stopped.labels(tenant, label).inc(number)
+
     def page(self, running: int) -> bytes:
         """Returns the text that Prometheus reads."""
         self._running.set(running)
         return generate_latest(self.registry)
 
 
+@final
+class Gateway(Starlette):
+    """The ASGI application, and the one thing that may be done to it while it runs."""
+
+    def __init__(self, proxy: _Proxy, **options: Any) -> None:
+        super().__init__(**options)
+        self._proxy = proxy
+
+    def change(self, settings: Settings) -> None:
+        """Puts other settings in place: for every request from now on; those that are under way keep theirs."""
+        self._proxy.change(settings)
+
+
 def app(
     server: Upstream,
+    settings: Settings,
     *,
-    tenants: Sequence[Tenant],
     key: Key,
-    metrics_key_hash: str | None = None,
     cache_salt: bool = False,
-    limits: Limits | None = None,
-) -> Starlette:
+    trail: Trail | None = None,
+    tracer: Tracer | None = None,
+    private: frozenset[str] = frozenset(),
+) -> Gateway:
     """Returns the ASGI application.
 
     Args:
         server: the upstream; opened and closed with the application.
-        tenants: who may ask, at least one.
+        settings: who may ask, and how much.
         key: from which the keys of the tenants derive.
-        metrics_key_hash: of the key that reads `/metrics`; None for the tenants' keys.
         cache_salt: whether the upstream (vLLM) takes a `cache_salt`, which then separates the prefix caches of the tenants.
-        limits: of one request.
+        trail: where roll-ups of what was served are signed; None for nowhere.
+        tracer: of OpenTelemetry; None for no traces.
+        private: hosts of an identity provider that may be private.
     """
-    proxy = _Proxy(server, tuple(tenants), key, metrics_key_hash, cache_salt, limits or Limits())
+    proxy = _Proxy(server, settings, key, cache_salt=cache_salt, trail=trail, tracer=tracer, private=private)
     routes = [Route(each.path, proxy.endpoint(each.path, proxy.exchange(each)), methods=["POST"]) for each in WIRES]
-    others = {"/v1/models": proxy.models, "/healthz": proxy.health, "/readyz": proxy.ready, "/metrics": proxy.metrics}
+    others = {
+        "/v1/models": proxy.models,
+        "/v1/models/{model:path}": proxy.model,
+        "/healthz": proxy.health,
+        "/readyz": proxy.ready,
+        "/metrics": proxy.metrics,
+        "/openapi.json": proxy.openapi,
+    }
     routes += [Route(path, proxy.endpoint(path, handle)) for path, handle in others.items()]
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         await server.open()
+        await proxy.open()
+        writing = None if trail is None else asyncio.create_task(trail.keep_writing())
         try:
             yield
         finally:
+            if writing is not None:
+                writing.cancel()
             await server.close()
 
-    return Starlette(routes=routes, exception_handlers={HTTPException: proxy.no_route}, lifespan=lifespan)
+    return Gateway(proxy, routes=routes, exception_handlers={HTTPException: proxy.no_route}, lifespan=lifespan)
 
 
 @final
@@ -162,29 +207,63 @@ class _Proxy:
     """The routes, and what they share."""
 
     def __init__(
-        self, server: Upstream, tenants: tuple[Tenant, ...], key: Key, metrics_key_hash: str | None, cache_salt: bool, limits: Limits
+        self, server: Upstream, settings: Settings, key: Key, *, cache_salt: bool, trail: Trail | None, tracer: Tracer | None, private: frozenset[str]
     ) -> None:
-        self._server, self._tenants, self._key = server, tenants, key
-        self._metrics_key_hash, self._cache_salt, self._limits = metrics_key_hash, cache_salt, limits
+        self._server, self._key, self._cache_salt, self._private = server, key, cache_salt, private
+        self._trail, self._tracer = trail, tracer
         self._quotas, self._metrics = Quotas(), Metrics()
         self._listed: tuple[float, frozenset[str]] | None = None
+        self._writing: set[asyncio.Task[None]] = set()
+        self.change(settings)
+
+    def change(self, settings: Settings) -> None:
+        """Puts settings in place; a token is believed only once the keys of its provider are there."""
+        self._settings = settings
+        self._server.max_answer_bytes = settings.limits.max_answer_bytes
+        self._verifier = None if settings.provider is None else Verifier(provider=settings.provider, load=partial(self._keys, settings.provider.keys))
+
+    async def open(self) -> None:
+        """Loads what has to be there before the first request."""
+        if self._verifier is not None:
+            await self._verifier.open()
+
+    async def _keys(self, place: str) -> bytes:
+        if place.startswith("https://"):
+            return await upstream.fetch(place, private=self._private, max_bytes=oidc.MAX_KEYS_BYTES)
+        try:
+            return await run_in_threadpool(Path(place).read_bytes)
+        except OSError:
+            raise ConfigInvalid("a key set of the identity provider that can be read", value=Path(place).name) from None
 
     def endpoint(self, path: str, handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """Wraps a route so that every error becomes a refusal without words of the request, and every answer is counted."""
 
         async def guarded(request: Request) -> Response:
-            try:
-                response = await handle(request)
-            except ClientDisconnect:
-                response = Response(status_code=_CLIENT_GONE)
-            except DiscreetError as error:
-                response = _refuse(path, error)
-            except Exception as error:
-                response = _refuse(path, unexpected(error))
-            self._metrics.answered(getattr(request.state, "tenant", ""), path, response.status_code)
-            return response
+            with self._span(path) as span:
+                try:
+                    response = await handle(request)
+                except ClientDisconnect:
+                    response = Response(status_code=_CLIENT_GONE)
+                except DiscreetError as error:
+                    response = _refuse(path, error)
+                except Exception as error:
+                    response = _refuse(path, unexpected(error))
+                tenant = getattr(request.state, "tenant", "")
+                self._metrics.answered(tenant, path, response.status_code)
+                _describe(span, {"discreet.tenant": tenant, "http.response.status_code": response.status_code, **getattr(request.state, "found", {})})
+                return response
 
         return guarded
+
+    @contextmanager
+    def _span(self, path: str) -> Iterator[Span | None]:
+        """A span that says its route; exceptions, whose words may quote, are not recorded."""
+        if self._tracer is None:
+            yield None
+            return
+        with self._tracer.start_as_current_span(f"discreet {path}", record_exception=False, set_status_on_exception=False) as span:
+            _describe(span, {"http.route": path})
+            yield span
 
     async def health(self, _request: Request) -> Response:
         """`GET /healthz`: the process answers."""
@@ -197,21 +276,30 @@ class _Proxy:
 
     async def metrics(self, request: Request) -> Response:
         """`GET /metrics`."""
-        if self._metrics_key_hash is None:
-            identify(self._tenants, request.headers)
+        key_hash = self._settings.metrics_key_hash
+        if key_hash is None:
+            await self._identify(request)
         else:
             given = request.headers.get("authorization", "").partition(" ")[2].strip()
-            if not hmac.compare_digest(hash_api_key(given), self._metrics_key_hash):
+            if not hmac.compare_digest(hash_api_key(given), key_hash):
                 raise AccessDenied("the key that reads the metrics")
         return Response(self._metrics.page(self._quotas.running()), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: those that this tenant may ask for."""
-        tenant = self._identify(request)
-        names = sorted(await self._allowed(tenant))
+        names = sorted(await self._allowed(await self._identify(request)))
         page = {"first_id": names[0] if names else None, "last_id": names[-1] if names else None, "has_more": False}
-        listed = [{"id": name, "object": "model", "type": "model", "display_name": name, "created": 0, "owned_by": "upstream"} for name in names]
-        return _json({"object": "list", "data": listed, **page})
+        return _json({"object": "list", "data": [_model(name) for name in names], **page})
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/{model}`."""
+        name = request.path_params["model"]
+        await self._check_model(await self._identify(request), {"model": name})
+        return _json(_model(name))
+
+    async def openapi(self, _request: Request) -> Response:
+        """`GET /openapi.json`: what the tables accept."""
+        return _json(openapi.document(WIRES))
 
     async def no_route(self, _request: Request, error: Exception) -> Response:
         """Answers what the router refuses: no such path, or another method."""
@@ -222,34 +310,80 @@ class _Proxy:
         """Returns the handler of one wire."""
 
         async def handle(request: Request) -> Response:
-            tenant = self._identify(request)
-            raw = await read_body(request, max_bytes=self._limits.max_request_bytes)
-            body = wire.parse_json(raw, max_bytes=self._limits.max_request_bytes, max_depth=MAX_DEPTH)
+            began, limits = time.perf_counter(), self._settings.limits
+            tenant = await self._identify(request)
+            if self._trail is not None:
+                self._trail.refuse_if_broken()
+            raw = await read_body(request, max_bytes=limits.max_request_bytes)
+            body = wire.parse_json(raw, max_bytes=limits.max_request_bytes, max_depth=MAX_DEPTH)
             async with AsyncExitStack() as stack:
                 stack.enter_context(self._quotas.admitted(tenant))
-                return await unless_gone(request.receive, self._answer(route, tenant, body, stack))
+                asked = _Asked(route=route, tenant=tenant, limits=limits, began=began, inline=len(raw) <= MAX_INLINE_BYTES)
+                try:
+                    response = await unless_gone(request.receive, self._answer(asked, body, stack))
+                except DiscreetError as error:
+                    asked.status = error.http_status
+                    raise
+                except Exception as error:
+                    asked.status = _CLIENT_GONE if isinstance(error, ClientDisconnect) else _FAILED
+                    raise
+                request.state.found = {"discreet.identifiers": asked.found}
+                return response
 
         return handle
 
-    async def _answer(self, route: Wire, tenant: Tenant, body: Any, stack: AsyncExitStack) -> Response:
+    async def _answer(self, asked: _Asked, body: Any, stack: AsyncExitStack) -> Response:
         """De-identifies, asks, and answers; a stream takes over what has to be closed at its end."""
+        route, tenant = asked.route, asked.tenant
         await self._check_model(tenant, body)
         key = self._key.derive("tenant", tenant.name)
-        conversation = Conversation(key, policy=tenant.policy)
+        conversation = Conversation(key, policy=tenant.policy, guard=tenant.guard)
         began = time.perf_counter()
-        sent = await run_in_threadpool(fields.deidentify, body, route.table, conversation, tenant=key, max_chars=self._limits.max_chars)
+        read = partial(fields.deidentify, body, route.table, conversation, tenant=key, max_chars=asked.limits.max_chars)
+        sent = read() if asked.inline else await run_in_threadpool(read)
+        asked.found = sum(conversation.counts.values())
         self._metrics.filtered(tenant.name, route.path, time.perf_counter() - began, conversation.counts)
         sent = self._completed(sent, route, key)
         headers = {POLICY_HEADER: tenant.policy.digest}
         answer = Answer(conversation, tenant.tools)
+        stack.callback(self._count, asked, body["model"], conversation)
         if sent.get("stream") and route.events is not None:
             chunks = await stack.enter_async_context(self._server.stream(route.path, sent))  # an earlier refusal still has its own status
-            return EventStream(self._frames(route, chunks, answer), headers={**_HEADERS, **headers}, closing=stack.pop_all())
-        async with asyncio.timeout(self._limits.max_seconds):
+            asked.status = 200
+            return EventStream(self._frames(asked, chunks, answer), headers={**_HEADERS, **headers}, closing=stack.pop_all())
+        async with asyncio.timeout(asked.limits.max_seconds):
             received = await self._server.ask(route.path, sent)
         if not isinstance(received, dict):
             raise UpstreamFailed("an answer that is an object")
-        return _json(received if route.events is None else answer.whole(received), headers=headers)
+        asked.first = time.perf_counter()
+        restored = _json(received if route.events is None else answer.whole(received), headers=headers)
+        asked.status = 200
+        return restored
+
+    def _count(self, asked: _Asked, model: str, conversation: Conversation) -> None:
+        """Counts one request at its end, whatever the end was; a roll-up that is due is written beside the next requests."""
+        self._metrics.stopped(asked.tenant.name, conversation.stopped)
+        if self._trail is None:
+            return
+        group = asked.tenant.name, asked.tenant.policy.digest, model
+        due = self._trail.count(
+            group,
+            route=asked.route.path,
+            status=asked.status,
+            counts=conversation.counts,
+            stopped=conversation.stopped,
+            seconds=(asked.first or time.perf_counter()) - asked.began,
+        )
+        if due and not self._writing:
+            task = asyncio.create_task(self._roll_up(self._trail))
+            self._writing.add(task)
+            task.add_done_callback(self._writing.discard)
+
+    async def _roll_up(self, trail: Trail) -> None:
+        try:
+            await run_in_threadpool(trail.write)
+        except DiscreetError as error:
+            unexpected(error)
 
     def _completed(self, sent: dict[str, Any], route: Wire, key: Key) -> dict[str, Any]:
         """Adds what the gateway decides and no caller may: nothing is stored unasked, and caches of tenants are apart."""
@@ -259,35 +393,55 @@ class _Proxy:
             sent = {**sent, "cache_salt": key.derive("cache").mac(b"salt").hex()}
         return sent
 
-    async def _frames(self, route: Wire, chunks: AsyncGenerator[bytes, None], answer: Answer) -> AsyncGenerator[str, None]:
+    async def _frames(self, asked: _Asked, chunks: AsyncGenerator[bytes, None], answer: Answer) -> AsyncGenerator[str, None]:
         """Yields the events of an answer, restored; an error ends the stream as an error event, and what was held back stays."""
+        route = asked.route
         try:
-            async with aclosing(self._restored(route, chunks, answer)) as texts:
+            async with aclosing(self._restored(asked, chunks, answer)) as texts:
                 async for text in texts:
+                    asked.first = asked.first or time.perf_counter()
                     yield text
             if route.done is not None:
                 yield frame(route.done)
         except DiscreetError as error:
+            asked.status = error.http_status
             yield _error_frame(route, error)
         except Exception as error:
+            asked.status = _FAILED
             yield _error_frame(route, unexpected(error))
 
-    async def _restored(self, route: Wire, chunks: AsyncGenerator[bytes, None], answer: Answer) -> AsyncGenerator[str, None]:
-        deadline = asyncio.get_running_loop().time() + self._limits.max_seconds
+    async def _restored(self, asked: _Asked, chunks: AsyncGenerator[bytes, None], answer: Answer) -> AsyncGenerator[str, None]:
+        route = asked.route
+        deadline = asyncio.get_running_loop().time() + asked.limits.max_seconds
         async with aclosing(answers.events(chunks)) as received:
-            while True:
+            done = False
+            while not done:
                 async with asyncio.timeout_at(deadline):
-                    text = await anext(received, None)
-                if text is None or text == "[DONE]":
-                    break
-                event = wire.parse_json(text.encode(), max_bytes=answers.MAX_EVENT_BYTES, max_depth=MAX_DEPTH)
-                for each in _events(route, answer, event):
-                    yield frame(wire.to_json(each), event=str(each["type"]) if route.named_events else None)
+                    texts = await anext(received, None)
+                done = texts is None or "[DONE]" in texts
+                frames: list[str] = []
+                for text in itertools.takewhile(lambda text: text != "[DONE]", texts or ()):
+                    event = wire.parse_json(text.encode(), max_bytes=answers.MAX_EVENT_BYTES, max_depth=MAX_DEPTH)
+                    for each in _events(route, answer, event):
+                        frames.append(frame(wire.to_json(each), event=str(each["type"]) if route.named_events else None))
+                if frames:
+                    yield "".join(frames)
         if not answer.ended:
             raise UpstreamFailed("an answer to the end")
 
-    def _identify(self, request: Request) -> Tenant:
-        tenant = identify(self._tenants, request.headers)
+    async def _identify(self, request: Request) -> Tenant:
+        """Returns the tenant of a key or a token.
+
+        Raises:
+            AccessDenied: when it is nobody's, or a header that says who asks is there twice.
+        """
+        if any(len(request.headers.getlist(name)) > 1 for name in ("authorization", "x-api-key")):
+            raise AccessDenied("one key in one header")
+        tenants, verifier, given = self._settings.tenants, self._verifier, bearer(request.headers)
+        if verifier is not None and oidc.looks_like_token(given):
+            tenant = claimed(tenants, await verifier.values(given))
+        else:
+            tenant = identify(tenants, request.headers)
         request.state.tenant = tenant.name
         return tenant
 
@@ -309,6 +463,17 @@ class _Proxy:
                 listed = await self._server.ask(upstream.MODELS)
             self._listed = now, frozenset(str(model["id"]) for model in listed["data"])
         return self._listed[1]
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "type": "model", "display_name": name, "created": 0, "owned_by": "upstream"}
+
+
+def _describe(span: Span | None, attributes: Mapping[str, str | int]) -> None:
+    """Sets attributes of the closed list, and no other."""
+    for name, value in attributes.items():
+        if span is not None and name in ATTRIBUTES:
+            span.set_attribute(name, value)
 
 
 def _events(route: Wire, answer: Answer, event: Any) -> list[dict[str, Any]]:

@@ -3,7 +3,9 @@
 Every key has 256 bits of its own, so one SHA-256 is enough to keep. A given key is compared with every hash of every tenant, in constant time and to the end, so that neither a key
 nor whose it nearly was can be measured. A tenant's placeholders, pseudonyms and cache salt derive from a key of its own.
 
-Does not cover: identities of an OIDC provider, quotas that several processes share or that outlive one.
+A file becomes one frozen `Settings`: a gateway that reads it again takes the new one as a whole or keeps the old one, and a request that is under way keeps what it began with.
+
+Does not cover: quotas that several processes share or that outlive one.
 """
 
 from __future__ import annotations
@@ -19,13 +21,16 @@ from typing import Annotated, final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from discreet.deid import ner
 from discreet.deid.operators import Operator
 from discreet.deid.patterns import Label
-from discreet.deid.policy import Policy
-from discreet.errors import AccessDenied, ConfigInvalid, Overloaded
+from discreet.deid.policy import Names, Policy
+from discreet.errors import AccessDenied, ConfigInvalid, Overloaded, RequestInvalid
 from discreet.serve.answers import ToolArguments
 from discreet.serve.asgi import hash_api_key
-from discreet.serve.filters import POLICY
+from discreet.serve.filters import GUARD, POLICY
+from discreet.serve.leaks import GUARDED, Canaries, Guard, OwnIdentifiers
+from discreet.serve.oidc import Provider
 
 MAX_TENANTS = 1000
 
@@ -43,6 +48,8 @@ class Tenant:
         max_concurrent: requests at one time, >= 1.
         models: those it may ask for; None for all of the upstream's.
         tools: what the arguments of tool calls hold on their way out.
+        guard: what a model may not say of its own.
+        claim_values: values of the identity provider's claim whose holders belong to it.
     """
 
     name: str
@@ -52,6 +59,48 @@ class Tenant:
     max_concurrent: int = 256
     models: frozenset[str] | None = None
     tools: ToolArguments = ToolArguments.RESTORE
+    guard: Guard = GUARD
+    claim_values: frozenset[str] = frozenset()
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one request may cost.
+
+    Args:
+        max_request_bytes: size of a body, >= 1.
+        max_chars: text in it, >= 1.
+        max_answer_bytes: size of an answer, streamed or not, >= 1.
+        max_seconds: time for an answer, > 0.
+    """
+
+    max_request_bytes: int = 4_000_000
+    max_chars: int = 400_000
+    max_answer_bytes: int = 32_000_000
+    max_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if min(self.max_request_bytes, self.max_chars, self.max_answer_bytes) < 1 or not self.max_seconds > 0:
+            raise RequestInvalid("max_request_bytes, max_chars and max_answer_bytes >= 1, and max_seconds > 0")
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All that a tenants file says.
+
+    Args:
+        tenants: who may ask, at least one.
+        metrics_key_hash: of the key that reads `/metrics`; None for the tenants' keys.
+        provider: whose tokens are believed beside the keys; None for nobody's.
+        limits: of one request.
+    """
+
+    tenants: tuple[Tenant, ...]
+    metrics_key_hash: str | None = None
+    provider: Provider | None = None
+    limits: Limits = field(default_factory=Limits)
 
 
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -62,8 +111,12 @@ _Quota = Annotated[int, Field(ge=1, le=1_000_000)]
 class _TenantTable(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
-    key_sha256: Annotated[list[_Hash], Field(min_length=1)]
+    key_sha256: list[_Hash] = []
+    claim_values: list[str] = []
     keep: list[Label] = []
+    names: Names = Names.RULES
+    answers: OwnIdentifiers = OwnIdentifiers.MASK
+    answer_labels: list[Label] | None = None
     requests_per_minute: _Quota = 600
     max_concurrent: _Quota = 256
     models: Annotated[list[str], Field(min_length=1)] | None = None
@@ -71,18 +124,46 @@ class _TenantTable(BaseModel):
 
 
 @final
+class _ProviderTable(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    issuer: Annotated[str, Field(min_length=1)]
+    audience: Annotated[str, Field(min_length=1)]
+    claim: str = "groups"
+    keys: Annotated[str, Field(min_length=1)]
+
+
+_Size = Annotated[int, Field(ge=1)]
+_DEFAULTS = Limits()
+
+
+@final
+class _LimitsTable(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    max_request_bytes: _Size = _DEFAULTS.max_request_bytes
+    max_chars: _Size = _DEFAULTS.max_chars
+    max_answer_bytes: _Size = _DEFAULTS.max_answer_bytes
+    max_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = _DEFAULTS.max_seconds
+
+
+@final
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     metrics_key_sha256: _Hash | None = None
+    canaries: str | None = None
+    oidc: _ProviderTable | None = None
+    limits: _LimitsTable = _LimitsTable()
     tenant: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")], _TenantTable], Field(min_length=1, max_length=MAX_TENANTS)]
 
 
-def load(path: Path) -> tuple[tuple[Tenant, ...], str | None]:
-    """Reads a tenants file (docs/gateway.md); returns the tenants and the hash of the key that reads the metrics.
+def load(path: Path) -> Settings:
+    """Reads a tenants file (docs/gateway.md).
 
     Raises:
-        ConfigInvalid: when it cannot be read, holds an unknown key, or two tenants share a key.
+        ConfigInvalid: when it or its file of canaries cannot be read, holds an unknown key, two tenants share a key or a claim's value, or one has neither.
+        MissingExtra: when a tenant wants the name model and it is not installed.
     """
     try:
         parsed = _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -91,24 +172,61 @@ def load(path: Path) -> tuple[tuple[Tenant, ...], str | None]:
     except ValidationError as error:
         at = ".".join(str(part) for part in error.errors(include_url=False, include_input=False)[0]["loc"])
         raise ConfigInvalid("a tenants file as docs/gateway.md has it", value=at) from None
-    tenants = tuple(_tenant(name, table) for name, table in parsed.tenant.items())
-    hashes = [key_hash for tenant in tenants for key_hash in tenant.key_hashes]
-    if len(set(hashes)) < len(hashes):
-        raise ConfigInvalid("every key to be of one tenant alone", value=path.name)
-    return tenants, parsed.metrics_key_sha256
+    canaries = _canaries(path, parsed.canaries)
+    tenants = tuple(_tenant(name, table, canaries) for name, table in parsed.tenant.items())
+    ways = [way for tenant in tenants for way in (*tenant.key_hashes, *tenant.claim_values)]
+    if len(set(ways)) < len(ways) or not all(tenant.key_hashes or (tenant.claim_values and parsed.oidc) for tenant in tenants):
+        raise ConfigInvalid("every key and every value of the claim to be of one tenant alone, and every tenant to have one", value=path.name)
+    provider = None if parsed.oidc is None else Provider(**parsed.oidc.model_dump())
+    if provider is not None and not provider.keys.startswith("https://"):
+        provider = replace(provider, keys=str(path.parent / provider.keys))
+    return Settings(tenants=tenants, metrics_key_hash=parsed.metrics_key_sha256, provider=provider, limits=Limits(**parsed.limits.model_dump()))
 
 
-def _tenant(name: str, table: _TenantTable) -> Tenant:
+def _canaries(path: Path, name: str | None) -> Canaries:
+    try:
+        return Canaries.of(() if name is None else (path.parent / name).read_text(encoding="utf-8").splitlines())
+    except OSError:
+        rule = "a file of canaries that can be read"
+    except ValueError as error:
+        rule = "UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+    raise ConfigInvalid(rule, value=name)
+
+
+def _tenant(name: str, table: _TenantTable, canaries: Canaries) -> Tenant:
+    if table.names is Names.MODEL:
+        ner.installed()
     operators = {label: Operator.KEEP if label in table.keep else operator for label, operator in POLICY.operators.items()}
+    changed = bool(table.keep) or table.names is not POLICY.names
     return Tenant(
         name=name,
         key_hashes=tuple(table.key_sha256),
-        policy=replace(POLICY, name=f"prompt/{name}", operators=operators) if table.keep else POLICY,
+        policy=replace(POLICY, name=f"prompt/{name}", operators=operators, names=table.names) if changed else POLICY,
         requests_per_minute=table.requests_per_minute,
         max_concurrent=table.max_concurrent,
         models=None if table.models is None else frozenset(table.models),
         tools=table.tool_arguments,
+        guard=Guard(own=table.answers, labels=GUARDED if table.answer_labels is None else frozenset(table.answer_labels), canaries=canaries),
+        claim_values=frozenset(table.claim_values),
     )
+
+
+def bearer(headers: Mapping[str, str]) -> str:
+    """Returns what a request shows, as `Authorization: Bearer KEY` (OpenAI) or `x-api-key: KEY` (Anthropic)."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+def claimed(tenants: Sequence[Tenant], values: frozenset[str]) -> Tenant:
+    """Returns the one tenant to which the values of a verified token's claim belong.
+
+    Raises:
+        AccessDenied: when there is none, or more than one.
+    """
+    found = [tenant for tenant in tenants if not values.isdisjoint(tenant.claim_values)]
+    if len(found) != 1:
+        raise AccessDenied("a token that belongs to one tenant of this gateway", value=len(found), remedy="Ask its operator.")
+    return found[0]
 
 
 def identify(tenants: Sequence[Tenant], headers: Mapping[str, str]) -> Tenant:
@@ -117,8 +235,7 @@ def identify(tenants: Sequence[Tenant], headers: Mapping[str, str]) -> Tenant:
     Raises:
         AccessDenied: when there is none.
     """
-    scheme, _, bearer = headers.get("authorization", "").partition(" ")
-    given = hash_api_key(bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", ""))
+    given = hash_api_key(bearer(headers))
     found = None
     for tenant in tenants:
         for key_hash in tenant.key_hashes:

@@ -81,6 +81,32 @@ def resolve(url: str, *, private: frozenset[str] = frozenset()) -> Address:
     return Address(base=f"{parts.scheme}://{numeric}:{port}{prefix}", host=host, authority=authority)
 
 
+async def fetch(url: str, *, private: frozenset[str] = frozenset(), max_bytes: int, transport: httpx.AsyncBaseTransport | None = None) -> bytes:
+    """Returns a document of another server (a key set), resolved and checked as the upstream is, in at most ten seconds.
+
+    Raises:
+        ConfigInvalid: as `resolve`.
+        UpstreamFailed: when it cannot be had, redirects, or is too large.
+    """
+    address = resolve(url, private=private)
+    received = bytearray()
+    try:
+        async with httpx.AsyncClient(transport=transport, follow_redirects=False, trust_env=False, timeout=10) as client:
+            headers = {"host": address.authority, "accept": "application/json", "accept-encoding": "identity", "user-agent": "discreet"}
+            extensions = {"sni_hostname": address.host}
+            async with client.stream("GET", address.base, headers=headers, extensions=extensions) as response:
+                async for chunk in response.aiter_bytes():
+                    received += chunk
+                    if response.status_code != 200 or len(received) > max_bytes:
+                        break
+                status = response.status_code
+    except httpx.HTTPError:
+        status = 0
+    if status != 200 or len(received) > max_bytes:
+        raise UpstreamFailed(f"a key set of at most {max_bytes} bytes, with status 200", value=status)
+    return bytes(received)
+
+
 def _look_up(host: str, port: int, private: frozenset[str]) -> str:
     try:
         found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
@@ -143,8 +169,6 @@ class Upstream:
         async with self.stream(path, body) as chunks:
             async for chunk in chunks:
                 received += chunk
-                if len(received) > self.max_answer_bytes:
-                    raise UpstreamFailed(f"an answer of at most {self.max_answer_bytes} bytes")
         try:
             return json.loads(received)
         except (ValueError, RecursionError):
@@ -183,7 +207,11 @@ class Upstream:
         raise failed
 
     async def _bytes(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
+        received = 0
         async for chunk in response.aiter_bytes():
+            received += len(chunk)
+            if received > self.max_answer_bytes:
+                raise UpstreamFailed(f"an answer of at most {self.max_answer_bytes} bytes")
             yield chunk
 
     def _headers(self, path: str) -> dict[str, str]:

@@ -221,9 +221,11 @@ def parse_json(body: bytes, *, max_bytes: int, max_depth: int = MAX_DEPTH) -> An
         raise RequestInvalid(f"a request of at most {max_bytes} bytes", remedy="Send a shorter conversation.")
     try:
         text = body.decode()
-        _check_depth(text, max_depth)
-        parsed = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        json.dumps(parsed, ensure_ascii=False).encode()  # a lone surrogate has no UTF-8: refused here, not halfway through a model
+        if text.count("{") + text.count("[") > max_depth:  # fewer brackets than that cannot nest deeper
+            _check_depth(text, max_depth)
+        parsed = _DECODER.decode(text)
+        if "\\u" in text:
+            json.dumps(parsed, ensure_ascii=False).encode()  # a lone surrogate has no UTF-8: refused here, not halfway through a model
     except (ValueError, RecursionError):
         raise RequestInvalid("a request that is JSON in UTF-8") from None
     return parsed
@@ -274,6 +276,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def field_name(name: str | int) -> str:

@@ -2,7 +2,8 @@
 
     FOLDER/state        one file: safetensors under AES-256-GCM, the run's name authenticated with it
 
-No seed is in it (PITFALLS 40): sampling and noise come from the run key by step number, and that key lives in `keys.py` and is destroyed when the run closes.
+No seed is in it (PITFALLS 40): sampling and noise come from the run key by step number, and that key lives in `keys.py` and is destroyed when the run closes. Noise that later
+steps take back is in it, sealed once more under that same key (`course.py`).
 Parameters after a noised step are the mechanism's output, but Adam's state of a *non-private* control is not, so every checkpoint is sealed alike.
 
 Guarantees: a checkpoint is the state before or after a step, never between (written beside, synced, renamed); one of another run, plan or base model does not
@@ -47,6 +48,7 @@ _FOLDER = "private"
 _FILE = "state"
 _PARTIAL = ".state-"
 _HEADER = "discreet"
+_COURSE = "course"
 
 
 @final
@@ -74,7 +76,14 @@ class Checkpoints:
         return b"checkpoint/" + self.run.encode()
 
     def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, curve: tuple[tuple[int, float], ...], subject: Mapping[str, str]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        step: int,
+        curve: tuple[tuple[int, float], ...],
+        subject: Mapping[str, str],
+        course: bytes = b"",
     ) -> None:
         """Writes the state after `step`, in place of the one before.
 
@@ -82,12 +91,14 @@ class Checkpoints:
             step: steps taken, >= 0.
             curve: (step, public held-out loss) so far.
             subject: digests of what is trained (plan, base model, snapshot): `restore` asks for the same.
+            course: what a private run carries beside, sealed under its run key (`course.Course.sealed`).
 
         Raises:
             StorageFull: when the disk is full; the state before stays.
         """
         header = json.dumps({"step": step, "curve": curve, "subject": dict(sorted(subject.items()))})
-        content = safetensors.torch.save(_state(model, optimizer), metadata={_HEADER: header})
+        carried = {_COURSE: torch.frombuffer(bytearray(course), dtype=torch.uint8)} if course else {}
+        content = safetensors.torch.save(_state(model, optimizer) | carried, metadata={_HEADER: header})
         _write(self.folder / _FILE, self.key.seal(content, context=self._context))
 
     def restore(
@@ -107,8 +118,21 @@ class Checkpoints:
             raise DigestMismatch(
                 "a checkpoint of this plan, base model and snapshot", value=f"another {', '.join(differing)}", remedy="Start a new run."
             )
-        _restore(model, optimizer, safetensors.torch.load(content))
+        tensors = safetensors.torch.load(content)
+        tensors.pop(_COURSE, None)
+        _restore(model, optimizer, tensors)
         return int(header["step"]), tuple((int(step), float(loss)) for step, loss in header["curve"])
+
+    def course(self) -> bytes:
+        """Returns the sealed course of the saved state, empty where nothing was carried or saved.
+
+        Raises:
+            SealBroken: as `restore`.
+        """
+        if not (self.folder / _FILE).exists():
+            return b""
+        held = safetensors.torch.load(self._read()[0]).get(_COURSE)
+        return b"" if held is None else held.numpy().tobytes()
 
     def destroy(self) -> None:
         """Deletes the state, and what a killed write left of one. Idempotent."""

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from discreet import model as models
 from discreet.config import ModelSection, RunSection, TrainSection
 from discreet.dp import csprng
-from discreet.dp.accounting import Guarantee, RdpFilter, rdp
-from discreet.dp.mechanism import Plan, event_of
+from discreet.dp.accounting import Guarantee, RdpFilter, entry_of, rdp
+from discreet.dp.mechanism import Plan
 from discreet.errors import NothingLearned, ReservationRefused, SourceEmpty
 from discreet.keys import Key, Stream
 from discreet.ledger import Reservation, State
@@ -38,6 +38,7 @@ from discreet.model import Base, PublicText, trained_parameters
 from discreet.record import Digest, Snapshot
 from discreet.train import optimizers, parallel
 from discreet.train.checkpoint import Checkpoints
+from discreet.train.course import Course
 from discreet.train.parallel import ALONE, Ranks
 from discreet.train.step import PrivateCorpus, Rows, Work, mean_loss, public_step, tokenize
 
@@ -51,7 +52,7 @@ class StepReport:
     """Where a run stands, for a display.
 
     Attributes:
-        epsilon: what the steps so far cost by RDP, at the plan's delta; None on the public track. The whole plan was spent before the first.
+        epsilon: what the steps so far cost by RDP, at the plan's delta; None on the public track, and where only PLD knows the event. The whole plan was spent before the first.
         loss: last loss on public held-out text.
         padding: padded positions beside each token so far; 0 is none.
     """
@@ -147,6 +148,9 @@ class _Run:
     checkpoints: Checkpoints | None
     subject: dict[str, str]
     ranks: Ranks = ALONE
+    plan: Plan | None = None
+    run_key: Key | None = None
+    course: Course | None = None
     step: int = 0
     curve: list[tuple[int, float]] = field(default_factory=list)
 
@@ -182,6 +186,7 @@ def train(
         StorageFull: when the disk is full; the run resumes from its last checkpoint.
     """
     _check_paid(plan, snapshot, reservation)
+    optimizers.check(setup.train, plan)
     corpus = PrivateCorpus.of(snapshot, texts, setup.base, max_tokens=setup.model.max_tokens)
     subject = {"plan": plan.digest, "base": setup.base.digest, "snapshot": snapshot.root, "reservation": reservation.id}
     run = _begin(
@@ -194,11 +199,12 @@ def train(
         noise_std=plan.noise_std_of_mean,
     )
     run.ranks, rows = ranks, Rows(setup.run.rows)
+    run.plan, run.run_key, run.course = plan, run_key, Course.of(plan)
 
     def step(number: int) -> Work:
         budget = setup.run.token_budget
         return parallel.private_step(
-            run.module, run.optimizer, corpus, plan, run_key=run_key, step=number, token_budget=budget, rows=rows, ranks=ranks
+            run.module, run.optimizer, corpus, plan, run_key=run_key, step=number, token_budget=budget, rows=rows, ranks=ranks, course=run.course
         )
 
     _go(run, step)
@@ -300,6 +306,7 @@ def _go(run: _Run, step: Callable[[int], Work]) -> None:
     restored = run.checkpoints.restore(run.module, run.optimizer, subject=run.subject) if run.checkpoints else None
     if restored:
         run.step, run.curve = restored[0], list(restored[1])
+        _resume_course(run)
     else:
         _measure(run)
     began, first, done = time.monotonic(), run.step, Work(tokens=0, padding=0)
@@ -321,8 +328,22 @@ def _measure(run: _Run) -> None:
 
 
 def _save(run: _Run) -> None:
-    if run.checkpoints and run.ranks.writes and (run.step % run.setup.run.checkpoint_every == 0 or run.step == run.steps):
-        run.checkpoints.save(run.module, run.optimizer, step=run.step, curve=tuple(run.curve), subject=run.subject)
+    if run.checkpoints and (run.step % run.setup.run.checkpoint_every == 0 or run.step == run.steps):
+        carried = b""
+        if run.course and run.plan and run.run_key and (run.plan.bands or run.plan.adaptive):
+            carried = parallel.whole(run.course, trained_parameters(run.module), run.ranks).sealed(run.run_key)
+        if run.ranks.writes:
+            run.checkpoints.save(run.module, run.optimizer, step=run.step, curve=tuple(run.curve), subject=run.subject, course=carried)
+
+
+def _resume_course(run: _Run) -> None:
+    if run.plan is None or run.run_key is None or run.checkpoints is None:
+        return
+    carried = run.checkpoints.course()
+    if carried:
+        run.course = Course.opened(carried, run.plan, run.run_key, device=run.setup.run.device)
+    else:
+        run.course = Course.of(run.plan, step=run.step)
 
 
 def _report(run: _Run, *, seconds: float, taken: int, done: Work) -> StepReport:
@@ -345,11 +366,13 @@ def _set_learning_rate(run: _Run) -> None:
         group["lr"] = section.learning_rate * factor
 
 
-def _rdp_epsilon(plan: Plan) -> Callable[[int], float]:
-    """epsilon after k steps by RDP: linear in k at each order, so one computation serves every step."""
+def _rdp_epsilon(plan: Plan) -> Callable[[int], float | None]:
+    """epsilon after k steps by RDP: one step's divergence times the steps that a unit can be in, so one computation serves all. None where RDP does not know the event."""
+    if entry_of(plan.event) != "rdp":
+        return lambda _: None
     scale = RdpFilter.open(epsilon=max(plan.filter_epsilon or plan.guarantee.epsilon, 1e-3), delta=plan.delta)
-    one_step = rdp(event_of(sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=1), scale.orders)
-    return lambda steps: scale.epsilon_of(one_step * steps)
+    one_step = rdp(plan.mechanism.event_after(1), scale.orders)
+    return lambda steps: scale.epsilon_of(one_step * -(-steps // max(1, len(plan.bands))))
 
 
 def _in_order(num_documents: int, batch: int, order: Stream, step: int) -> list[int]:

@@ -1,4 +1,6 @@
-"""The optimisers that [train] may name: a closed set, because each is post-processing of a noised gradient and must stay that.
+"""The optimisers that [train] may name: those of torch.optim in lower case, and one of ours; each is post-processing of a noised gradient and must stay that.
+
+What asks for the loss again (LBFGS) or for sparse gradients is left out: the loss is private, and noise is nowhere zero.
 
 Adam under differential privacy sees the noise twice: the second moment of a noised mean is too large by the noise's variance, which is public. Where the noise is
 stronger than the signal, as it is in almost every coordinate, all second moments are nearly that variance and Adam becomes SGD. `CorrectedAdam` subtracts it.
@@ -7,7 +9,7 @@ Guarantees: nothing here reads anything but gradients that are noised and figure
 
 Source: Tang, Shpilevskiy & Lecuyer 2024, "DP-AdamBC" (arXiv 2312.14334), algorithm 1; Kingma & Ba 2015. The floor as a share of the noise's variance is ours.
 
-Does not cover: correlated noise, whose variance in the second moment is another.
+Does not cover: the correction under correlated noise or a moving clip norm, whose variance is another at each step (refused).
 """
 
 from __future__ import annotations
@@ -19,8 +21,17 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from discreet.config import Optimizer, TrainSection
+from discreet.config import TrainSection
+from discreet.dp.mechanism import Plan
+from discreet.errors import PlanInvalid
 
+_CORRECTED = "adam_corrected"
+_LEFT_OUT = {"optimizer", "lbfgs", "sparseadam"}
+_OF_TORCH = {
+    name.lower(): kind
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name.lower() not in _LEFT_OUT
+}
 _MOMENTUM = 0.9
 _FLOOR = 0.1
 """Least second moment left after the correction, as a share of the noise's variance: a step is at most sqrt(10) times the one that pure noise would make."""
@@ -31,17 +42,38 @@ def make(parameters: Iterable[nn.Parameter], section: TrainSection, *, noise_std
 
     Args:
         noise_std: standard deviation of the noise on each coordinate of the mean gradient (`Plan.noise_std_of_mean`); 0 without privacy.
+
+    Raises:
+        PlanInvalid: when there is no such optimiser.
     """
     rate, trained = section.learning_rate, list(parameters)
-    match section.optimizer:
-        case Optimizer.ADAM:
-            return torch.optim.Adam(trained, lr=rate)
-        case Optimizer.ADAMW:
-            return torch.optim.AdamW(trained, lr=rate)
-        case Optimizer.ADAM_CORRECTED:
-            return CorrectedAdam(trained, lr=rate, noise_std=noise_std)
-        case Optimizer.SGD:
-            return torch.optim.SGD(trained, lr=rate, momentum=_MOMENTUM)
+    if section.optimizer == _CORRECTED:
+        return CorrectedAdam(trained, lr=rate, noise_std=noise_std)
+    kind, more = _kind(section.optimizer), {"momentum": _MOMENTUM} if section.optimizer == "sgd" else {}
+    made: torch.optim.Optimizer = kind(trained, lr=rate, **more)
+    return made
+
+
+def check(section: TrainSection, plan: Plan) -> None:
+    """Refuses, before anything is spent, an optimiser that does not exist or does not go with the plan.
+
+    Raises:
+        PlanInvalid: when the name is not known, or the correction of the second moment has no one variance to take out.
+    """
+    if section.optimizer != _CORRECTED:
+        _kind(section.optimizer)
+    elif plan.bands or plan.adaptive:
+        raise PlanInvalid(
+            "an optimiser other than adam_corrected with bands or clip_quantile",
+            value=section.optimizer,
+            remedy="The variance of the noise is another at each step: choose adam or sgd.",
+        )
+
+
+def _kind(name: str) -> Any:
+    if name not in _OF_TORCH:
+        raise PlanInvalid("[train] optimizer out of " + ", ".join(sorted({*_OF_TORCH, _CORRECTED})), value=name)
+    return _OF_TORCH[name]
 
 
 @final

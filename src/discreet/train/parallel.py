@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from discreet.dp import adaptive, noise
 from discreet.dp.clipping import ClippedSum
 from discreet.dp.mechanism import Plan
-from discreet.dp.noise import Noised
+from discreet.dp.noise import Memory, Noised
 from discreet.keys import Key, Stream
+from discreet.train.course import Course
 from discreet.train.step import PrivateCorpus, Rows, Work, arranged, drawn, padded_size, summed, update, work
 
 _PATIENCE = timedelta(hours=24)
@@ -101,21 +102,39 @@ def private_step(
     token_budget: int,
     rows: Rows,
     ranks: Ranks,
+    course: Course | None = None,
 ) -> Work:
     """Takes one step of the plan together with the other ranks; every rank calls it with the same arguments.
 
     Args:
+        course: what the steps before left, moved on by this one; None where a plan carries nothing from step to step.
         token_budget: padded tokens of a micro-batch of one rank, >= 1.
 
     Returns:
         the work of all ranks together.
+
+    Raises:
+        ValueError: when the course is not at this step, or is missing where the plan needs one.
     """
+    course = course or Course.of(plan, step=step - 1)
+    course.take(step)
     units = drawn(corpus, plan, run_key=run_key, step=step)
     batches = arranged(units, token_budget, rows)
     mine = shares([padded_size(units, batch) for batch in batches], ranks.size)[ranks.rank]
     chosen = [batches[index] for index in mine]
-    total = summed(model, units, chosen, clip_norm=plan.clip_norm, token_budget=token_budget, combine=plan.combine)
-    noised = add_noise(total, noise_multiplier=plan.noise_multiplier, key=run_key.stream("noise", step), ranks=ranks)
+    total = summed(model, units, chosen, clip_norm=course.clip_norm, token_budget=token_budget, combine=plan.combine)
+    noised = add_noise(total, noise_multiplier=plan.noise_multiplier, key=run_key.stream("noise", step), ranks=ranks, memory=course.memory)
+    if plan.adaptive is not None:
+        moving, votes = plan.adaptive, run_key.stream("votes", step)
+        course.clip_norm = next_clip_norm(
+            total,
+            quantile=moving.quantile,
+            rate=moving.rate,
+            votes_multiplier=moving.votes_multiplier,
+            expected_batch=plan.expected_batch,
+            key=votes,
+            ranks=ranks,
+        )
     update(model, optimizer, noised.gradients, divisor=plan.expected_batch)
     return work(units, batches)
 
@@ -136,21 +155,45 @@ def shares(costs: Sequence[int], size: int) -> list[list[int]]:
     return dealt
 
 
-def add_noise(partial: ClippedSum, *, noise_multiplier: float, key: Stream, ranks: Ranks) -> Noised:
+def add_noise(partial: ClippedSum, *, noise_multiplier: float, key: Stream, ranks: Ranks, memory: Memory | None = None) -> Noised:
     """Adds the partial sums of all ranks and one Gaussian draw.
 
     Args:
         partial: the sum over this rank's units; zero for none.
         key: this step's stream, the same on every rank.
+        memory: this rank's noise of the steps before, for correlated noise.
 
     Raises:
         ValueError: as `noise.add`.
     """
-    names = sorted(partial.gradients)
-    owned = {names[index] for index in shares([partial.gradients[name].numel() for name in names], ranks.size)[ranks.rank]}
-    own = dataclasses.replace(partial, gradients={name: partial.gradients[name] for name in names if name in owned})
-    noised = noise.add(own, noise_multiplier=noise_multiplier, key=key)
+    own = dataclasses.replace(partial, gradients={name: partial.gradients[name] for name in _owned(partial.gradients, ranks)})
+    noised = noise.add(own, noise_multiplier=noise_multiplier, key=key, memory=memory)
     return dataclasses.replace(noised, gradients=_all_reduced({**partial.gradients, **noised.gradients}, ranks))
+
+
+def _owned(tensors: Mapping[str, Tensor], ranks: Ranks) -> list[str]:
+    """The parameters that this rank adds noise to, the same at every step."""
+    names = sorted(tensors)
+    return [names[index] for index in sorted(shares([tensors[name].numel() for name in names], ranks.size)[ranks.rank])]
+
+
+def whole(course: Course, parameters: Mapping[str, Tensor], ranks: Ranks) -> Course:
+    """Returns the course with the noise of all parameters, which the ranks keep in shares; every rank calls it, for a checkpoint.
+
+    Args:
+        parameters: those that are trained, by the names of their gradients.
+    """
+    if course.memory is None or ranks.size == 1:
+        return course
+    owned, lags = _owned(parameters, ranks), min(course.step, len(course.memory.bands) - 1)
+    past: dict[str, list[Tensor]] = {name: [] for name in parameters}
+    for lag in range(lags):
+        mine = {
+            name: course.memory.past[name][lag] if name in owned else torch.zeros_like(parameters[name], dtype=torch.float32) for name in parameters
+        }
+        for name, noise_ in _all_reduced(mine, ranks).items():
+            past[name].append(noise_.clone())
+    return dataclasses.replace(course, memory=Memory(bands=course.memory.bands, past=past))
 
 
 def next_clip_norm(

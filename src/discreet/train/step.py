@@ -39,6 +39,7 @@ from discreet.dp.mechanism import Plan
 from discreet.keys import Key
 from discreet.model import Base
 from discreet.record import Sensitive, Snapshot
+from discreet.train.course import Course
 
 _CHUNK = 128
 """Rows of logits held at once: 128 rows of a vocabulary of 49,152 are 25 MB."""
@@ -133,7 +134,11 @@ def private_step(
         step: from 1; names the step's draws under `run_key`.
         token_budget: padded tokens of a micro-batch, >= 1; changes speed and rounding, not the mechanism.
         rows: one document a row, or several.
+
+    Raises:
+        ValueError: when the plan carries something from step to step (`parallel.private_step` takes it along).
     """
+    Course.of(plan, step=step - 1)
     units = drawn(corpus, plan, run_key=run_key, step=step)
     batches = arranged(units, token_budget, rows)
     total = summed(model, units, batches, clip_norm=plan.clip_norm, token_budget=token_budget, combine=plan.combine)

@@ -1,0 +1,103 @@
+"""Commands that are somebody's duty: budgets, the log's key, the pinned checkpoint, evidence. Each asks for the role first, then does one thing.
+
+    open, raise             owner; a raise also needs a second person's approval ("NAME to EPSILON")
+    reserve                 engineer
+    show, plan, evidence    whoever may read
+    rotate the log's key    owner
+    accept a rollback       privacy officer
+
+Why here: the ledger and the log decide what is possible, `governance.access` who may; neither knows the other.
+
+Does not cover: whoever calls `Ledger` and `Log` from Python, where `Access` is theirs to ask.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from discreet import pipeline
+from discreet.errors import PlanInvalid
+from discreet.governance.access import Action, current_user
+from discreet.ledger import Kind, Period, Reservation, Spend
+from discreet.pipeline import House
+from discreet.store import write_atomically
+
+FACTORS = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
+
+
+def ask(house: House, action: Action) -> None:
+    """Lets the user of this process act, or refuses. Errors as `Access.require`."""
+    house.access.require(action, who=current_user())
+
+
+def open_budget(house: House, name: str, *, epsilon: float, delta: float, unit: str, query_delta: float, period: Period | None) -> dict[str, Any]:
+    """Opens a budget. Errors as `Ledger.open` and `Access.require`."""
+    house.access.require(Action.OPEN_BUDGET, who=current_user())
+    held = house.ledger.open(name, epsilon=epsilon, delta=delta, unit=unit, query_delta=query_delta, period=period)
+    return pipeline.budget_fields(held)
+
+
+def raise_budget(house: House, name: str, *, epsilon: float, reason: str) -> dict[str, Any]:
+    """Raises a budget, after the approval of a second person where roles are configured. Errors as `Ledger.raise_to` and `Access.require`."""
+    if not reason.strip():
+        raise PlanInvalid("a reason for raising a budget", remedy="Give --reason; the log keeps it, and it is public.")
+    house.ledger.show(name)
+    house.access.require(Action.RAISE_BUDGET, who=current_user(), about=f"{name} to {epsilon:g}")
+    return pipeline.budget_fields(house.ledger.raise_to(name, epsilon, reason=reason))
+
+
+def show_budgets(house: House, name: str | None) -> list[dict[str, Any]]:
+    """Returns one budget, or all of them."""
+    house.access.require(Action.READ, who=current_user())
+    return [pipeline.budget_fields(held) for held in ([house.ledger.show(name)] if name else house.ledger.budgets())]
+
+
+def reserve(house: House, name: str, *, epsilon: float, delta: float, kind: Kind) -> Reservation:
+    """Charges a query to everyone. Errors as `Ledger.charge` and `Access.require`."""
+    house.access.require(Action.RUN, who=current_user())
+    return house.ledger.charge(name, [Spend(kind=kind, epsilon=epsilon, delta=delta)])[0]
+
+
+def plan(house: House, name: str, *, sampling_probability: float, noise_multiplier: float) -> dict[str, Any]:
+    """Returns what a budget still buys now at this utility, and at more and less noise. Errors as `Ledger.affordable`."""
+    house.access.require(Action.READ, who=current_user())
+    held = house.ledger.show(name)
+    rates = [noise_multiplier * factor for factor in FACTORS]
+    curve: list[dict[str, Any]] = [
+        {"noise_multiplier": sigma, "steps": house.ledger.affordable(name, sampling_probability=sampling_probability, noise_multiplier=sigma)}
+        for sigma in rates
+    ]
+    steps = curve[FACTORS.index(1.0)]["steps"]
+    asked = {"sampling_probability": sampling_probability, "noise_multiplier": noise_multiplier}
+    bought = {"steps": steps, "epochs": steps * sampling_probability, "curve": curve}
+    return {"budget": name, "epsilon": held.epsilon, "remaining": held.remaining_epsilon, "unlocked": held.unlocked, **asked, **bought}
+
+
+def rotate_key(house: House, out: Path) -> dict[str, Any]:
+    """Gives the log a new key and writes the public keys, oldest first, where they were asked for."""
+    house.access.require(Action.ROTATE_KEY, who=current_user())
+    keys = house.log.rotate()
+    write_atomically(out, (keys + "\n").encode())
+    return {"keys": keys.split("\n"), "file": str(out)}
+
+
+def accept_rollback(folder: Path, *, by: str, reason: str) -> dict[str, Any]:
+    """Goes on with a database that lost entries, in the name of a person, in the log; the suppressions of the journal are applied as at every start."""
+    if not by.strip() or not reason.strip():
+        raise PlanInvalid("the name and the reason of whoever accepts the loss", remedy="Give --by and --reason.")
+    with pipeline.open_house(folder, lost=(by, reason)) as house:
+        return {"checkpoint": house.log.pin().decode()}
+
+
+def pin(house: House) -> dict[str, Any]:
+    """Returns the checkpoint that is kept outside the database."""
+    house.access.require(Action.READ, who=current_user())
+    return {"checkpoint": house.log.pin().decode()}
+
+
+def tiles(house: House, out: Path) -> dict[str, Any]:
+    """Writes the log's tiles for mirrors and monitors."""
+    house.access.require(Action.READ, who=current_user())
+    folder = house.log.export_tiles(out)
+    return {"folder": str(folder), "tiles": sum(path.is_file() for path in (folder / "tile").rglob("*")) if (folder / "tile").is_dir() else 0}
