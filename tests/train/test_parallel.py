@@ -8,9 +8,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -21,7 +24,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
 from discreet import pipeline
-from discreet.dp import clipping, noise
+from discreet.dp import adaptive, clipping, noise
+from discreet.dp.clipping import ClippedSum
 from discreet.dp.mechanism import Plan
 from discreet.evidence.statement import Predicate
 from discreet.keys import Key
@@ -31,20 +35,35 @@ from discreet.train.parallel import ALONE, Ranks
 
 from .conftest import NOTES, made_up
 
-_WORKER = """
-import os, sys, torch, torch.distributed as dist
-from torch import nn
-from discreet.dp import adaptive, clipping, noise
-from discreet.dp.clipping import ClippedSum, clipped_sum
-from discreet.keys import Key
-from discreet.train import parallel
-
-key, sigma = Key(bytes(range(32))), float(sys.argv[1])
-documents = torch.linspace(-1, 1, 42).view(7, 6).sin()
-scale = torch.linspace(-1, 1, 24)
+KEY = Key(bytes(range(32)))
+DOCUMENTS = torch.linspace(-1, 1, 42).view(7, 6).sin()
 
 
-def model():
+def _on_two_ranks(work: Callable[[Ranks], None]) -> None:
+    """Forks two processes that meet over gloo; nothing is imported a second time."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                with parallel.joined("cpu") as ranks:
+                    work(ranks)
+                    ranks.wait()
+                code = 0
+            except BaseException:  # the child must end here, whatever happened
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0], "see the traceback of a rank above"
+
+
+def _small() -> nn.Module:
     made = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
     with torch.no_grad():
         for p in made.parameters():
@@ -52,103 +71,49 @@ def model():
     return made
 
 
-def partial(made, chosen):
+def _partial(chosen: Iterable[int]) -> ClippedSum:
+    made = _small()
     total = ClippedSum.zero(made, clip_norm=0.3)
     for i in chosen:
-        total = total + clipped_sum(made, lambda m, x: m(x).square().sum(1), documents[i:i + 1], [i], clip_norm=0.3)
+        total += clipping.clipped_sum(made, _losses, DOCUMENTS[i : i + 1], [i], clip_norm=0.3)
     return total
 
 
-with parallel.joined("cpu") as ranks:
-    assert ranks.size == 2
-    for count in (7, 1, 0):  # one document leaves a rank without any; none leaves both
-        made = model()
-        mine = parallel.shares([1] * count, ranks.size)[ranks.rank]
-        got = parallel.add_noise(partial(made, mine), noise_multiplier=sigma, key=key.stream("noise", 1), ranks=ranks)
-        alone = noise.add(partial(made, range(count)), noise_multiplier=sigma, key=key.stream("noise", 1))
-        for name, gradient in alone.gradients.items():
-            torch.testing.assert_close(got.gradients[name], gradient, rtol=1e-5, atol=1e-6)
-            copies = [torch.empty_like(gradient) for _ in range(2)]
-            dist.all_gather(copies, got.gradients[name].contiguous())
-            assert torch.equal(*copies), "replicas differ"
-        how = {"quantile": 0.5, "rate": 0.2, "votes_multiplier": 1.0, "expected_batch": 7.0, "key": key.stream("noise", 1)}
-        moved = parallel.next_clip_norm(partial(made, mine), **how, ranks=ranks)
-        assert moved == adaptive.update(partial(made, range(count)), **how), "votes of the other rank are missing"
-    ranks.wait()
-print("SAME")
-"""
+def _losses(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().flatten(1).sum(1)
 
 
-def _on_two_ranks(script: str, *arguments: str) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, *arguments], env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    ended = [(*process.communicate(timeout=400), process.returncode) for process in started]
-    assert all(code == 0 for *_, code in ended), "\n".join(err[-2000:] for _, err, _ in ended)
-    assert all("SAME" in out for out, *_ in ended)
-
-
-@pytest.mark.parametrize("noise_multiplier", ["0.0", "1.5"])
-def test_two_ranks_release_what_one_rank_releases(noise_multiplier: str) -> None:
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("noise_multiplier", [0.0, 1.5])
+def test_two_ranks_release_what_one_rank_releases(noise_multiplier: float) -> None:
     """Without noise the sums agree; with it the noise is drawn once, the very draw of one rank; a rank without documents stays in step (PITFALLS 3, 10)."""
-    _on_two_ranks(_WORKER, noise_multiplier)
+
+    def work(ranks: Ranks) -> None:
+        for count in (7, 1, 0):  # one document leaves a rank without any; none leaves both
+            mine = parallel.shares([1] * count, ranks.size)[ranks.rank]
+            got = parallel.add_noise(_partial(mine), noise_multiplier=noise_multiplier, key=KEY.stream("noise", 1), ranks=ranks)
+            alone = noise.add(_partial(range(count)), noise_multiplier=noise_multiplier, key=KEY.stream("noise", 1))
+            for name, gradient in alone.gradients.items():
+                torch.testing.assert_close(got.gradients[name], gradient, rtol=1e-5, atol=1e-6)
+                copies = [torch.empty_like(gradient) for _ in range(2)]
+                dist.all_gather(copies, got.gradients[name].contiguous())
+                assert torch.equal(*copies), "replicas differ"
+            how: Any = {"quantile": 0.5, "rate": 0.2, "votes_multiplier": 1.0, "expected_batch": 7.0, "key": KEY.stream("noise", 1)}
+            moved = parallel.next_clip_norm(_partial(mine), **how, ranks=ranks)
+            assert moved == adaptive.update(_partial(range(count)), **how), "votes of the other rank are missing"
+
+    _on_two_ranks(work)
 
 
-_TRAINER = """
-import sys
-from dataclasses import replace
-from pathlib import Path
-
-sys.path.insert(0, sys.argv[1])
-from conftest import NOTES, made_up
-from discreet import model
-from discreet.dp import mechanism
-from discreet.train import loop, parallel
-
-folder, base, patterns, stop = Path(sys.argv[2]), sys.argv[3], sys.argv[4].split(","), int(sys.argv[5])
-paid = made_up(model.load_base(base, cache=folder), mechanism.plan_from_json(__import__("json").loads((folder / "plan.json").read_text())), folder)
-setup = replace(
-    paid.setup,
-    model=paid.setup.model.model_copy(update={"train": tuple(patterns)}),
-    run=paid.setup.run.model_copy(update={"weights": "sharded"}),
-)
-
-
-class Stopped(Exception):
-    pass
-
-
-def on_step(report):
-    if report.step == stop:
-        raise Stopped
-
-
-with parallel.joined("cpu") as ranks:
-    try:
-        loop.train(
-            paid.plan, paid.snapshot, paid.reservation, texts=NOTES, setup=setup, run_key=paid.run_key, checkpoints=paid.checkpoints("ranks"),
-            adapter=folder / "two", on_step=on_step, ranks=ranks,
-        )
-    except Stopped:
-        pass
-    ranks.wait()
-print("SAME")
-"""
-
-
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 @pytest.mark.parametrize("patterns", ["all", pytest.param("lora", marks=pytest.mark.slow)])
 def test_sharded_ranks_train_the_model_of_one(base: Base, plan: Plan, tmp_path: Path, patterns: str) -> None:
     """FSDP2 over two processes with noise: the draws of one rank, and what two began, one ends (PITFALLS 3, 9, 10, 12)."""
     paid = made_up(base, plan, tmp_path)
     setup = replace(paid.setup, model=paid.setup.model.model_copy(update={"train": (patterns,)}))
-    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+
+    class Stopped(Exception):
+        pass
 
     def alone(name: str, folder: str) -> None:
         checkpoints = paid.checkpoints(name)
@@ -156,11 +121,24 @@ def test_sharded_ranks_train_the_model_of_one(base: Base, plan: Plan, tmp_path: 
             plan, paid.snapshot, paid.reservation, texts=NOTES, setup=setup, run_key=paid.run_key, checkpoints=checkpoints, adapter=tmp_path / folder
         )
 
+    def together(stop: int) -> Callable[[Ranks], None]:
+        shards = replace(setup, run=setup.run.model_copy(update={"weights": "sharded"}))
+
+        def on_step(report: loop.StepReport) -> None:
+            if report.step == stop:
+                raise Stopped
+
+        def work(ranks: Ranks) -> None:
+            given: Any = {"texts": NOTES, "setup": shards, "run_key": paid.run_key, "checkpoints": paid.checkpoints("ranks")}
+            with suppress(Stopped):
+                loop.train(plan, paid.snapshot, paid.reservation, **given, adapter=tmp_path / "two", on_step=on_step, ranks=ranks)
+
+        return work
+
     alone("alone", "one")
-    for stop in (2, 0):
-        _on_two_ranks(_TRAINER, str(Path(__file__).parent), str(tmp_path), str(base.path), patterns, str(stop))
-        if stop:
-            shutil.copytree(tmp_path / "ranks", tmp_path / "handed over")
+    _on_two_ranks(together(2))
+    shutil.copytree(tmp_path / "ranks", tmp_path / "handed over")
+    _on_two_ranks(together(0))
     alone("handed over", "three")
     one, two, three = (_weights(tmp_path / name) for name in ("one", "two", "three"))
     assert one.keys() == two.keys()
@@ -180,10 +158,6 @@ def _one_rank() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def _losses(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return model(x).square().flatten(1).sum(1)
 
 
 @pytest.mark.usefixtures("_one_rank")
@@ -216,7 +190,7 @@ def test_a_sharded_model_needs_a_rule_for_every_layer() -> None:
 @pytest.mark.usefixtures("_one_rank")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")  # nothing is written into it
 def test_a_sharded_sum_is_the_sum_and_nobody_adds_nothing() -> None:
-    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3), nn.Tanh())
     x = torch.linspace(-1, 1, 24).view(3, 2, 4).sin()
     whole = clipping.clipped_sum(model, _losses, x, [0, 1, 1], clip_norm=0.3)
     shards = clipping.clipped_sum(fully_shard(model), _losses, x, [0, 1, 1], clip_norm=0.3)
