@@ -291,16 +291,24 @@ def plan(project: Folder = HERE, as_json: Json = False) -> None:
 def report(
     project: Folder = HERE,
     public: Annotated[bool, typer.Option("--public", help="Only public and DP-released fields.")] = False,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Also write every chart as PNG and SVG into this folder.")] = None,
     as_json: Json = False,
 ) -> None:
     """Writes the privacy report (HTML and JSON) from the log alone."""
     from discreet import duties, pipeline
+    from discreet import plot as plotting
     from discreet import report as reports
     from discreet.governance.access import Action
 
     with pipeline.open_house(project) as house:
         duties.ask(house, Action.READ)
         written = reports.write(house.log, house.project.root, public=public)
+        if plots is not None:
+            plots.mkdir(parents=True, exist_ok=True)
+            built = reports.of(house.log).public() if public else reports.of(house.log)
+            for path, chart in [(plots / f"{name}.{kind}", chart) for name, chart in reports.charts(built).items() for kind in ("png", "svg")]:
+                plotting.save(chart, path)
+                written.append(path)
     _print(as_json, {"files": [str(p) for p in written]}, [str(p) for p in written])
 
 

@@ -346,6 +346,7 @@ def _whole(run: _Run) -> nn.Module:
 
 def _measure(run: _Run) -> None:
     run.curve.append((run.step, mean_loss(run.module, run.held_out, token_budget=run.setup.run.token_budget)))
+    parallel.resharded(run.module)
 
 
 def _save(run: _Run) -> None:
