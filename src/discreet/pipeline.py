@@ -550,7 +550,7 @@ def price(house: House, observer: Observer) -> Price:
     spent_so_far, budget = _filter(house, plan.delta, frozen.snapshot)
     base = load_base(house, frozen.public, observer)
     parameters = sum(p.numel() for p in model.trained_parameters(model.attach(base, house.project.model)).values())
-    tokens = _mean_tokens(house, base, frozen.snapshot) * plan.expected_batch * plan.cap * plan.steps
+    tokens = _mean_tokens(house, base, frozen.snapshot) * plan.expected_batch * plan.cap * plan.steps * (plan.search.mean if plan.search else 1)
     return Price(
         plan=plan,
         budget=budget,
