@@ -212,25 +212,32 @@ def test_the_model_reads_names_that_no_list_has_and_keeps_offsets() -> None:
     assert "Brzezicki" not in {STRANGE[s.start : s.end] for s in less}
 
 
-def test_redact_uses_the_model_where_its_extra_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redact_uses_the_model_unless_told_otherwise() -> None:
     assert "Brzezicki" not in redact(STRANGE).text
     assert "Brzezicki" in redact(STRANGE, names=Names.RULES).text
-    monkeypatch.setattr("discreet.deid.ner.available", lambda: False)
-    assert "Brzezicki" in redact(STRANGE).text
+
+
+LABEL, RULES = DeidSection(policy="label"), DeidSection(policy="label", names="rules")
 
 
 def test_the_model_and_its_weights_are_part_of_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
-    rules, model = configured(DeidSection(policy="label")), configured(DeidSection(policy="label", names="model"))
-    assert rules.digest == BUILTIN["label"].digest
+    rules, model = configured(RULES), configured(LABEL)
+    assert model.digest == BUILTIN["label"].digest
     assert model.digest != rules.digest
     before = model.digest
     monkeypatch.setattr("discreet.deid.ner.digest", lambda: "0" * 64)
     assert model.digest != before
 
 
-def test_the_configured_model_is_used_on_the_training_path() -> None:
-    assert "Brzezicki" not in deidentify(admitted(STRANGE), configured(DeidSection(policy="label", names="model")), KEY).text.reveal()
-    assert "Brzezicki" in deidentify(admitted(STRANGE), configured(DeidSection(policy="label")), KEY).text.reveal()
+def test_the_model_is_used_on_the_training_path_unless_told_otherwise() -> None:
+    assert "Brzezicki" not in deidentify(admitted(STRANGE), configured(LABEL), KEY).text.reveal()
+    assert "Brzezicki" in deidentify(admitted(STRANGE), configured(RULES), KEY).text.reveal()
+
+
+def test_what_was_read_before_does_not_change_what_the_model_finds() -> None:
+    notes = ["Seen by Brzezicki in Wojcieszow.", "I think Brzezicki wrote that report.", "Zofia Wrzos lives at 12 Long Lane, Wojcieszow."]
+    fresh = [deidentify(admitted(note), BUILTIN["label"], KEY).text.reveal() for note in notes]
+    assert [deidentify(admitted(note), BUILTIN["label"], KEY).text.reveal() for note in reversed(notes)] == fresh[::-1]
 
 
 def test_thresholds_of_zero_and_one_are_taken() -> None:
