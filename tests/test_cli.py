@@ -224,6 +224,22 @@ def test_large_delta_needs_a_recorded_reason(run: Run, project: Path):
     assert (code, document("error", out)["error"]["code"]) == (2, "plan.invalid")
 
 
+def test_a_search_is_asked_for_exactly_where_it_is_declared(run: Run, project: Path):
+    code, out, _ = run("train", "--search", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "request.invalid")
+    settings = project / "discreet.toml"
+    settings.write_text(settings.read_text() + "[search]\nlearning_rate = [0.001, 0.004]\n")
+    code, out, _ = run("train", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "request.invalid")
+
+
+def test_nothing_is_synthesized_before_a_release_or_counted_for_nothing(run: Run, project: Path):
+    code, out, _ = run("synthesize", "out.jsonl", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "not_found")
+    code, out, _ = run("statistics", "--epsilon", "0", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "plan.invalid")
+
+
 def test_a_model_folder_with_a_pickle_is_refused(run: Run, project: Path):
     (project / "base").mkdir()
     (project / "base" / "pytorch_model.bin").write_bytes(b"\x80\x04")

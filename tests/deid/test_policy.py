@@ -217,11 +217,8 @@ def test_redact_uses_the_model_unless_told_otherwise() -> None:
     assert "Brzezicki" in redact(STRANGE, names=Names.RULES).text
 
 
-LABEL, RULES = DeidSection(policy="label"), DeidSection(policy="label", names="rules")
-
-
 def test_the_model_and_its_weights_are_part_of_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
-    rules, model = configured(RULES), configured(LABEL)
+    rules, model = configured(DeidSection(policy="label", names="rules")), configured(DeidSection(policy="label"))
     assert model.digest == BUILTIN["label"].digest
     assert model.digest != rules.digest
     before = model.digest
@@ -230,8 +227,8 @@ def test_the_model_and_its_weights_are_part_of_the_digest(monkeypatch: pytest.Mo
 
 
 def test_the_model_is_used_on_the_training_path_unless_told_otherwise() -> None:
-    assert "Brzezicki" not in deidentify(admitted(STRANGE), configured(LABEL), KEY).text.reveal()
-    assert "Brzezicki" in deidentify(admitted(STRANGE), configured(RULES), KEY).text.reveal()
+    assert "Brzezicki" not in deidentify(admitted(STRANGE), configured(DeidSection(policy="label")), KEY).text.reveal()
+    assert "Brzezicki" in deidentify(admitted(STRANGE), configured(DeidSection(policy="label", names="rules")), KEY).text.reveal()
 
 
 def test_what_was_read_before_does_not_change_what_the_model_finds() -> None:
