@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import warnings
+from dataclasses import replace
 
 import esprima
 import pytest
@@ -29,8 +30,8 @@ from discreet.keys import Key
 KEY = Key(bytes(32))
 VALUES = {"mail": "aurelia.quist@mail.example.org", "ssn": "536-90-4399", "phone": "212-555-0147", "date": "2024-03-05", "person": "Dr. Kelly Fuller"}
 LEFT = re.compile("quist|90-4399|555-0147|2024-03-05|Fuller", re.IGNORECASE)
-HARD = Policy(name="hard", channel=Channel.TRAINING, operators=dict.fromkeys(Label, Operator.MASK))
-POLICIES = [BUILTIN["label"], BUILTIN["surrogate"], BUILTIN["redact"], HARD]
+HARD = Policy(name="hard", channel=Channel.TRAINING, operators=dict.fromkeys(Label, Operator.MASK), names=Names.RULES)
+POLICIES = [*(replace(BUILTIN[name], names=Names.RULES) for name in ("label", "surrogate", "redact")), HARD]
 
 
 def parse(text: str, kind: Syntax) -> object:
