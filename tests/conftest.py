@@ -60,6 +60,7 @@ SETTINGS = {
     "audit.canaries": "120",
     "audit.control_epochs": "20",
     "audit.control_learning_rate": "1e-2",
+    "audit.withheld": "0.0",
     "release.verdicts": '["PASS", "INCONCLUSIVE"]',
     "run.threads": "1",
 }

@@ -132,6 +132,38 @@ def test_budget_is_a_budget(run: Run, project: Path):
     code, out, _ = run("budget", "show", "-C", str(project), "--json")
     assert code == 0
     document("budget-show", out)
+    code, out, err = run("budget", "raise", "queries", "--epsilon", "2", "--reason", "the board decided", "-C", str(project), "--json")
+    assert code == 0, err
+    assert document("budget-raise", out)["remaining"] == pytest.approx(1.4)
+    plot = project / "plan.svg"
+    asked = ("--sampling-probability", "0.01", "--noise-multiplier", "3", "--plot", str(plot))
+    code, out, err = run("budget", "plan", "queries", *asked, "-C", str(project), "--json")
+    assert code == 0, err
+    assert document("budget-plan", out)["steps"] > 0
+    assert plan_svg_has_points(plot)
+
+
+def plan_svg_has_points(plot: Path) -> bool:
+    return plot.read_text().count("<circle") == 7
+
+
+def test_the_log_rotates_pins_and_is_mirrored(run: Run, project: Path, tmp_path: Path):
+    assert run("budget", "open", "queries", "--epsilon", "1", "--delta", "1e-6", "-C", str(project))[0] == 0
+    before = run("evidence", "export", "--out", str(tmp_path / "before"), "-C", str(project), "--json")
+    assert before[0] == 0
+    code, out, err = run("evidence", "rotate-key", "--out", str(tmp_path / "log.pub"), "-C", str(project), "--json")
+    assert code == 0, err
+    assert len(document("evidence-rotate-key", out)["keys"]) == 2
+    code, out, _ = run("evidence", "tiles", "--out", str(tmp_path / "tiles"), "-C", str(project), "--json")
+    assert (code, document("evidence-tiles", out)["tiles"]) == (0, 1)
+    code, out, _ = run("evidence", "pin", "-C", str(project), "--json")
+    assert code == 0
+    document("evidence-pin", out)
+    assert run("evidence", "pin", "--accept-rollback", "-C", str(project))[0] == 2
+    assert run("evidence", "export", "--out", str(tmp_path / "after"), "-C", str(project))[0] == 0
+    for bundle, key in (("before", "before.pub"), ("before", "log.pub"), ("after", "before.pub"), ("after", "log.pub")):
+        code, out, _ = run("evidence", "verify", str(tmp_path / bundle), "--key", str(tmp_path / key), "--json")
+        assert (code, document("evidence-verify", out)["valid"]) == (0, True), (bundle, key)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +221,22 @@ def test_large_delta_needs_a_recorded_reason(run: Run, project: Path):
     settings = project / "discreet.toml"
     settings.write_text(settings.read_text().replace("[privacy]\n", "[privacy]\ndelta = 0.5\n"))
     code, out, _ = run("train", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "plan.invalid")
+
+
+def test_a_search_is_asked_for_exactly_where_it_is_declared(run: Run, project: Path):
+    code, out, _ = run("train", "--search", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "request.invalid")
+    settings = project / "discreet.toml"
+    settings.write_text(settings.read_text() + "[search]\nlearning_rate = [0.001, 0.004]\n")
+    code, out, _ = run("train", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "request.invalid")
+
+
+def test_nothing_is_synthesized_before_a_release_or_counted_for_nothing(run: Run, project: Path):
+    code, out, _ = run("synthesize", "out.jsonl", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "not_found")
+    code, out, _ = run("statistics", "--epsilon", "0", "-C", str(project), "--json")
     assert (code, document("error", out)["error"]["code"]) == (2, "plan.invalid")
 
 
@@ -310,13 +358,19 @@ def test_init_makes_projects_that_load(run: Run, tmp_path: Path):
 def test_serve_upstream_refuses_private_hosts_and_bad_tenants(run, tmp_path, monkeypatch):
     from discreet.serve import asgi
 
+    monkeypatch.chdir(tmp_path)
     started: list[dict] = []
     monkeypatch.setattr(asgi, "run", lambda application, **address: started.append(address))
     assert run("serve", "--upstream", "http://127.0.0.1:9")[0] == 2
     assert run("serve", "--upstream", "https://127.0.0.1:9")[0] == 2
     code, _, err = run("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--port", "9999")
-    assert (code, [(each["host"], each["port"]) for each in started]) == (0, [("127.0.0.1", 9999)])
+    assert (code, [(each["host"], each["port"], each["tls"]) for each in started]) == (0, [("127.0.0.1", 9999, None)])
     assert "dk-" in err
+    code, out, _ = run("evidence", "export", "--trail", ".discreet-gateway", "--out", "bundle", "--json")
+    assert (code, document("evidence-export", out)["entries"]) == (0, 0)
+    assert run("evidence", "export", "--trail", "nowhere", "--out", "bundle2", "--json")[0] == 2
+    assert run("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--tls-cert", "none.pem")[0] == 2
+    assert run("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--tls-cert", "none.pem", "--tls-key", "none.pem")[0] == 2
     code, out, _ = run("serve", "--new-key")
     key, hashed = (line.split()[1] for line in out.splitlines())
     assert (code, asgi.hash_api_key(key)) == (0, hashed)
@@ -327,3 +381,123 @@ def test_serve_upstream_refuses_private_hosts_and_bad_tenants(run, tmp_path, mon
     assert (code, "dk-" in err) == (0, False)
     tenants.write_text("[tenant.ward]\n")
     assert run(*here)[0] == 2
+
+
+def test_redact_review_writes_a_private_page(run: Run, tmp_path: Path):
+    (tmp_path / "note.txt").write_text("Call Dr. Ann Lee.")
+    code, _, err = run("redact", str(tmp_path / "note.txt"), "--review", "--out", str(tmp_path / "page.html"))
+    assert code == 0, err
+    page = (tmp_path / "page.html").read_text()
+    assert '"text": "Call Dr. Ann Lee."' in page
+    assert (tmp_path / "page.html").stat().st_mode & 0o077 == 0
+    code, out, _ = run("redact", "-", "--lines", "--review", stdin=b'{"text": "Call Dr. Ann Lee."}\n{"text": "b"}\n')
+    assert code == 0
+    assert out.count('"spans"') == 2
+    assert run("redact", "-", "--lines", "--review", stdin=b'{"text": 7, "x": "Ann Lee"}\n')[0] == 2
+    assert run("redact", "-", "--review", stdin=b"")[0] == 2
+
+
+def test_redact_code_by_its_name_and_json_keeps_its_shape(run: Run, tmp_path: Path):
+    (tmp_path / "a.json").write_text('{"patient_name": "Xqzz", "n": [1, 2]}')
+    code, out, _ = run("redact", str(tmp_path / "a.json"))
+    assert (code, json.loads(out)) == (0, {"patient_name": "[PERSON]", "n": [1, 2]})
+    code, out, _ = run("redact", "-", "--syntax", "python", stdin=b'x = "Dr. Ann Lee"')
+    assert (code, out) == (0, 'x = "Dr. [PERSON]"')
+    code, out, _ = run("redact", str(tmp_path / "a.json"), "--json")
+    assert document("redact", out)["spans"][0]["label"] == "PERSON"
+
+
+def test_redact_risk_and_k(run: Run):
+    note = b"A 45-year-old man from Vermont with Huntington disease."
+    code, out, _ = run("redact", "risk", "--json", stdin=note)
+    assert code == 0
+    found = document("redact-risk", out)
+    assert found["expected"] < 5
+    code, out, _ = run("redact", "-", "--k", "1000", "--json", stdin=note)
+    assert code == 0
+    assert document("redact", out)["expected"] >= 1000
+    assert "Huntington" not in out
+    assert run("redact", "risk", "--population", "0", stdin=note)[0] == 2
+    assert run("redact", "-", "--k", "-1", stdin=note)[0] == 2
+
+
+def test_redact_table(run: Run, tmp_path: Path):
+    (tmp_path / "t.csv").write_text("age,zip\n" + "".join(f"{20 + n % 40},0564{n % 3}\n" for n in range(90)))
+    here = ("redact", "table", str(tmp_path / "t.csv"), "--column", "age", "--column", "zip", "--k", "10")
+    code, out, _ = run(*here, "--out", str(tmp_path / "out.csv"), "--json")
+    assert code == 0
+    assert document("redact-table", out)["smallest"] >= 10
+    assert run(*here)[1] == (tmp_path / "out.csv").read_text()
+    assert run(*here, "--out", str(tmp_path / "out.csv"))[0] == 2
+    code, out, _ = run("redact", "table", str(tmp_path / "t.csv"), "--column", "agee", "--json")
+    assert (code, document("error", out)["error"]["remedy"]) == (2, "Did you mean 'age'?")
+    assert run("redact", "table", str(tmp_path / "t.csv"), "--column", "age", "--k", "91")[0] == 2
+
+
+def test_calibrated_thresholds_go_into_the_project_and_are_used(run: Run, project: Path):
+    rows = "".join(
+        json.dumps({"text": f"to a{i}@b.example.org", "spans": [{"start": 3, "end": 17 + len(str(i)), "label": "EMAIL"}]}) + "\n" for i in range(60)
+    )
+    settings = project / "discreet.toml"
+    settings.write_text(settings.read_text() + "[deid.thresholds]\nPHONE = 0.5\n[audit.x]\n".replace("[audit.x]\n", "[train]\nwarmup_steps = 1\n"))
+    code, _, err = run("redact", "calibrate", "-C", str(project), "--miss-rate", "0.2", "--write", "--json", stdin=rows.encode())
+    assert code == 0, err
+    from discreet import config
+    from discreet.deid import policy
+
+    stored = config.load(project)
+    chosen = policy.configured(stored.deid)
+    assert stored.train.warmup_steps == 1, "the rest of the file stays"
+    assert list(chosen.thresholds) == ["EMAIL"]
+    assert chosen.misses["EMAIL"][1] <= 0.2
+    assert policy.redact("to a@b.example.org", chosen).spans
+    assert run("redact", "calibrate", "--write", stdin=rows.encode())[0] == 2
+    before = settings.read_text()
+    settings.write_text(before.replace("[deid.thresholds]", "[deid]\nthresholds = { EMAIL = 0.5 }\n[deid_thresholds]"))
+    assert run("redact", "calibrate", "-C", str(project), "--write", stdin=rows.encode())[0] == 2
+
+
+def test_tokens_come_back_for_the_entitled_until_the_person_is_forgotten(run: Run, project: Path):
+    settings = project / "discreet.toml"
+    note = f"{SECRET} called from 212-555-0147.".encode()
+    here = ("-C", str(project), "--subject", "p3")
+    code, sealed, err = run("redact", "-", *here, "--channel", "archive", stdin=note)
+    assert code == 0, err
+    assert "PHONE_" in sealed
+    assert "0147" not in sealed
+    assert run("redact", "-", *here, "--channel", "archive", stdin=note)[1] == sealed
+    assert run("redact", "-", "-C", str(project), "--subject", "p4", "--channel", "archive", stdin=note)[1] != sealed
+    code, out, _ = run("redact", "restore", *here, "--json", stdin=sealed.encode())
+    assert code == 0
+    assert document("redact-restore", out)["text"] == note.decode()
+    assert run("redact", "restore", "-C", str(project), "--subject", "p4", stdin=sealed.encode())[1] == sealed, "another person's key opens nothing"
+    code, out, _ = run("redact", "restore", "-C", str(project), "--subject", "nobody", "--json", stdin=sealed.encode())
+    assert (code, document("error", out)["error"]["code"]) == (2, "not_found")
+    assert run("redact", "-", "--subject", "p3", stdin=note)[0] == 2
+    from discreet import pipeline
+    from discreet.evidence.statement import Predicate
+
+    with pipeline.open_house(project) as house:
+        granted = [e.fields for e in house.log.select(Predicate.ACCESS_GRANTED) if e.fields.get("kind") == "re-identification"]
+        assert [fields["values"] for fields in granted] == [
+            document("redact-restore", json.dumps({"text": "", "restored": granted[0]["values"]}))["restored"],
+            0,
+        ]
+        house.keyring.forget(pipeline.subject_of(house, "p3"))
+    code, out, _ = run("redact", "restore", *here, "--json", stdin=sealed.encode())
+    assert (code, document("error", out)["error"]["code"]) == (3, "keys.forgotten")
+    settings.write_text(settings.read_text() + "[access]\nauditor = ['root']\nengineer = ['somebody']\n")
+    code, out, _ = run("redact", "restore", "-C", str(project), "--subject", "p4", "--json", stdin=sealed.encode())
+    assert (code, document("error", out)["error"]["code"]) == (3, "access.denied")
+    assert SECRET.encode() not in b"".join(path.read_bytes() for path in (project / ".discreet").rglob("*") if path.is_file())
+
+
+def test_reasons_are_logged_without_identifiers(run: Run, project: Path):
+    code, _, err = run("access", "break-glass", "erase", "--reason", "Dr. Ann Lee called from 212-555-0147 about a fire", "-C", str(project))
+    assert code == 0, err
+    from discreet import pipeline
+    from discreet.evidence.statement import Predicate
+
+    with pipeline.open_house(project) as house:
+        (reason,) = [e.fields["reason"] for e in house.log.select(Predicate.ACCESS_GRANTED) if e.fields.get("kind") == "break-glass"]
+    assert reason == "Dr. [REDACTED] called from [REDACTED] about a fire"

@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import sys
+import threading
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
@@ -487,6 +488,44 @@ def test_a_batch_is_charged_whole_or_not_at_all(house):
         house.ledger.charge("queries", [])
 
 
+def test_threads_share_transactions_and_each_gets_its_own_answer(house):
+    """Sixty-four threads, room for ten of a tenth: ten are granted with ten numbers, the others and a mistake are refused, in fewer transactions than threads."""
+    house.ledger.open("queries", epsilon=1.0, delta=1e-6, unit="patient")
+    barrier, outcomes, commits = threading.Barrier(64), [], []
+    append_all = house.log.append_all
+    house.log.append_all = lambda tx, statements: (commits.append(len(statements)), append_all(tx, statements))[1]
+
+    def ask(number):
+        barrier.wait()
+        try:
+            outcomes.append(house.ledger.reserve_epsilon("queries" if number else "nothing", 0.1).id)
+        except (BudgetExhausted, NotFound) as refusal:
+            outcomes.append(type(refusal))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    granted = [outcome for outcome in outcomes if isinstance(outcome, str)]
+    assert sorted(granted) == sorted(f"queries-{number}" for number in range(1, 11))
+    assert (outcomes.count(BudgetExhausted), outcomes.count(NotFound)) == (53, 1)
+    assert sum(commits) == 10
+    shown = house.ledger.show("queries")
+    assert (shown.num_reservations, shown.remaining_epsilon) == (10, 0.0)
+    assert len(house.log.verify().entries) == 11
+
+
+def test_what_breaks_a_shared_transaction_is_told_to_all_of_them(house, monkeypatch):
+    house.ledger.open("queries", epsilon=1.0, delta=1e-6, unit="patient")
+    monkeypatch.setattr(house.ledger._log, "append_all", lambda tx, statements: (_ for _ in ()).throw(OperationFailed("a disk")))
+    with pytest.raises(OperationFailed, match="a disk"):
+        house.ledger.reserve_epsilon("queries", 0.1)
+    monkeypatch.undo()
+    assert house.ledger.show("queries").num_reservations == 0
+    house.ledger.reserve_epsilon("queries", 0.1)
+
+
 def test_a_query_with_a_delta_takes_it_from_what_was_kept_for_queries(house):
     house.ledger.open("plain", epsilon=1.0, delta=1e-6, unit="patient")
     with pytest.raises(BudgetExhausted, match="query-delta"):
@@ -594,6 +633,36 @@ def test_alerts_begin_at_half(house):
     assert house.ledger.show("queries").alerts == ()
     house.ledger.reserve_epsilon("queries", 0.4)
     assert house.ledger.show("queries").alerts == ("budget 'queries': 80% of epsilon 1 is spent; it is never refilled",)
+
+
+def test_a_raise_keeps_what_was_spent_and_admits_what_fits_now(tight, plan):
+    """The first plan uses up epsilon 1; raised to 8, the budget counts it as if it had been opened with 8."""
+    tight.ledger.reserve("main", plan, snapshot(), "run-1")
+    with pytest.raises(BudgetExhausted):
+        tight.ledger.reserve("main", plan, snapshot(), "run-2")
+    for wrong in (TIGHT, 0.5, math.inf, math.nan):
+        with pytest.raises(PlanInvalid):
+            tight.ledger.raise_to("main", wrong, reason="the board decided")
+    with pytest.raises(PlanInvalid):
+        tight.ledger.raise_to("main", EPSILON, reason=" ")
+    tight.ledger.raise_to("main", EPSILON, reason="the board decided")
+    assert tight.ledger.filter("main") == RdpFilter.open(epsilon=EPSILON, delta=DELTA).charge(plan.event)
+    tight.ledger.reserve("main", plan, snapshot(), "run-2")
+    [said] = tight.log.select(Predicate.BUDGET_RAISED)
+    assert said.fields == {"budget": "main", "epsilon": EPSILON, "earlier": TIGHT, "reason": "the board decided"}
+    with pytest.raises(ReservationRefused):
+        tight.ledger.open("main", epsilon=TIGHT, delta=DELTA, unit="patient")
+    tight.log.verify()
+
+
+def test_a_raise_of_one_budget_raises_no_other(house):
+    """Somebody bound by two budgets stays bound by the one that was not raised."""
+    for name in ("first", "second"):
+        house.ledger.open(name, epsilon=1.0, delta=1e-6, unit="patient")
+        house.ledger.reserve_epsilon(name, 0.3)
+    house.ledger.raise_to("first", 10.0, reason="the board decided")
+    with pytest.raises(BudgetExhausted, match="second"):
+        house.ledger.reserve_epsilon("first", 0.6)
 
 
 def test_affordable_steps_are_the_most_that_fit(opened, plan):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -74,13 +75,20 @@ def test_killed_while_training_and_while_auditing(tmp_path: Path, new_project: C
 
 
 @pytest.mark.slow
-def test_killed_at_five_moments_of_the_clock(tmp_path: Path, new_project: Callable[[Path], Path]):
+def test_killed_at_five_random_moments(tmp_path: Path, new_project: Callable[[Path], Path]):
+    began = time.monotonic()
+    _finish(new_project(tmp_path / "other"))
+    whole_s = time.monotonic() - began
     folder = new_project(tmp_path / "hospital")
-    for moment_s in (1.0, 7.0, 9.5, 12.0, 14.5):
+    moments_s = [random.uniform(1.0, 0.6 * whole_s) for _ in range(5)]
+    ended = []
+    for moment_s in moments_s:
         process = _start(folder)
         time.sleep(moment_s)
         process.send_signal(signal.SIGKILL)
+        ended.append(process.wait())
         process.communicate()
+    assert -signal.SIGKILL in ended, f"no kill hit a running command: {moments_s}"
     _finish(folder)
     _check_whole(folder)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -159,9 +160,32 @@ def _one_stage(name: str, project: Path, as_json: bool) -> None:
 
 
 @app.command()
-def train(project: Folder = HERE, as_json: Json = False) -> None:
-    """Trains under differential privacy: reserves and spends the budget, then takes the noisy steps."""
-    _one_stage("train", project, as_json)
+def train(
+    search: Annotated[
+        bool, typer.Option("--search", help="Try the settings of [search]; the whole search is one charge, only its winner leaves.")
+    ] = False,
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Trains under differential privacy: reserves and spends the budget, then takes the noisy steps. On several processes: `torchrun --no-python ... discreet train`."""
+    from discreet import config
+
+    if search is not config.load(project).search.declared:
+        remedy = (
+            "Declare candidates such as learning_rate = [0.001, 0.004]."
+            if search
+            else "Give --search, or remove [search]: a search costs more than a run."
+        )
+        raise RequestInvalid("--search exactly where [search] declares candidates", remedy=remedy)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _one_stage("train", project, as_json)
+        return
+    from discreet import pipeline
+
+    if search:
+        raise RequestInvalid("a search on one process", value=os.environ["WORLD_SIZE"], remedy="Run `discreet train --search` without torchrun.")
+    if (result := pipeline.train_together(project, _Bars())) is not None:
+        _print(as_json, result, [f"{key}: {value}" for key, value in _flat(result)])
 
 
 @app.command()
@@ -222,6 +246,38 @@ def release(
 
 
 @app.command()
+def statistics(
+    epsilon: Annotated[float, typer.Option("--epsilon", help="Price of the answer, charged to the budget before anything is counted; delta 0.")],
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Releases how many units the corpus has and how long their documents are, under differential privacy."""
+    from discreet import derived, pipeline
+
+    with pipeline.open_house(project) as house:
+        found = derived.statistics(house, epsilon=epsilon, observer=_Bars())
+    _print(as_json, found, [f"{key}: {value}" for key, value in _flat(found)])
+
+
+@app.command()
+def synthesize(
+    out: Annotated[Path, typer.Argument(help="File of JSON Lines to write.")],
+    count: Annotated[int, typer.Option("--count", help="Number of texts.")] = 100,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest text, in tokens.")] = 96,
+    temperature: Annotated[float, typer.Option("--temperature", help="Below 1 is tamer, above 1 wilder.")] = 1.0,
+    prompt: Annotated[str, typer.Option("--prompt", help="Beginning of every text; public.")] = "",
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Writes text that the released model draws: post-processing of its guarantee, nothing more is charged."""
+    from discreet import derived, pipeline
+
+    with pipeline.open_house(project) as house:
+        made = derived.synthesize(house, count=count, out=out, max_tokens=max_tokens, temperature=temperature, prompt=prompt)
+    _print(as_json, made, [f"{key}: {value}" for key, value in _flat(made)])
+
+
+@app.command()
 def plan(project: Folder = HERE, as_json: Json = False) -> None:
     """Shows the price before any spend: epsilon, time, noise against signal, what is left of the budget."""
     from discreet import pipeline
@@ -235,16 +291,24 @@ def plan(project: Folder = HERE, as_json: Json = False) -> None:
 def report(
     project: Folder = HERE,
     public: Annotated[bool, typer.Option("--public", help="Only public and DP-released fields.")] = False,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Also write every chart as PNG and SVG into this folder.")] = None,
     as_json: Json = False,
 ) -> None:
     """Writes the privacy report (HTML and JSON) from the log alone."""
     from discreet import duties, pipeline
+    from discreet import plot as plotting
     from discreet import report as reports
     from discreet.governance.access import Action
 
     with pipeline.open_house(project) as house:
         duties.ask(house, Action.READ)
         written = reports.write(house.log, house.project.root, public=public)
+        if plots is not None:
+            plots.mkdir(parents=True, exist_ok=True)
+            built = reports.of(house.log).public() if public else reports.of(house.log)
+            for path, chart in [(plots / f"{name}.{kind}", chart) for name, chart in reports.charts(built).items() for kind in ("png", "svg")]:
+                plotting.save(chart, path)
+                written.append(path)
     _print(as_json, {"files": [str(p) for p in written]}, [str(p) for p in written])
 
 
@@ -379,7 +443,7 @@ def _approval(verb: str, action: str, about: str, project: Path, as_json: bool) 
     if action not in Action.__members__.values():
         raise RequestInvalid(f"an action out of {', '.join(Action)}", value=action)
     with pipeline.open_house(project, exclusive=False) as house:
-        named = {"reason": about} if verb == "break_glass" else {"about": about}
+        named = {"reason": pipeline.for_log(house, about)} if verb == "break_glass" else {"about": about}
         getattr(house.access, verb)(Action(action), who=current_user(), **named)
     document = {
         "action": action,
@@ -457,7 +521,7 @@ def _serve(project: Path, *, port: int | None) -> None:
         application.router.routes.extend(pages.routes(pages.HouseProvider(house)))
         host, chosen = house.project.serve.host, house.project.serve.port if port is None else port
         for line in _invitation(f"http://{host}:{chosen}", api_key, pipeline.released_name(house)):
-            stderr.print(line, markup=False)
+            stderr.print(line, markup=False, soft_wrap=True)
         try:
             asgi.run(application, host=host, port=chosen)
         finally:
@@ -480,92 +544,133 @@ def _invitation(address: str, api_key: str, name: str) -> list[str]:
 
 # --- text -----------------------------------------------------------------------------------------------------------------------------------------
 
-MAX_REDACT_BYTES = 100_000_000
+Project = Annotated[Path | None, typer.Option("--project", "-C", help="Folder of a discreet.toml whose [deid] decides, and whose keys are used.")]
 
 
 @redacting.command("text")
 def redact(
-    file: Annotated[str, typer.Argument(help="A file, or - for standard input.")] = "-",
+    file: Annotated[str, typer.Argument(help="A file, a folder, or - for standard input.")] = "-",
     lines: Annotated[bool, typer.Option("--lines", help="JSON Lines in, JSON Lines out; the text is in the field `text`.")] = False,
-    policy: Annotated[str, typer.Option("--policy", help="label, redact or log.")] = "label",
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the redacted files, when FILE is a folder; files already there are not done again.")
-    ] = None,
+    policy: Annotated[str, typer.Option("--policy", help="label, redact, log, surrogate or token.")] = "label",
+    out: Annotated[Path | None, typer.Option("--out", help="File or folder for the result; a killed call resumes when it is called again.")] = None,
+    written_in: Annotated[
+        str, typer.Option("--syntax", help="text, python, javascript, sql, json, jsonl, yaml or csv; auto: by the file's name.")
+    ] = "auto",
+    review: Annotated[bool, typer.Option("--review", help="An HTML page on which a person corrects what was found, for `calibrate`.")] = False,
+    project: Project = None,
+    channel: Annotated[str, typer.Option("--channel", help="With -C: training, prompt, log or archive.")] = "training",
+    sensitivity: Annotated[str, typer.Option("--sensitivity", help="With -C: public, internal, personal or special.")] = "special",
+    subject: Annotated[str, typer.Option("--subject", help="With -C: whose text it is; stand-ins and tokens are then under this person's key.")] = "",
+    k: Annotated[int, typer.Option("--k", help="Make ages, places and rare terms coarser until so many people share them.")] = 0,
+    jobs: Annotated[int, typer.Option("--jobs", help="Processes; 0 for all cores.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Removes identifiers from a text, from JSON Lines, or from every file of a folder."""
-    from discreet.deid.policy import BUILTIN
+    """Removes identifiers from a text, source code, a table, JSON Lines, or every file of a folder."""
+    from discreet import redaction
 
-    if policy not in BUILTIN:
-        raise RequestInvalid(f"a policy out of {', '.join(sorted(BUILTIN))}", value=policy)
+    spec = redaction.Task(
+        policy=policy, project="" if project is None else str(project), channel=channel, sensitivity=sensitivity, k=k, syntax=written_in, lines=lines
+    ).checked(file)
+    many = jobs if jobs > 0 else os.cpu_count() or 1
     if file != "-" and Path(file).is_dir():
-        _redact_folder(Path(file), out, policy, lines=lines)
+        _redact_folder(Path(file), out, spec, many)
         return
-    text = _read_text(file)
-    if not lines:
-        found = _redacted(text, policy)
-        if as_json:
-            _print(True, found, [])
+    with redaction.redactor(spec, subject) as own:
+        if review:
+            _written(redaction.review_page(file, own), out)
+        elif as_json or spec.syntax != "text":
+            done = own.text(redaction.read_whole(file))
+            _written(json.dumps(redaction.document(done), indent=2, ensure_ascii=False) + "\n" if as_json else done.text, out)
+        elif out is not None:
+            redaction.to_file(file, out, spec, bars := _Bars(), jobs=many, redactor=own if subject else None)
+            bars.stop()
         else:
-            typer.echo(found["text"], nl=not found["text"].endswith("\n"))
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            typer.echo(json.dumps(_redact_line(line, number, policy), ensure_ascii=False))
+            redaction.to_stream(file, spec, sys.stdout.write, jobs=many, redactor=own if subject else None)
+            sys.stdout.flush()
 
 
-def _redact_line(line: str, number: int, policy: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
-        row = None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or any("\ud800" <= c <= "\udfff" for c in row["text"]):
-        raise RequestInvalid("a JSON object with a string field `text` (no lone surrogates) on every line", value=f"line {number}")
-    return {**row, **_redacted(row["text"], policy)}
+def _written(text: str, out: Path | None) -> None:
+    from discreet import redaction
+
+    if out is None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        redaction.write_new(out, text)
 
 
-def _redact_folder(source: Path, out: Path | None, policy: str, *, lines: bool) -> None:
-    """Redacts every file below a folder on all cores; a finished file is renamed into place, so that the next call skips it."""
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
+def _redact_folder(source: Path, out: Path | None, spec: Any, jobs: int) -> None:
+    from discreet import redaction
 
-    if out is None or out.resolve().is_relative_to(source.resolve()):
-        raise RequestInvalid("--out with a folder outside the one that is read")
-    wanted = [path for path in sorted(source.rglob("*")) if path.is_file() and not path.is_symlink()]
-    todo = [(str(path), str(out / path.relative_to(source)), policy, lines) for path in wanted if not (out / path.relative_to(source)).exists()]
-    bars, failed = _Bars(), 0
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, max(len(todo), 1)), mp_context=get_context("spawn")) as pool:
-        for done, problem in enumerate(pool.map(_redact_file, todo), start=1):
-            bars.progress("files", done, len(todo), {})
-            if problem:
-                failed += 1
-                bars.note(problem)
+    if out is None:
+        raise RequestInvalid("--out with a folder for the results")
+    bars = _Bars()
+    total, failed = redaction.folder(source, out, spec, bars, jobs=jobs)
     bars.stop()
     if failed:
-        raise RequestInvalid(
-            "files of text", value=f"{failed} of {len(todo)} not redacted", remedy="They are named above and left out; nothing of them was written."
-        )
+        remedy = "They are named above and left out; nothing of them was written."
+        raise RequestInvalid("files of text", value=f"{failed} of {total} not redacted", remedy=remedy)
 
 
-def _redact_file(task: tuple[str, str, str, bool]) -> str | None:
-    """Redacts one file; returns what is wrong with it, without a word of its text."""
-    path, target, policy, lines = task
-    try:
-        text = _read_text(path)
-        made = (
-            "".join(
-                json.dumps(_redact_line(line, n, policy), ensure_ascii=False) + "\n" for n, line in enumerate(text.split("\n"), 1) if line.strip()
-            )
-            if lines
-            else _redacted(text, policy)["text"]
-        )
-    except DiscreetError as error:
-        return f"{path}: {error}"
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(target + ".partial")
-    partial.write_text(made, encoding="utf-8", newline="")
-    partial.replace(target)
-    return None
+@redacting.command("restore")
+def redact_restore(
+    subject: Annotated[str, typer.Option("--subject", help="Whose tokens they are, as the sources name them.")],
+    file: Annotated[str, typer.Argument(help="A file, or - for standard input.")] = "-",
+    policy: Annotated[str, typer.Option("--policy", help="Name of the policy that made the tokens.")] = "token",
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Puts the values of one person's tokens back, for whoever may re-identify; the log says who did."""
+    from discreet import pipeline, redaction
+
+    text = redaction.read_whole(file)
+    with pipeline.open_house(project, exclusive=False) as house:
+        restored, count = pipeline.restore_tokens(house, subject, text, policy=policy)
+    if as_json:
+        _print(True, {"text": restored, "restored": count}, [])
+    else:
+        _written(restored, None)
+
+
+@redacting.command("risk")
+def redact_risk(
+    file: Annotated[str, typer.Argument(help="A file, or - for standard input.")] = "-",
+    population: Annotated[int, typer.Option("--population", help="People that the subject could be; default: the United States.")] = 331_000_000,
+    as_json: Json = False,
+) -> None:
+    """Says how many people are expected to share a text's age, place and rare terms: its quasi-identifiers."""
+    from discreet import redaction
+    from discreet.deid import quasi
+
+    found = quasi.uniqueness(redaction.read_whole(file), population=population)
+    shares = {kind.value: share for kind, share in found.shares.items()}
+    document = {"population": population, "expected": found.expected, "bits": found.bits, "shares": shares}
+    said = [f"{kind}: shared by 1 in {1 / share:,.0f}" for kind, share in shares.items()]
+    _print(as_json, document, [f"expected people who share all of it: {found.expected:,.1f} of {population:,} ({found.bits:.1f} bits)", *said])
+
+
+@redacting.command("table")
+def redact_table(
+    file: Annotated[str, typer.Argument(help="A CSV file with a header, or - for standard input.")],
+    column: Annotated[list[str], typer.Option("--column", help="A quasi-identifier (age, ZIP, date, other); may be repeated.")],
+    k: Annotated[int, typer.Option("--k", help="People that must share every row.")] = 11,
+    population: Annotated[str, typer.Option("--population", help="CSV file of everybody who could be in it; left out: the table itself.")] = "",
+    suppress: Annotated[float, typer.Option("--suppress", help="Largest share of rows that may be left out instead.")] = 0.0,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the coarser table here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Makes a table coarse enough that at least k people share every row (k-map; without --population k-anonymity)."""
+    from discreet import redaction
+
+    document, table = redaction.coarser_table(file, column, k=k, population=population, suppress=suppress)
+    if out is not None:
+        redaction.write_new(out, table)
+    told = [f"{name}: {step['kind']}, {step['step']} of {step['steps']} steps coarser" for name, step in document["columns"].items()]
+    least = f"fewest people of a row: {document['before']} before, {document['smallest']} after; {document['suppressed']} of {document['rows']} rows left out"
+    if out is None and not as_json:
+        _written(table, None)
+    else:
+        _print(as_json, document, [least, *told])
 
 
 @redacting.command("calibrate")
@@ -573,13 +678,18 @@ def redact_calibrate(
     file: Annotated[str, typer.Argument(help="JSON Lines of labelled samples: text, spans of start, end, label; - for standard input.")] = "-",
     miss_rate: Annotated[float, typer.Option("--miss-rate", help="Largest share of values that may be missed, per label.")] = 0.05,
     confidence: Annotated[float, typer.Option("--confidence", help="Of all statements together.")] = 0.95,
+    project: Project = None,
+    write: Annotated[bool, typer.Option("--write", help="With -C: put the thresholds into its discreet.toml.")] = False,
     as_json: Json = False,
 ) -> None:
     """Chooses score thresholds per label from labelled samples, with the miss rate they keep and its confidence interval."""
+    from discreet import config, redaction
+    from discreet.deid import policy
     from discreet.deid.calibrate import calibrate, samples_of
 
-    rows = [_json_line(line, number) for number, line in enumerate(_read_text(file).split("\n"), start=1) if line.strip()]
-    chosen = calibrate(samples_of(rows), miss_rate=miss_rate, confidence=confidence)
+    rows = [_json_line(line, number) for number, line in enumerate(redaction.read_whole(file).split("\n"), start=1) if line.strip()]
+    names = policy.Names.MODEL if project is None else policy.Names(config.load(project).deid.names)
+    chosen = calibrate(samples_of(rows), miss_rate=miss_rate, confidence=confidence, find=policy.finder(names))
     labels = [
         {
             "label": str(c.label), "threshold": c.threshold, "values": c.values, "missed": c.missed, "lower": c.lower, "upper": c.upper, "met": c.met,
@@ -587,10 +697,10 @@ def redact_calibrate(
         }
         for c in chosen
     ]  # fmt: skip
+    said = redaction.thresholds(chosen, confidence)
+    if write:
+        redaction.store_thresholds(project, said)
     document = {"miss_rate": miss_rate, "confidence": confidence, "met": all(c.met for c in chosen), "labels": labels}
-    said = [
-        f"{c.label} = {c.threshold}  # missed {c.missed} of {c.values}, at most {c.upper:.3f}{'' if c.met else ' (target not met)'}" for c in chosen
-    ]
     _print(as_json, document, ["[deid.thresholds]", *said])
 
 
@@ -599,25 +709,6 @@ def _json_line(line: str, number: int) -> object:
         return json.loads(line)
     except (json.JSONDecodeError, RecursionError):
         raise RequestInvalid("JSON on every line", value=f"line {number}") from None
-
-
-def _redacted(text: str, policy: str) -> dict[str, Any]:
-    from discreet.deid.policy import redact as redact_text
-
-    done = redact_text(text, policy=policy)
-    return {"text": done.text, "spans": [{"start": s.start, "end": s.end, "label": s.label, "score": s.score} for s in done.spans]}
-
-
-def _read_text(file: str) -> str:
-    if file != "-" and not Path(file).is_file():
-        raise SourceMissing("a file that exists", value=file)
-    content = sys.stdin.buffer.read(MAX_REDACT_BYTES + 1) if file == "-" else Path(file).read_bytes()
-    if len(content) > MAX_REDACT_BYTES:
-        raise RequestInvalid(f"at most {MAX_REDACT_BYTES} bytes of text", remedy="Split the file; each part is redacted alone.")
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise RequestInvalid("text in UTF-8", value=f"byte {error.start}") from None
 
 
 # --- privacy ----------------------------------------------------------------------------------------------------------------------------------------
@@ -1139,7 +1230,15 @@ def federate_roster(
     from discreet import federate as fleets
 
     made = fleets.roster(fleet, [_json_file(path) for path in enrolled], base=base, host=host)
-    _print(as_json, made, [f"session {made['session']} of {', '.join(made['sites'])}", f"roster  {made['digest']}  (compare it at every site)"])
+    _print(
+        as_json,
+        made,
+        [
+            f"session {made['session']} of {', '.join(made['sites'])}",
+            f"roster  {made['digest']}  (compare it at every site)",
+            f"binding {made['binding']}  (report data of an attestation)",
+        ],
+    )
 
 
 @federate.command("server")
@@ -1162,12 +1261,15 @@ def federate_client(
     superlink: Annotated[str, typer.Argument(help="HOST:PORT of the coordinator.")],
     project: Folder = HERE,
     fleet: Annotated[Path, typer.Option("--fleet", help="Folder with fleet.toml, roster.json and ca.crt.")] = HERE,
+    verifier: Annotated[
+        str, typer.Option("--verifier", help="Program that accepts the coordinator's `attestation` (stdin; the binding is its argument) by exit 0.")
+    ] = "",
     as_json: Json = False,
 ) -> None:
     """Takes part with this site until the session is closed; exit 4 when its receipts are not honoured."""
     from discreet import federate as fleets
 
-    result = fleets.attend(project, fleet=fleet, superlink=superlink, observer=_Bars())
+    result = fleets.attend(project, fleet=fleet, superlink=superlink, observer=_Bars(), verifier=shlex.split(verifier))
     said = "each counted once under the agreed model and plan" if result["valid"] else f"NOT HONOURED: {'; '.join(result['failed'])}"
     _print(as_json, result, [f"receipt    {result['site']}: {result['rounds']} uploads, {said}"])
     if not result["valid"]:

@@ -119,17 +119,31 @@ class AccessSection(_Section):
 
 
 @final
+class ThresholdSection(_Section):
+    """A threshold and what it misses, as `discreet redact calibrate` prints it."""
+
+    least: Share = Field(description="least score that counts")
+    miss_rate: tuple[Share, Share] = Field(description="lower and upper limit of the share of values that are missed")
+    confidence: Probability = Field(description="probability that all limits of the calibration hold together")
+    values: Count = Field(description="labelled values that it was computed from")
+
+
+@final
 class DeidSection(_Section):
-    """What happens to identifiers on the training path."""
+    """What happens to identifiers: on the training path, and where other channels are named, on those."""
 
     policy: Literal["surrogate", "label", "redact"] = Field(
         "surrogate", description="surrogate: consistent stand-ins per subject; label: [PERSON]; redact: removed"
     )
     names: Literal["rules", "model"] = Field("model", description="rules: lists and cues alone; model: the tagger of names as well")
-    thresholds: dict[str, Share] = Field(
+    thresholds: dict[str, Share | ThresholdSection] = Field(
         default_factory=dict,
         description="label -> least score that counts, from `discreet redact calibrate`; on public or separately charged samples only",
     )
+    operators: dict[str, dict[str, dict[str, str]]] = Field(
+        default_factory=dict, description="channel -> sensitivity, or 'any' -> label -> operator, where it is another than the policy's"
+    )
+    k: int = Field(0, ge=0, description="quasi-identifiers are made coarser until at least so many people are expected to share them; 0 leaves them")
     labelled: str = Field(
         "", description="JSON Lines of public or generated texts with their identifiers marked: recall and precision are measured on them"
     )
@@ -192,7 +206,32 @@ class TrainSection(_Section):
         description="an optimiser of torch.optim in lower case, or adam_corrected (DP-AdamBC: the noise's variance is taken out of the second moment)",
     )
     warmup_steps: int = Field(0, ge=0)
+    objective: Literal["likelihood", "preference"] = Field(
+        "likelihood", description="likelihood: next tokens; preference: DPO on records that are pairs (docs/mechanisms.md), one loss a pair"
+    )
+    preference_beta: Positive = Field(0.1, description="with objective = 'preference': smaller lets the model go farther from where it starts")
     public_steps: int = Field(0, ge=0, description="steps of the non-private track on public sources, before the DP track")
+
+
+@final
+class SearchSection(_Section):
+    """`[search]`: `discreet train --search` tries several settings of [train]; the whole search is one charge, and only its winner leaves."""
+
+    tries: Literal["negative_binomial", "poisson", "each", "guided"] = Field(
+        "negative_binomial", description="how many: drawn (negative_binomial, poisson), every candidate once, or guided by earlier scores"
+    )
+    mean: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(4.0, description="expected number of tries; with guided their number")
+    shape: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="of the negative binomial: 1 geometric, 0 logarithmic")
+    learning_rate: tuple[Positive, ...] = Field((), description="candidates; none: the one of [train], and without any candidate there is no search")
+    optimizer: tuple[str, ...] = Field((), description="candidates; none: the one of [train]")
+    warmup_steps: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="candidates; none: those of [train]")
+    score: Literal["public", "private"] = Field("public", description="loss on public held-out text, or a noised mean loss over the units")
+    score_epsilon: Positive = Field(0.05, description="with score = 'private': what each try's score costs, part of epsilon")
+    score_bound: Positive = Field(6.0, description="with score = 'private': largest loss that one unit counts for, in nats a token")
+
+    @property
+    def declared(self) -> bool:
+        return bool(self.learning_rate or self.optimizer or self.warmup_steps)
 
 
 @final
@@ -213,6 +252,16 @@ class AuditSection(_Section):
     false_positive_rate: Probability = 0.05
     control_epochs: Count = Field(6, description="passes of the non-private control over its canaries; it must be caught")
     control_learning_rate: Positive = 7e-4
+    withheld: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="share of people whom a coin keeps out of training, so that real records can be attacked; they must be in none of it"
+    )
+    people: Count = Field(100, description="people attacked on each side, at most, with two records each")
+    references: Annotated[int, Field(ge=0, le=16)] = Field(0, description="reference adapters for LiRA (2 or more) and RMIA, trained on public text")
+    neighbours: Annotated[int, Field(ge=0, le=32)] = Field(0, description="edited copies of each record for the neighbourhood attack")
+    answers: Annotated[int, Field(ge=0, le=256)] = Field(32, description="texts that the model is let write, to look for identifiers in")
+    deployed: tuple[Literal["bfloat16", "q8_0", "q4_0"], ...] = Field(
+        (), description="merged children that are audited too, by what their weights are stored as"
+    )
 
 
 @final
@@ -244,6 +293,9 @@ class RunSection(_Section):
         "padded", description="padded: one document a row, grouped by length (CPU); packed: several that do not see each other (GPU)"
     )
     checkpoint_every: Count = 1
+    weights: Literal["replicated", "sharded"] = Field(
+        "replicated", description="under torchrun: every rank holds the model, or its shard of it (FSDP2) with optimiser state and noise"
+    )
 
 
 @final
@@ -261,6 +313,7 @@ class Project(_Section):
     model: ModelSection = ModelSection()
     privacy: PrivacySection = PrivacySection()
     train: TrainSection = TrainSection()
+    search: SearchSection = SearchSection()
     budget: BudgetSection = BudgetSection()
     audit: AuditSection = AuditSection()
     release: ReleaseSection = ReleaseSection()
@@ -352,7 +405,7 @@ def _explain(error: ValidationError) -> ConfigInvalid:
 def _known_keys(location: tuple[int | str, ...]) -> Iterator[str]:
     model: Any = Project
     for part in location:
-        if isinstance(part, str):
+        if isinstance(part, str) and part in getattr(model, "model_fields", {}):
             annotation = model.model_fields[part].annotation
             model = next((a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)), annotation)
-    return (name for name in model.model_fields if name != "root")
+    return (name for name in getattr(model, "model_fields", {}) if name != "root")

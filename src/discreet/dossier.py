@@ -35,13 +35,14 @@ from discreet import __version__, report
 from discreet.dp import accounting
 from discreet.dp.combine import Combine
 from discreet.dp.mechanism import Mechanism, Sampling, mechanism_from_json
+from discreet.dp.selection import Search
 from discreet.errors import EvidenceInvalid, NotReleased, OperationFailed
 from discreet.evidence import note, statement
 from discreet.evidence.log import Log, VerifiedBundle, verify_bundle
-from discreet.evidence.statement import canonical_json, parse_json
+from discreet.evidence.statement import Exposure, canonical_json, parse_json
 from discreet.governance import lineage
 from discreet.record import Digest
-from discreet.report import Exposure, Fact, Logged, Report, Section
+from discreet.report import Fact, Logged, Report, Section
 from discreet.store import Store, write_atomically
 
 FORMAT = "discreet-dossier/v1"
@@ -225,16 +226,19 @@ def _statement(entries: Sequence[Logged], trained: Logged | None) -> tuple[Secti
     if trained is None:
         return ()
     claim = dict(trained.fields["guarantee"])
-    event = _mechanism(claim).event
+    run = _mechanism(claim).event
+    event = Search.from_json(claim["search"]).event(run) if "search" in claim else run
     _check_paid(entries, trained, claim)
     price = accounting.guarantee(event, delta=claim["delta"], relation=claim["relation"], unit=claim["unit"])
     if not claim["epsilon"] >= price.epsilon * (1 - _SLACK):
         raise _disagree(f"epsilon {claim['epsilon']:.6g} claimed, {price.epsilon:.6g} accounted for {claim.get('sampler', 'poisson')} sampling")
-    curve = price.curve(DELTAS)
+    curve = price.curve(DELTAS) if accounting.has_pld(event) else []
     earlier = [_spend(e) for e in entries if e.predicate == "spent"]
     facts = (
         Fact(
-            name="curve", title="Privacy curve, as [delta, epsilon]", value=[[d, e] for d, e in zip(DELTAS, curve, strict=True) if math.isfinite(e)]
+            name="curve",
+            title="Privacy curve, as [delta, epsilon]",
+            value=[[d, e] for d, e in zip(DELTAS[: len(curve)], curve, strict=True) if math.isfinite(e)],
         ),
         Fact(name="recomputed_epsilon", title="Epsilon, computed anew from the sampler that ran", value=price.epsilon),
         Fact(name="accountant", title="Accountant and version", value=f"{price.accountant}, dp-accounting {metadata.version('dp-accounting')}"),

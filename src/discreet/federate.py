@@ -132,7 +132,9 @@ def roster(folder: Path, documents: Sequence[Mapping[str, Any]], *, base: Path, 
         write_atomically(place / "nodes" / f"{name}.pub", (str(each["node"]) + "\n").encode())
     processes.write_credentials(place, host=host)
     shutil.copyfile(place / "ca.crt", folder / "ca.crt")
-    return {"session": session.id, "sites": sorted(by_name), "digest": session.roster.digest, "server": session.roster.server.hex()}
+    agreement = parts.agreement_for(fleets.load_fleet(folder), opened, config.ModelSection.model_validate(first["model"]))
+    said = {"digest": session.roster.digest, "server": session.roster.server.hex(), "binding": parts.binding(session, agreement)}
+    return {"session": session.id, "sites": sorted(by_name), **said}
 
 
 def serve(folder: Path, *, host: str, port: int, timeout: float, observer: Observer) -> dict[str, Any]:
@@ -162,21 +164,26 @@ def serve(folder: Path, *, host: str, port: int, timeout: float, observer: Obser
     return result
 
 
-def attend(folder: Path, *, fleet: Path, superlink: str, observer: Observer) -> dict[str, Any]:
+def attend(folder: Path, *, fleet: Path, superlink: str, observer: Observer, verifier: Sequence[str] = ()) -> dict[str, Any]:
     """Takes part with one site until the session is closed, and returns what the site verified of it.
 
     Args:
         folder: of the site's project.
         fleet: with fleet.toml, roster.json and ca.crt as the coordinator gave them out.
         superlink: host:port of the coordinator.
+        verifier: command line that judges the file `attestation` beside roster.json (`Site.check_attestation`); empty asks for none.
 
     Raises:
         MissingExtra: when flwr is not installed.
+        TermsRefused: when the coordinator's attestation is not accepted.
     """
     processes.tool("flower-supernode")
     site = Site(folder, fleet_folder=fleet)
     place = _flower(site.place)
     try:
+        if verifier:
+            evidence = fleet / "attestation"
+            site.check_attestation(evidence.read_bytes() if evidence.is_file() else b"", verifier=verifier)
         shutil.copyfile(fleet / "ca.crt", place / "ca.crt")
         outcome = site.outcome() or processes.attend(site, place=place, superlink=superlink, observer=observer)
         said = {"valid": outcome["valid"], "failed": outcome["failed"], "rounds": outcome["rounds"], "transcript": outcome["head"]}

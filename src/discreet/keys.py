@@ -204,6 +204,12 @@ class Keyring:
             living = (_keys.c.kind == "subject") & (_keys.c.wrapped != _DESTROYED)
             return [SubjectId(name) for name in tx.execute(select(_keys.c.name).where(living).order_by(_keys.c.name)).scalars()]
 
+    def has_subject(self, subject: SubjectId) -> bool:
+        """Says whether the subject has a key, or had one that was destroyed; makes none."""
+        with self._store.transaction() as tx:
+            named = _keys.c.name.in_((subject, self._tombstone("subject", subject)))
+            return tx.execute(select(_keys.c.name).where(_keys.c.kind == "subject", named)).first() is not None
+
     def close_run(self, run: str) -> None:
         """Destroys the run's key: its noise and sampling can no longer be regenerated. Idempotent."""
         self._destroy("run", run)

@@ -35,12 +35,13 @@ import json
 import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from decimal import Context, Decimal
 from enum import StrEnum
 from functools import lru_cache
+from threading import Event, Lock
 from typing import Any, final
 
 from dp_accounting import ComposedDpEvent, DpEvent, SelfComposedDpEvent
@@ -60,6 +61,9 @@ from discreet.store import Store, metadata, now
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _EXACT = Context(prec=1000)
 """Enough digits to add any two floats as they are written without rounding."""
+
+_TOGETHER = 256
+"""Queries of several threads that are charged in one transaction, at most."""
 
 _ALERTS = (0.5, 0.8, 0.95)
 _DAY = 86400.0
@@ -409,6 +413,16 @@ class _Wanted:
     spend: Spend
 
 
+@dataclass(slots=True, kw_only=True)
+class _Ticket:
+    """One query that waits for its answer."""
+
+    budget: str
+    spend: Spend
+    called: Event = field(default_factory=Event)
+    outcome: Reservation | Exception | None = None
+
+
 class Ledger:
     """The privacy budgets of one project, in its database."""
 
@@ -421,6 +435,8 @@ class Ledger:
         self._store = store
         self._keyring = keyring
         self._log = log
+        self._waiting: deque[_Ticket] = deque()
+        self._mutex, self._is_led = Lock(), False
         if "terms" not in {column["name"] for column in inspect(store.engine).get_columns(_budgets.name)}:
             raise OperationFailed(
                 "a ledger that keeps what each person spent", remedy="It was begun by an older version; begin a new project folder."
@@ -558,7 +574,7 @@ class Ledger:
             return self._charge(tx, [wanted], _take_numbers(tx, name, 1))[0]
 
     def charge(self, name: str, spends: Sequence[Spend], *, snapshot: Snapshot | None = None) -> list[Reservation]:
-        """Charges queries in one transaction, all of them or none. Every call is a new charge.
+        """Charges queries in one transaction, all of them or none. Every call is a new charge; single ones of several threads share a transaction.
 
         Args:
             name: of an open budget.
@@ -570,6 +586,8 @@ class Ledger:
         """
         if not spends:
             raise PlanInvalid("one spend or more", value=0)
+        if snapshot is None and len(spends) == 1:
+            return [self._queued(name, spends[0])]
         with self._store.transaction() as tx:
             number = _take_numbers(tx, name, len(spends))
             population = None
@@ -640,8 +658,12 @@ class Ledger:
             return _of_run(tx, run) is not None
 
     def open_runs(self) -> list[Reservation]:
-        """Returns the reservations of training runs that are not closed."""
-        open_ = (_reservations.c.state != State.CLOSED.value) & _reservations.c.snapshot.is_not(None) & (_reservations.c.kind == Kind.TRAINING.value)
+        """Returns the reservations of training runs, and of searches, that are not closed."""
+        open_ = (
+            (_reservations.c.state != State.CLOSED.value)
+            & _reservations.c.snapshot.is_not(None)
+            & _reservations.c.kind.in_((Kind.TRAINING.value, Kind.SEARCH.value))
+        )
         with self._store.transaction() as tx:
             return [_reservation(tx, row) for row in tx.execute(select(_reservations).where(open_)).all()]
 
@@ -703,18 +725,93 @@ class Ledger:
         """Judges one population's spends one after the other, for every cohort under every budget that binds it, then writes them all from this number on."""
         first = wanted[0]
         people = cohorts.everyone(tx) if first.population is None else cohorts.of_population(tx, first.population)
-        standing, at = _accounts(tx, first.budget, people), now(tx)
-        held = {key: account.rolled(at) for key, account in standing.items()}
+        at = now(tx)
+        held = {key: account.rolled(at) for key, account in _accounts(tx, first.budget, people).items()}
         left: list[float] = []
         for want in wanted:
             held = {key: _judged(account, want, asked=first.budget) for key, account in held.items()}
-            left.append(min(account.remaining_epsilon for (_, budget), account in held.items() if budget == first.budget))
+            left.append(_least(held, first.budget))
+        return self._write(tx, people, held, wanted, left, number)
+
+    def _write(
+        self,
+        tx: Connection,
+        people: Sequence[int],
+        held: Mapping[tuple[int, str], _Account],
+        wanted: Sequence[_Wanted],
+        left: Sequence[float],
+        number: int,
+    ) -> list[Reservation]:
         cohorts.write_accounts(tx, {key: account.to_json() for key, account in held.items()})
         cohorts.add(tx, people, {want.spend.digest: want.spend.content for want in wanted}, Counter(want.spend.digest for want in wanted))
-        rows = [_row(want, number + k, at) for k, want in enumerate(wanted)]
+        rows = [_row(want, number + k, now(tx)) for k, want in enumerate(wanted)]
         tx.execute(_INSERT_RESERVATIONS, rows)
         self._log.append_all(tx, [_reserved(row) for row in rows])
         return [_granted(row, remaining) for row, remaining in zip(rows, left, strict=True)]
+
+    def _queued(self, name: str, spend: Spend) -> Reservation:
+        """Charges one query to everyone, in one transaction with those of other threads that wait meanwhile; each gets its own answer."""
+        ticket = _Ticket(budget=name, spend=spend)
+        with self._mutex:
+            self._waiting.append(ticket)
+            leads, self._is_led = not self._is_led, True
+        if not leads:
+            ticket.called.wait()
+        if ticket.outcome is None:  # the first to come, or the heir of one who led: does the work of all who wait
+            self._lead()
+        if isinstance(ticket.outcome, Reservation):
+            return ticket.outcome
+        raise ticket.outcome or OperationFailed("a reservation that is granted or refused")
+
+    def _lead(self) -> None:
+        with self._mutex:
+            tickets = [self._waiting.popleft() for _ in range(min(len(self._waiting), _TOGETHER))]
+        try:
+            for name in dict.fromkeys(ticket.budget for ticket in tickets):
+                self._answer(name, [ticket for ticket in tickets if ticket.budget == name])
+        finally:
+            with self._mutex:
+                heir = self._waiting[0] if self._waiting else None
+                self._is_led = heir is not None
+            for ticket in tickets:
+                ticket.outcome = ticket.outcome or OperationFailed("a reservation that was not interrupted", remedy="Ask again.")
+                ticket.called.set()
+            if heir is not None:
+                heir.called.set()
+
+    def _answer(self, name: str, tickets: Sequence[_Ticket]) -> None:
+        try:
+            with self._store.transaction() as tx:
+                outcomes = self._charge_each(tx, name, [ticket.spend for ticket in tickets])
+        except Exception as error:  # nothing of the transaction is kept: the answer is the same for all of them
+            outcomes = [error] * len(tickets)
+        for ticket, outcome in zip(tickets, outcomes, strict=True):
+            ticket.outcome = outcome
+
+    def _charge_each(self, tx: Connection, name: str, spends: Sequence[Spend]) -> list[Reservation | Exception]:
+        """Judges spends one after the other; what is refused is left out, what is admitted is written."""
+        people, at = cohorts.everyone(tx), now(tx)
+        held = {key: account.rolled(at) for key, account in _accounts(tx, name, people).items()}
+        refused: dict[int, Exception] = {}
+        left: list[float] = []
+        for place, spend in enumerate(spends):
+            try:
+                held = {key: _judged(account, _query(name, spend, 0, None, None), asked=name) for key, account in held.items()}
+                left.append(_least(held, name))
+            except (BudgetExhausted, PlanInvalid) as error:
+                refused[place] = error
+        admitted = [spend for place, spend in enumerate(spends) if place not in refused]
+        granted: list[Reservation] = []
+        if admitted:
+            number = _take_numbers(tx, name, len(admitted))
+            granted = self._write(tx, people, held, [_query(name, spend, number + k, None, None) for k, spend in enumerate(admitted)], left, number)
+        order = iter(granted)
+        return [refused[place] if place in refused else next(order) for place in range(len(spends))]
+
+
+def _least(held: Mapping[tuple[int, str], _Account], budget: str) -> float:
+    """What is left of a budget for those of its people who have least."""
+    return min(account.remaining_epsilon for (_, name), account in held.items() if name == budget)
 
 
 def affordable_steps(budget: RdpFilter, *, sampling_probability: float, noise_multiplier: float, most: int = 1 << 20) -> int:
@@ -868,6 +965,8 @@ def _alerts(terms: _Terms, remaining: float) -> tuple[str, ...]:
 def _accounts(tx: Connection, name: str, people: Sequence[int]) -> dict[tuple[int, str], _Account]:
     """The accounts that judge a charge to cohorts: those of every budget that binds them, and of the budget that is asked, which counts all that they ever spent."""
     terms = _all_terms(tx)
+    if name not in terms:
+        raise _not_open(name)
     found = {(c, b): _Account.from_json(stored, terms[b]) for (c, b), stored in cohorts.accounts(tx, people).items()}
     return found | {(cohort, name): _replayed(tx, cohort, terms[name]) for cohort in people if (cohort, name) not in found}
 

@@ -15,6 +15,7 @@ Does not cover: more than one machine (federated/), serving itself (serve/), the
 from __future__ import annotations
 
 import csv
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -29,13 +30,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
+import numpy as np
 from sqlalchemy import Column, Connection, String, Table, Text, delete, insert, select
 
 from discreet import config, corpus, model
-from discreet.audit import bounds, extraction, membership
+from discreet.audit import bounds, deployed, extraction, membership, records, risk
 from discreet.audit import canaries as canary
 from discreet.audit import mechanism as rehearsal
 from discreet.audit.canaries import Canaries
+from discreet.audit.external import LooseTradeOff
 from discreet.config import ModelSection, PrivacySection, Project, SourceSection, TrainSection, digest_of
 from discreet.deid import policy as deid
 from discreet.deid.calibrate import samples_of
@@ -60,26 +63,27 @@ from discreet.errors import (
 )
 from discreet.evidence.log import Log
 from discreet.evidence.statement import JSON, Entry, Predicate, Statement
-from discreet.governance import lineage
+from discreet.governance import lineage, residue
 from discreet.governance.access import Access, Action, current_user
 from discreet.governance.catalog import Catalog, RegisteredSource, SourceFiles, subject_id
 from discreet.governance.classify import classify
 from discreet.governance.consent import Consent
 from discreet.governance.erasure import Decision, Erasure, Finding, Identity, Reason, Transcript
 from discreet.keys import Key, Keyring, open_master
-from discreet.ledger import Budget, CloseReason, Ledger, Reservation
+from discreet.ledger import Budget, CloseReason, Kind, Ledger, Reservation
 from discreet.model import Base, PublicText
 from discreet.record import Basis, Deidentified, Digest, Purpose, Record, Release, Sensitivity, Snapshot, SubjectId
 from discreet.serve import gateway
 from discreet.store import Store, metadata, write_atomically
-from discreet.train import loop, optimizers
+from discreet.train import loop, optimizers, parallel
+from discreet.train import search as searching
 from discreet.train.checkpoint import PURPOSE, Checkpoints, CheckpointStore
+from discreet.train.parallel import ALONE, Ranks
 from discreet.train.step import tokenize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import numpy as np
     from numpy.typing import NDArray
     from starlette.applications import Starlette
     from torch import nn
@@ -91,9 +95,14 @@ CONSENT_S = 30.0
 INCONCLUSIVE_RULE = "an audit that could have seen a violation"
 CANARY_SOURCE = "audit-canaries-{count}"
 CONTROL_BATCH = 16
+OF_RECORDS, OF_CHILDREN = 0.1, 0.1
+"""Shares of an audit's level for real records and for deployed children; the rest is the canaries'."""
 RECITED = 40
-SERVED_BATCH = 100
 """Planted canaries that both models are asked to recite."""
+RELEARNT = 16
+"""Public texts that a model relearns from after an erasure."""
+SERVED_BATCH = 100
+"""Requests in one statement of what was served."""
 
 _stages = Table(
     "stages",
@@ -106,6 +115,16 @@ _stages = Table(
 
 class Observer(Protocol):
     """Hears what happens and may show it to the operator: counts and speeds that stay inside, never a text or an identifier."""
+
+    def stage(self, name: str) -> None: ...
+
+    def note(self, line: str) -> None: ...
+
+    def progress(self, task: str, done: int, total: int, figures: Mapping[str, object]) -> None: ...
+
+
+class _Silent:
+    """Hears and says nothing."""
 
     def stage(self, name: str) -> None: ...
 
@@ -127,6 +146,7 @@ class House:
     consent: Consent
     ledger: Ledger
     access: Access
+    ranks: Ranks = ALONE
 
     @property
     def snapshots(self) -> Path:
@@ -152,6 +172,7 @@ def open_house(folder: Path, *, exclusive: bool = True, lost: tuple[str, str] | 
         ConfigInvalid, SourceMissing, KeyUnavailable: when the project cannot be opened.
     """
     project = config.load(folder)
+    deid.check(project.deid)
     project.state.mkdir(mode=0o700, exist_ok=True)
     with _lock(project.state / "lock", exclusive=exclusive):
         store = Store(project.database_url())
@@ -187,6 +208,34 @@ def open_house(folder: Path, *, exclusive: bool = True, lost: tuple[str, str] | 
             store.close()
 
 
+def train_together(folder: Path, observer: Observer) -> dict[str, Any] | None:
+    """`train` on the ranks that torchrun announces: rank 0 does everything that is written, the others compute their share of every step.
+
+    Returns:
+        as `train`; None on every rank but the first.
+
+    Raises:
+        as `open_house` and `train`; torchrun then ends the other ranks.
+    """
+    with parallel.joined(config.load(folder).run.device) as ranks:
+        if ranks.writes:
+            with open_house(folder) as house:
+                return train(dataclasses.replace(house, ranks=ranks), observer)
+        if ranks.follow():
+            with open_house(folder, exclusive=False) as house:
+                _assist(dataclasses.replace(house, ranks=ranks))
+        return None
+
+
+def _assist(house: House) -> None:
+    """What a resumed run does up to its steps: all of it is stored already, so this rank reads it and writes nothing."""
+    silent = _Silent()
+    frozen = ingest(house, silent)
+    run, plan, reservation = _reserve(house, frozen.snapshot)
+    base, folder = load_base(house, frozen.public, silent), house.project.state / "runs" / run
+    _take_steps(house, frozen, run, plan, reservation, base, _public_track(house, base, frozen, folder, silent), lambda _: None)
+
+
 @contextmanager
 def _lock(path: Path, *, exclusive: bool) -> Iterator[None]:
     with path.open("w") as file:
@@ -204,13 +253,14 @@ def _lock(path: Path, *, exclusive: bool) -> Iterator[None]:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What ingest gives: the frozen snapshot of the DP track, public text for the other track, held-out text, and the planted canaries."""
+    """What ingest gives: the frozen snapshot of the DP track, public text for the other track, held-out text, the planted canaries, and the people whom a coin withheld."""
 
     snapshot: Snapshot
     public: PublicText | None
     held_out: PublicText
     canaries: Canaries
     refused: int
+    withheld: Snapshot | None = None
 
 
 def ingest(house: House, observer: Observer) -> Corpus:
@@ -232,11 +282,24 @@ def ingest(house: House, observer: Observer) -> Corpus:
         refused += num_refused
     if not documents["evaluation"]:
         raise ConfigInvalid("a [[source]] with role = 'evaluation': public held-out text", remedy="`discreet init DIR` shows one.")
+    documents["train"], kept_out = _by_coin(house, documents["train"])
     snapshot = _freeze(house, "train", documents["train"])
+    withheld = _freeze(house, "withheld", kept_out) if kept_out else None
     public = _public_text(house, _freeze(house, "public", documents["public"], track=corpus.Track.PUBLIC)) if documents["public"] else None
     held_out = _public_text(house, _freeze(house, "evaluation", documents["evaluation"], track=corpus.Track.PUBLIC))
     observer.note(f"frozen {snapshot.root}; {refused} records refused")
-    return Corpus(snapshot=snapshot, public=public, held_out=held_out, canaries=canaries, refused=refused)
+    return Corpus(snapshot=snapshot, public=public, held_out=held_out, canaries=canaries, refused=refused, withheld=withheld)
+
+
+def _by_coin(house: House, documents: Sequence[Deidentified]) -> tuple[list[Deidentified], list[Deidentified]]:
+    """Parts the people who are trained on from those whom the audit keeps out: a coin for each under the project's key, whatever they wrote and whoever else there is."""
+    key, share = house.keyring.purpose("withheld"), house.project.audit.withheld
+    canaries = {CANARY_SOURCE.format(count=house.project.audit.canaries)}
+
+    def out(document: Deidentified) -> bool:
+        return document.source not in canaries and int.from_bytes(key.mac(document.subject.encode())[:8]) < share * 2**64
+
+    return [each for each in documents if not out(each)], [each for each in documents if out(each)]
 
 
 def _source_documents(house: House, section: SourceSection, observer: Observer, *, generated: bytes | None = None) -> tuple[list[Deidentified], int]:
@@ -248,7 +311,7 @@ def _source_documents(house: House, section: SourceSection, observer: Observer, 
         _refuse_mislabelled(house, source, records)
     admitted, refused = house.consent.admit_all(records, house.project.purpose)
     keys = house.keyring.subjects([each.record.subject for each in admitted])
-    policy = _policy(house)
+    policy = _policy(house, section)
     kept = []
     for number, each in enumerate(admitted, start=1):
         kept.append(deid.deidentify(each, policy, keys[each.record.subject]))
@@ -282,14 +345,56 @@ def confirm_public(house: House, name: str, *, by: str, reason: str) -> None:
     if section is None:
         raise NotFound("a [[source]] of that name in discreet.toml", value=name)
     source = house.catalog.register(house.project, section)
-    fields: dict[str, JSON] = {"rule": "the sample of a public source holds no personal data", "reason": reason, "name": name, "by": by}
+    fields: dict[str, JSON] = {
+        "rule": "the sample of a public source holds no personal data",
+        "reason": for_log(house, reason),
+        "name": name,
+        "by": by,
+    }
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(source.digest,), fields=fields))
 
 
-def _policy(house: House) -> deid.Policy:
-    section = house.project.deid
-    return deid.configured(section.policy, section.thresholds, names=section.names)
+def _policy(house: House, source: SourceSection) -> deid.Policy:
+    return deid.configured(house.project.deid, deid.Channel.TRAINING, source.sensitivity)
+
+
+def for_log(house: House, text: str) -> str:
+    """Returns what a person typed as it may stand in the log: without identifiers."""
+    return deid.redact(text, deid.configured(house.project.deid, deid.Channel.LOG)).text
+
+
+def subject_key(house: House, unit: str) -> tuple[SubjectId, Key]:
+    """Returns a person's pseudonym and key, for stand-ins and tokens outside of the corpus.
+
+    Raises:
+        Forgotten: when they were erased.
+    """
+    house.access.require(Action.RUN, who=current_user())
+    subject = subject_of(house, unit)
+    return subject, house.keyring.subject(subject)
+
+
+def restore_tokens(house: House, unit: str, text: str, *, policy: str) -> tuple[str, int]:
+    """Puts the values of a person's tokens back into a text, and says so in the log, by number. Returns the text and how many were opened.
+
+    Raises:
+        AccessDenied: when whoever asks may not, or nobody else approved it for this person.
+        Forgotten: when the person was erased: nothing opens their tokens any more.
+        NotFound: when the project has no key of theirs.
+    """
+    who, subject = current_user(), subject_of(house, unit)
+    house.access.require(Action.REIDENTIFY, who=who, about=subject)
+    if not house.keyring.has_subject(subject):
+        raise NotFound("a subject of whom this project has tokens")
+    restored, count = deid.restore(text, house.keyring.subject(subject), policy=policy, subject=subject)
+    fields: dict[str, JSON] = {"kind": "re-identification", "action": Action.REIDENTIFY.value, "by": who.name, "policy": policy, "values": count}
+    with house.store.transaction() as tx:
+        digest = Digest("sha256:" + house.keyring.hmac("reidentified", subject.encode()).hex())
+        house.log.append(
+            tx, Statement(predicate=Predicate.ACCESS_GRANTED, subjects=(digest,), fields={**fields, "role": ", ".join(house.access.roles(who))})
+        )
+    return restored, count
 
 
 def _log_deidentified(house: House, source: str, documents: Sequence[Deidentified], policy: deid.Policy) -> None:
@@ -499,10 +604,12 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
             batch_limit=privacy.batch_limit,
             bands=privacy.bands or 0,
             adaptive=_adaptive(privacy),
+            search=searching.declared(house.project.search),
         )
     except ValueError as error:
         raise PlanInvalid.of(error, remedy="See [privacy] in discreet.toml and docs/choosing-unit-and-epsilon.md.") from None
-    optimizers.check(house.project.train, plan)
+    for chosen in searching.candidates(house.project.search):
+        optimizers.check(searching.settings(house.project.train, chosen), plan)
     if plan.delta >= 1 / snapshot.num_units and not plan.allow_large_delta:
         raise PlanInvalid("delta below one over the units really there", value=plan.delta, remedy="Lower [privacy] population or delta.")
     left = budget.remaining_epsilon() if budget else privacy.epsilon
@@ -584,6 +691,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     """
     done = _finished(house, "train")
     if done is not None:
+        house.ranks.announce(False)
         return _close_run(house, done)
     frozen = ingest(house, observer)
     observer.stage("train")
@@ -596,17 +704,16 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     rehearsed = _rehearsed(house, plan, run)
     start = _public_track(house, base, frozen, folder, observer)
     began = time.monotonic()
-    trained = loop.train(
-        plan,
-        frozen.snapshot,
-        house.ledger.spend(reservation),
-        texts=_all_texts(house, frozen.snapshot),
-        setup=_setup(house, base, held_out=frozen.held_out, start=start),
-        run_key=house.keyring.run(run),
-        checkpoints=_checkpoints(house, run),
-        adapter=folder / "adapter",
-        on_step=_while_admitted(house, frozen.snapshot, _shown(observer, "train")),
-    )
+    house.ledger.spend(reservation)
+    house.keyring.run(run)
+    house.ranks.announce(True)
+    on_step = _while_admitted(house, frozen.snapshot, _shown(observer, "train"))
+    chosen: dict[str, Any] = {}
+    if plan.search is None:
+        trained = _take_steps(house, frozen, run, plan, reservation, base, start, on_step)
+    else:
+        won = _search(house, frozen, run, plan, reservation, base, start, on_step)
+        trained, chosen = won.trained, dict(won.chosen)
     moved, trainable = model.moved(base, house.project.model, start=start, adapter=trained.adapter)
     result = {
         "run": run,
@@ -622,9 +729,80 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
         "guarantee": guarantee_fields(plan) | {"privacy_digest": house.project.privacy_digest()},
         "curve": _rounded(trained.curve),
         "mechanism": rehearsed,
+        **({"chosen": chosen} if chosen else {}),
+        "withheld": frozen.withheld.root if frozen.withheld else None,
     }
     _record_training(house, result, reservation)
     return _close_run(house, result)
+
+
+def _search(
+    house: House,
+    frozen: Corpus,
+    run: str,
+    plan: mechanism.Plan,
+    reservation: Reservation,
+    base: Base,
+    start: Path | None,
+    on_step: loop.OnStep,
+) -> searching.Winner:
+    """Tries settings, each a private run under a key of its own, and keeps the best (`train/search.py`)."""
+    section, key = house.project.search, house.keyring.run(run)
+    spent, snapshot = house.ledger.spend(reservation), frozen.snapshot
+    setup, texts = _setup(house, base, held_out=frozen.held_out, start=start), _all_texts(house, snapshot)
+
+    def one(number: int, train_: TrainSection, adapter: Path) -> loop.Trained:
+        return loop.train(
+            plan,
+            snapshot,
+            spent,
+            texts=texts,
+            setup=replace(setup, train=train_),
+            run_key=key.derive("try", number),
+            checkpoints=_checkpoints(house, f"{run}.{number}"),
+            adapter=adapter,
+            on_step=on_step,
+        )
+
+    def score(number: int, trained: loop.Trained) -> float:
+        if plan.search is None or plan.search.score_epsilon is None:
+            return searching.public_score(number, trained)
+        return searching.private_score(plan, section, snapshot, texts, setup, key)(number, trained)
+
+    return searching.search(
+        plan,
+        section,
+        train=house.project.train,
+        run=one,
+        drop=lambda number: _checkpoints(house, f"{run}.{number}").destroy(),
+        score=score,
+        run_key=key,
+        folder=house.project.state / "runs" / run,
+    )
+
+
+def _take_steps(
+    house: House,
+    frozen: Corpus,
+    run: str,
+    plan: mechanism.Plan,
+    reservation: Reservation,
+    base: Base,
+    start: Path | None,
+    on_step: loop.OnStep,
+) -> loop.Trained:
+    return loop.train(
+        plan,
+        frozen.snapshot,
+        house.ledger.spend(reservation),
+        texts=_all_texts(house, frozen.snapshot),
+        setup=_setup(house, base, held_out=frozen.held_out, start=start),
+        run_key=house.keyring.run(run),
+        checkpoints=_checkpoints(house, run),
+        adapter=house.project.state / "runs" / run / "adapter",
+        on_step=on_step,
+        ranks=house.ranks,
+    )
 
 
 def _rehearsed(house: House, plan: mechanism.Plan, run: str) -> list[dict[str, Any]]:
@@ -737,7 +915,7 @@ def _rounded(curve: loop.Curve) -> list[list[float]]:
 
 def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Reservation]:
     """Lines 5 and 6. A run is its configuration on its snapshot; its plan is fixed when it is first reserved."""
-    run = "run-" + digest_of([_run_config(house), snapshot.root]).removeprefix("sha256:")[:12]
+    run = _run_id(house, snapshot)
     _close_abandoned(house, run)
     known = _result(house, f"plan/{run}", "") if house.ledger.has_run(run) else None
     plan = mechanism.plan_from_json(known) if known else _calibrate(house, snapshot)
@@ -753,7 +931,23 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
             if plan.allow_large_delta:
                 fields: dict[str, JSON] = {"rule": "delta < 1 / population", "value": plan.delta, "reason": plan.allow_large_delta, "run": run}
                 house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(plan.digest,), fields=fields))
-    return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run)
+    kind = Kind.TRAINING if plan.search is None else Kind.SEARCH
+    return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run, kind=kind)
+
+
+def _run_id(house: House, snapshot: Snapshot) -> str:
+    """The same configuration on the same snapshot is the same run. Its name is public, so it comes from the configuration and a count, never from the snapshot (PITFALLS 41)."""
+    made = digest_of([_run_config(house), snapshot.root]).removeprefix("sha256:")
+    if house.ledger.has_run(earlier := f"run-{made[:12]}"):  # named before names stopped depending on the snapshot
+        return earlier
+    key = f"run/{made[:24]}"
+    known = _result(house, key, "")
+    if known is None:
+        with house.store.transaction() as tx:
+            number = len(tx.execute(select(_stages.c.name).where(_stages.c.name.startswith("run/"))).all())
+            known = {"run": "run-" + digest_of([_run_config(house), number]).removeprefix("sha256:")[:12]}
+            _record(tx, key, "", known)
+    return str(known["run"])
 
 
 def _refuse_unaffordable(house: House, plan: mechanism.Plan, snapshot: Snapshot) -> None:
@@ -771,6 +965,8 @@ def _record_training(house: House, result: Mapping[str, Any], reservation: Reser
     """Logs the trained model. The snapshot's root stays inside: the statement is public (PITFALLS 41)."""
     fields = {name: result[name] for name in ("run", "base", "adapter", "plan", "guarantee", "steps", "parameters")}
     fields |= {"track": "dp", "reservation": reservation.id, "public_loss": result["curve"]}
+    fields |= {"kind": "preference tuning"} if house.project.train.objective == "preference" else {}
+    fields |= {"kind": "winner of a search", "chosen": result["chosen"]} if "chosen" in result else {}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(Digest(result["adapter"]),), fields=fields))
         artifact = lineage.Artifact(digest=Digest(result["adapter"]), kind=lineage.Kind.MODEL, protects=house.project.privacy.unit)
@@ -801,7 +997,7 @@ def _close_run(house: House, result: Mapping[str, Any]) -> dict[str, Any]:
         fields: dict[str, JSON] = {"run": run, "kind": "noise and sampling"}
         with house.store.transaction() as tx:
             house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(Digest(result["adapter"]),), fields=fields))
-    _checkpoints(house, run).destroy()
+    _destroy_state(house, run)
     return dict(result)
 
 
@@ -818,7 +1014,15 @@ def _abandon(house: House, reservation: Reservation) -> None:
     fields: dict[str, JSON] = {"run": reservation.run, "kind": "noise and sampling", "reason": "abandoned"}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(reservation.plan,), fields=fields))
-    _checkpoints(house, reservation.run).destroy()
+    _destroy_state(house, reservation.run)
+
+
+def _destroy_state(house: House, run: str) -> None:
+    """Destroys the checkpoints of a run and of its tries."""
+    runs = house.project.state / "runs"
+    for folder in (runs / run, *runs.glob(f"{run}.*")):
+        _checkpoints(house, folder.name).destroy()
+    searching.forget(runs / run)
 
 
 def _checkpoints(house: House, run: str) -> Checkpoints:
@@ -854,6 +1058,9 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     observer.note("scored the private model; training the control on canaries alone")
     control = _control(house, base, canaries, observer)
     controlled = _log_likelihoods(house, control, base, canaries) - untouched
+    level, claim = bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))), _claimed_curve(plan)
+    rounded = _children(house, private, base, canaries, untouched, trade_off=claim, level=OF_CHILDREN * level)
+    attacked = _attack(house, trained, base, private, observer, trade_off=claim, level=OF_RECORDS * level)
     found = bounds.verdict(
         scored,
         canaries.included,
@@ -864,10 +1071,11 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
         },
         epsilon=plan.guarantee.epsilon,
         delta=plan.delta,
-        trade_off=accounting.trade_off(plan.event),
+        trade_off=claim,
         fpr=house.project.audit.false_positive_rate,
-        level=bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))),
+        level=(1 - OF_CHILDREN - OF_RECORDS) * level,
         mechanism=[
+            _committed(house, Digest(trained["snapshot"]), canaries),
             bounds.mechanism_layer(
                 accounted_steps=plan.steps, executed_steps=trained["steps"], trainable=trained["parameters"], moved=trained["moved"]
             ),
@@ -875,10 +1083,13 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
                 bounds.Layer(name=each["name"], verdict=bounds.Verdict(each["verdict"]), figures=each["figures"])
                 for each in trained.get("mechanism", ())
             ),
+            *rounded,
+            *(bounds.Layer(name=each["name"], verdict=bounds.Verdict(each["verdict"]), figures={}) for each in attacked["layers"]),
         ],
     )
     observer.note(f"verdict {found.verdict}; asking both models to recite")
-    result = found.to_json() | {"adapter": trained["adapter"], "run": trained["run"], "canaries": len(canaries)}
+    result = found.to_json() | {"adapter": trained["adapter"], "run": trained["run"], "canaries": len(canaries), "level": level}
+    result["records"] = attacked
     result["recitation"] = _recitation(house, base, private, control, canaries) | {
         "exposure": {
             "private": extraction.exposure_counts(scored, canaries.included),
@@ -891,14 +1102,131 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     with house.store.transaction() as tx:
         subject = (Digest(trained["adapter"]),)
         house.log.append(tx, Statement(predicate=Predicate.AUDITED, subjects=subject, fields=_audit_fields(result)))
+        inside: dict[str, JSON] = {"adapter": trained["adapter"], "run": trained["run"], **attacked}
+        house.log.append(tx, Statement(predicate=Predicate.ATTACKED, subjects=subject, fields=inside))
         fields = {"control": f"control of {trained['run']}", "run": trained["run"], "kind": "non-private, canaries only", "reason": "audit done"}
         house.log.append(tx, Statement(predicate=Predicate.CONTROL_DESTROYED, subjects=subject, fields=fields))
         _record(tx, "audit", _config_of(house, "audit"), result)
     return result
 
 
+def _claimed_curve(plan: mechanism.Plan) -> bounds.TradeOff:
+    """The curve of the event where PLD knows it; of a search, that of its (epsilon, delta) alone."""
+    if accounting.has_pld(plan.event):
+        return accounting.trade_off(plan.event)
+    return LooseTradeOff(epsilon=plan.guarantee.epsilon, delta=plan.delta)
+
+
+def _committed(house: House, snapshot: Digest, canaries: Canaries) -> bounds.Layer:
+    """FAIL when the corpus does not hold the canaries that are said to be in, and no other; INCONCLUSIVE when they, or how they are read, were committed to after it was frozen."""
+    committed = canary.commitment(canaries, salt=house.keyring.purpose("canaries").mac(b"commitment"), design=_design(house))
+    when = min((entry.index for entry in house.log.select(Predicate.COMMITTED) if entry.fields["commitment"] == committed), default=None)
+    frozen = min(entry.index for entry in house.log.select(Predicate.FROZEN) if snapshot in entry.subjects)
+    units = corpus.open_snapshot(snapshot, keyring=house.keyring, folder=house.snapshots).units.reveal()
+    found = [subject_of(house, each.name) in units for each in canaries]
+    early, right = when is not None and when < frozen, found == canaries.included
+    figures = {"canaries": len(canaries), "committed_before_freezing": early, "planted_as_committed": right}
+    said = bounds.Verdict.FAIL if not right else bounds.Verdict.PASS if early else bounds.Verdict.INCONCLUSIVE
+    return bounds.Layer(name="canaries as committed", verdict=said, figures=figures)
+
+
 def _log_likelihoods(house: House, module: nn.Module, base: Base, canaries: Canaries) -> NDArray[np.float64]:
     return membership.log_likelihoods(module, base.tokenizer, canaries.texts, token_budget=house.project.run.token_budget)
+
+
+def _children(
+    house: House,
+    private: nn.Module,
+    base: Base,
+    canaries: Canaries,
+    untouched: NDArray[np.float64],
+    *,
+    trade_off: bounds.TradeOff,
+    level: float,
+) -> list[bounds.Layer]:
+    """Audits the model as it will be deployed, with the same canaries."""
+    kinds, found = house.project.audit.deployed, []
+    for kind, child in deployed.children(private, kinds):
+        scored = _log_likelihoods(house, child, base, canaries) - untouched
+        fpr = house.project.audit.false_positive_rate
+        found.append(deployed.layer(kind, scored, canaries.included, trade_off=trade_off, fpr=fpr, level=level / len(kinds)))
+    return found
+
+
+def _attack(
+    house: House, trained: Mapping[str, Any], base: Base, private: nn.Module, observer: Observer, *, trade_off: bounds.TradeOff, level: float
+) -> dict[str, Any]:
+    """Layers 3 and 4 on the records of those who were trained on and of those whom the coin withheld; and the most exposed, without names. All of it stays inside."""
+    rules = house.project.audit
+    if trained.get("withheld") is None:
+        said = bounds.Verdict.INCONCLUSIVE
+        layers = [bounds.Layer(name=name, verdict=said, figures={"withheld": rules.withheld}).to_json() for name in records.NAMES]
+        return {"layers": layers, "people": [], "roc": {}}
+    observer.note("attacking real records")
+    found = records.attack(_attacked(house, trained), _means(house, base, private, observer), trade_off=trade_off, level=level)
+    exposed = risk.ranked(found.scores, found.members, trade_off=trade_off) if len(found.scores) else []
+    return {
+        "layers": [layer.to_json() for layer in found.layers],
+        "people": [each.figures() for each in exposed],
+        "roc": {name: [list(point) for point in points] for name, points in found.roc.items()},
+    }
+
+
+def _attacked(house: House, trained: Mapping[str, Any]) -> records.Attacked:
+    """At most `[audit] people` on each side, chosen by a keyed hash, with two records each."""
+    key, planted = house.keyring.purpose("attacked"), {subject_of(house, each.name) for each in plant_canaries(house)}
+    rows: list[tuple[str, str, bool]] = []
+    for root, inside in ((trained["snapshot"], True), (trained["withheld"], False)):
+        snapshot = corpus.open_snapshot(Digest(root), keyring=house.keyring, folder=house.snapshots)
+        units = {subject: positions for subject, positions in snapshot.units.reveal().items() if subject not in planted}
+        chosen = sorted(units, key=lambda subject: key.mac(subject.encode()))[: house.project.audit.people]
+        where = [(subject, position) for subject in chosen for position in units[subject][:2]]
+        texts = corpus.texts(snapshot, [position for _, position in where], house.keyring)
+        rows += [(text, subject, inside) for text, (subject, _) in zip(texts, where, strict=True)]
+    return records.Attacked(texts=[row[0] for row in rows], subjects=[row[1] for row in rows], members=np.array([row[2] for row in rows]))
+
+
+def _means(house: House, base: Base, private: nn.Module, observer: Observer) -> records.Means:
+    """What the attacker has: the base, adapters trained on public text alone, public beginnings."""
+    rules, held_out = house.project.audit, _frozen_public(house, "evaluation")
+    key = house.keyring.purpose("attack")
+    return records.Means(
+        module=private,
+        reference=base.module,
+        tokenizer=base.tokenizer,
+        key=key.stream("draws"),
+        references=_references(house, base, held_out, key, observer),
+        population=held_out,
+        neighbours=rules.neighbours,
+        prompts=[" ".join(held_out[number % len(held_out)].split()[: 4 + number % 5]) for number in range(rules.answers)],
+        token_budget=min(512, house.project.run.token_budget),
+    )
+
+
+def _references(house: House, base: Base, held_out: Sequence[str], key: Key, observer: Observer) -> list[nn.Module]:
+    """Reference adapters of the audited kind, each on a random half of the project's public text: never on a sensitive record (PITFALLS 38). They live in memory only."""
+    text, made = _frozen_public(house, "public"), []
+    for number in range(house.project.audit.references if text else 0):
+        coins = key.stream("half", number).bytes(len(text))
+        half = PublicText.of(
+            [each for each, coin in zip(text, coins, strict=True) if coin & 1][:128], sensitivity=Sensitivity.PUBLIC, basis=Basis.CONSENT
+        )
+        setup = _setup(house, base, held_out=PublicText(tuple(held_out[:1])), evaluations=1)
+        steps = -(-len(half.texts) // CONTROL_BATCH)
+        made.append(
+            loop.fit(
+                half, setup=setup, steps=steps, batch=CONTROL_BATCH, order=key.stream("order", number), on_step=_shown(observer, "reference")
+            ).module
+        )
+    return made
+
+
+def _frozen_public(house: House, name: str) -> tuple[str, ...]:
+    """Texts of the public snapshot that was frozen last under this name; none when there is no such."""
+    roots = [entry.subjects[0] for entry in house.log.select(Predicate.FROZEN) if entry.fields["name"] == name]
+    if not roots:
+        return ()
+    return _public_text(house, corpus.open_snapshot(roots[-1], keyring=house.keyring, folder=house.snapshots)).texts
 
 
 def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module, canaries: Canaries) -> dict[str, Any]:
@@ -1043,7 +1371,13 @@ def override_inconclusive(house: House, *, by: str, reason: str) -> None:
         raise PlanInvalid("an INCONCLUSIVE audit to override", value=audited["verdict"], remedy="PASS needs no override, FAIL admits none.")
     if not by.strip() or not reason.strip():
         raise PlanInvalid("the name and the reason of whoever overrides", remedy="Give --by and --reason.")
-    fields: dict[str, JSON] = {"rule": INCONCLUSIVE_RULE, "value": audited["verdict"], "reason": reason, "run": audited["run"], "by": by}
+    fields: dict[str, JSON] = {
+        "rule": INCONCLUSIVE_RULE,
+        "value": audited["verdict"],
+        "reason": for_log(house, reason),
+        "run": audited["run"],
+        "by": by,
+    }
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(Digest(audited["adapter"]),), fields=fields))
 
@@ -1120,6 +1454,7 @@ def gateway_app(house: House, served: Served, *, api_key_hash: str) -> Starlette
         adapter=released.adapter,
         key=house.keyring.purpose("gateway"),
         api_key_hash=api_key_hash,
+        policy=deid.configured(house.project.deid, deid.Channel.PROMPT),
         on_served=served.count,
         limits=gateway.Limits(max_request_bytes=serving.max_request_bytes, max_new_tokens=serving.max_new_tokens),
     )
@@ -1177,9 +1512,10 @@ NO_SUBJECTS: Mapping[str, str] = {
     "cohorts": "HMACs of pseudonyms under a key of their own, which have to outlive the erasure: a budget is not refunded",
     "cli": "text that the operator asked to have redacted, where they said",
     "config": "parameters that the operator wrote",
-    "deid.scan": "the automaton of the public expressions",
+    "deid.scan": "compiled patterns, in the user's cache",
     "demo": "generated people, written as the project's sources: `sources` is their store",
     "dossier": "computed from the log",
+    "derived": "text that a released model wrote: a node of the lineage below the model, decided with it",
     "duties": "public keys, where the operator said",
     "federate": "the rosters and terms of a fleet",
     "federated.processes": "certificates, keys of nodes, the relay app",
@@ -1194,9 +1530,11 @@ NO_SUBJECTS: Mapping[str, str] = {
     "ledger": "budgets under pseudonyms by HMAC, which have to outlive the erasure: a budget is not refunded",
     "model": "weights and base models: decided by the machine itself, `models decided`",
     "pipeline": "digests, parameters and curves on public text; releases are weights",
+    "redaction": "text that the operator asked to have redacted, where they said",
     "report": "computed from the log",
     "serve.trail": "roll-ups of a gateway: digests and counts by label, never text or users",
     "serve.gateway": "a private copy of released weights while it serves",
+    "train.search": "which settings were tried and their scores, sealed under the run's key and gone when it closes",
     "store": "the database itself: compacted by the machine, with its write-ahead log",
 }
 """Modules that write files or tables and are no store of the tuple below, each with the reason. An architecture test holds that there is no third kind."""
@@ -1267,7 +1605,7 @@ class _ProjectModels:
 
     def test(self, subject: SubjectId, digest: Digest) -> Finding:
         """Compares the subject's frozen text with the same text under other stand-ins, which nobody trained on: under the null they are exchangeable, so the rank is an
-        exact test. 39 twins first; only a text that beats them all is looked at again among 999, so that one erasure in five hundred is a false alarm."""
+        exact test. 39 twins first; only a text that beats them all is looked at again among 999, so that one test in five hundred is a false alarm. What is not exposed is tested once more after a few steps on public text: relearning brings back what is merely covered."""
         adapter = next(
             (p for p in sorted((self._house.project.state / "runs").glob("*/adapter")) if _adapter_digest(p) == digest),
             None,
@@ -1279,9 +1617,13 @@ class _ProjectModels:
             base = load_base(self._house, None, Silent())
         except NotFound:  # the weights are there, what they were trained on is not: nobody can be asked
             return Finding.NO_POWER
-        private = model.load_adapter(base, adapter)
+        found = self._ranked(subject, own, base, model.load_adapter(base, adapter))
+        relearnt = _relearnt(self._house, base, adapter) if found is Finding.NOT_EXPOSED else None
+        return found if relearnt is None else self._ranked(subject, own, base, relearnt)
+
+    def _ranked(self, subject: SubjectId, own: Sequence[_Own], base: Base, module: nn.Module) -> Finding:
         for twins in (39, 999):
-            rank = _rank_among_twins(self._house, subject, own, base, private, twins=twins)
+            rank = _rank_among_twins(self._house, subject, own, base, module, twins=twins)
             if rank is None:
                 return Finding.NO_POWER
             if rank > 0:
@@ -1317,30 +1659,45 @@ def _transcript(guarantee: Mapping[str, Any] | None) -> Transcript:
     return Transcript(**{name: guarantee[name] for name in names}) if guarantee else Transcript()
 
 
-def _own_texts(house: House, subject: SubjectId) -> list[tuple[str, Mapping[str, tuple[str, ...]]]]:
+_Own = tuple[str, Mapping[str, tuple[str, ...]], deid.Policy]
+"""A text, the identifiers that it is known to be about, and the policy of its source."""
+
+
+def _own_texts(house: House, subject: SubjectId) -> list[_Own]:
     """What the sensitive training sources say about a subject now."""
     sections = [section for section in house.project.source if section.role == "train"]
     try:
         found = [house.catalog.texts_of(house.catalog.register(house.project, section), subject) for section in sections]
     except SourceChanged:  # a restored database beside rewritten files: what was trained on can no longer be told
         return []
-    return [(text.reveal(), known.reveal()) for of_source in found for _, text, known in of_source]
+    policies = [_policy(house, section) for section in sections]
+    return [(text.reveal(), known.reveal(), policy) for of_source, policy in zip(found, policies, strict=True) for _, text, known in of_source]
+
+
+def _relearnt(house: House, base: Base, adapter: Path) -> nn.Module | None:
+    """The adapter after a few steps on the project's public text, in memory only; None where there is none. No sensitive record is read (PITFALLS 38)."""
+    texts = _frozen_public(house, "public")[:RELEARNT]
+    if not texts:
+        return None
+    public = PublicText.of(texts, sensitivity=Sensitivity.PUBLIC, basis=Basis.CONSENT)
+    setup = _setup(house, base, held_out=PublicText(public.texts[:1]), start=adapter, evaluations=1)
+    order = house.keyring.purpose("relearning").stream("order")
+    return loop.fit(public, setup=setup, steps=-(-len(texts) // 4), batch=4, order=order).module
 
 
 def _rank_among_twins(
     house: House,
     subject: SubjectId,
-    own: Sequence[tuple[str, Mapping[str, tuple[str, ...]]]],
+    own: Sequence[_Own],
     base: Base,
     module: nn.Module,
     *,
     twins: int,
 ) -> int | None:
     """Returns how many of `twins` the module prefers to the subject's own text; None when stand-ins make no difference."""
-    policy = _policy(house)
 
     def frozen(key: Key) -> list[str]:
-        return [deid.redact(text, policy, known=known, key=key).text for text, known in own]
+        return [deid.redact(text, policy, known=known, key=key).text for text, known, policy in own]
 
     mine = frozen(house.keyring.subject(subject))
     others = [frozen(Key.random()) for _ in range(twins)]
@@ -1470,11 +1827,14 @@ def drill(house: House) -> dict[str, Any]:
     return {"certificate": outcome["certificate"], "stores": outcome["stores"], "seconds": round(time.monotonic() - began, 2), "left": []}
 
 
-def remains(house: House, needles: Sequence[str]) -> list[str]:
-    """Returns the files of the project's state that hold one of `needles`: raw bytes, and every living document decoded."""
-    wanted = [needle.encode() for needle in needles]
-    files = [path for path in sorted(house.project.state.rglob("*")) if path.is_file() and not path.is_symlink()]
-    found = [str(path.relative_to(house.project.state)) for path in files if any(needle in path.read_bytes() for needle in wanted)]
+def remains(house: House, needles: Sequence[str], *, tokens: Sequence[Sequence[int]] = ()) -> list[str]:
+    """Returns the files of the project's state that hold something of somebody (`governance.residue`), every living document decoded among them.
+
+    Args:
+        needles: their texts and identifiers.
+        tokens: their texts as token ids.
+    """
+    found = residue.find(house.project.state, needles, tokens=tokens)
     for root in sorted(house.snapshots.glob("*")) if house.snapshots.is_dir() else []:
         if len(root.name) == 64:
             snapshot = corpus.open_snapshot(Digest(f"sha256:{root.name}"), keyring=house.keyring, folder=house.snapshots)
@@ -1544,7 +1904,7 @@ def update(house: House, observer: Observer) -> dict[str, Any]:
     """Takes in what became of the sources: new records, the same ledger, training, audit and release anew; warns when the audit sees more than before.
 
     Raises:
-        BudgetExhausted, NotReleased: as the stages do.
+        BudgetExhausted, NotReleased: as the stages do. What was released before is served on when no new model came to be.
     """
     house.access.require(Action.RUN, who=current_user())
     before = house.log.select(Predicate.AUDITED)
@@ -1552,11 +1912,20 @@ def update(house: House, observer: Observer) -> dict[str, Any]:
     for section in house.project.source:
         if section.name in again:
             house.catalog.register_again(house.project, section)
-    if again:
-        with house.store.transaction() as tx:
-            for name in STAGES[1:]:
-                tx.execute(delete(_stages).where(_stages.c.name == name, _stages.c.config == _config_of(house, name)))
-    outcome = run(house, until=None, observer=observer)
+    configs = {name: _config_of(house, name) for name in STAGES[1:]} if again else {}
+    with house.store.transaction() as tx:
+        done = [tx.execute(select(_stages).where(_stages.c.name == name, _stages.c.config == made)).one_or_none() for name, made in configs.items()]
+        for name, made in configs.items():
+            tx.execute(delete(_stages).where(_stages.c.name == name, _stages.c.config == made))
+    try:
+        outcome = run(house, until=None, observer=observer)
+    except BaseException:
+        if _result(house, "train", configs.get("train", "")) is None:
+            with house.store.transaction() as tx:
+                for row in done:
+                    if row is not None:
+                        tx.execute(insert(_stages).values(**row._mapping))
+        raise
     bound = outcome["audit"]["epsilon_lower"]
     earlier = before[-1].fields["epsilon_lower"] if before else None
     rising = earlier is not None and bound > earlier
@@ -1682,9 +2051,9 @@ class Silent:
 def _run_config(house: House) -> str:
     """What identifies the computed result: everything but [run], [release] and [serve]."""
     project = house.project
-    sections = (project.privacy, project.model, project.train, project.budget, project.deid)
+    sections = (project.privacy, project.model, project.train, project.budget, project.deid, *([project.search] if project.search.declared else []))
     return digest_of(
-        [project.audit.canaries]
+        [project.audit.canaries, *([project.audit.withheld] if project.audit.withheld else [])]
         + [section.model_dump(mode="json") for section in sections]
         + [section.model_dump(mode="json") for section in project.source]
     )

@@ -22,7 +22,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -33,7 +32,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from discreet.evidence.log import Log
-from discreet.evidence.statement import Predicate
+from discreet.evidence.statement import Exposure, Predicate
 from discreet.store import write_atomically
 
 SCHEMA = "urn:discreet:report:v1"
@@ -56,14 +55,6 @@ class Logged(Protocol):
 
     @property
     def time(self) -> str: ...
-
-
-class Exposure(StrEnum):
-    """Who may see a fact."""
-
-    PUBLIC = "public"
-    DP_RELEASED = "dp-released"
-    INTERNAL = "internal"
 
 
 @final
@@ -159,6 +150,7 @@ def build(entries: Iterable[Logged], *, run: str | None = None, checkpoint: str 
         _budget(log, chosen),
         _training(log, trained),
         _audit(audited, guarantee),
+        _attacked(log.last("attacked", adapter=adapter) if adapter else None),
         _release(decision),
         _records(log),
         _deid(log),
@@ -177,8 +169,20 @@ def render_html(report: Report) -> str:
     """Returns the report as one HTML page: one inline stylesheet, inline SVG, no script, nothing loaded from elsewhere."""
     page = _templates().get_template("report.html")
     style = Markup(stylesheet())  # noqa: S704 - our own file, no input in it
-    drawn = {"curves": _curves(report), "roc": _attack(report), "exposure": _exposure(report), "ceiling": _ceiling(report)}
-    return page.render(report=report, style=style, **drawn)
+    drawn = dict.fromkeys(("curves", "roc", "exposure", "ceiling", "people_roc")) | charts(report)
+    return page.render(report=report, style=style, rates=_rates(report), **drawn)
+
+
+def charts(report: Report) -> dict[str, _Chart]:
+    """Returns the charts that the report has something for, by name, as `plot.save` draws them: curves, roc, exposure, ceiling, people_roc."""
+    drawn = {
+        "curves": _curves(report),
+        "roc": _attack(report),
+        "exposure": _exposure(report),
+        "ceiling": _ceiling(report),
+        "people_roc": _people(report),
+    }
+    return {name: chart for name, chart in drawn.items() if chart is not None}
 
 
 def of(log: Log, *, run: str | None = None) -> Report:
@@ -415,6 +419,10 @@ def _deid(log: _Log) -> Section:
     return Section(name="deidentification", title="What is left of the person before training", facts=facts)
 
 
+def _search(declared: Mapping[str, Any] | None) -> str | None:
+    return None if declared is None else f"{declared['tries']}, {declared['mean']:g}"
+
+
 _SAMPLERS = {
     "poisson": "Poisson: each unit takes part in each step independently",
     "truncated_poisson": "truncated Poisson: each unit independently, and of too many a public number, chosen uniformly",
@@ -439,7 +447,7 @@ def _statement(guarantee: Mapping[str, Any]) -> Section:
         ("unit", "Privacy unit", unit),
         ("relation", "Neighbouring data sets", get("relation")),
         ("cap", f"Documents of one {unit} in one step", get("cap")),
-        ("population", f"Population: number of {unit}s that the plan was made for, canaries counted", get("population"), Exposure.INTERNAL),
+        ("population", f"Population: number of {unit}s that the plan was made for, a public figure", get("population")),
         ("mechanism", "Mechanism", f"DP-SGD: per-{unit} gradients clipped, summed, {noise} added once a step"),
         ("clip_norm", clip, get("clip_norm")),
         ("noise_multiplier", "Noise multiplier", get("noise_multiplier")),
@@ -447,6 +455,7 @@ def _statement(guarantee: Mapping[str, Any]) -> Section:
         ("sampling_probability", "Sampling probability", get("sampling_probability")),
         ("expected_batch", "Expected units in a step", get("expected_batch")),
         ("steps", "Steps", get("steps")),
+        ("search", "Search for settings, charged as a whole: how the number of tries came about, and its mean", _search(get("search"))),
         ("accountant", "Accountant of the figure above", get("accountant")),
         ("filter_epsilon", "Epsilon that the budget's filter was charged", get("filter_epsilon")),
         (
@@ -555,6 +564,19 @@ def _audit(audited: Logged | None, guarantee: Mapping[str, Any]) -> Section:
         ("recitation", "Recitation", dict(fields.get("recitation") or {}), released),
     )
     return Section(name="audit", title="The audit: does it hold?", facts=facts)
+
+
+def _attacked(attacked: Logged | None) -> Section:
+    """What the attacks on real records found: all of it internal."""
+    if attacked is None:
+        return Section(name="attack", title="", facts=())
+    fields, inside = attacked.fields, Exposure.INTERNAL
+    facts = _facts(
+        ("layers", "Layers", [dict(layer) for layer in fields.get("layers") or []], inside),
+        ("people", "Most exposed, without names", [dict(each) for each in fields.get("people") or []], inside),
+        ("roc", "Attacks by person", {name: _points(fields["roc"], name) for name in fields.get("roc") or {}}, inside),
+    )
+    return Section(name="attack", title="Attacks on real records, and the people most exposed", facts=facts)
 
 
 def _release(decision: Logged | None) -> Section:
@@ -678,6 +700,29 @@ def _attack(report: Report) -> _Chart | None:
     ]
     chart = _chart("The attack against the claim", "false positive rate", "true positive rate", [line for line in lines if line[2]], unit_square=True)
     return chart and replace(chart, forbidden=f"{chart.series[0].path} {_LEFT},{_TOP}")
+
+
+def _people(report: Report) -> _Chart | None:
+    """The attacks on real records against what the claim allows; internal, so absent from the public report."""
+    chosen = {name: points for name, points in (report.section("attack").get("roc") or {}).items() if name in ("reference", "min-k++", "rmia")}
+    claimed = _allowed_gaussian(_figures(report.section("audit"), "curve test").get("claimed"))
+    styles = ("private", "control", "chance")
+    lines = [
+        ("most that the claim allows", "claim", claimed),
+        *((name, styles[place], points) for place, (name, points) in enumerate(chosen.items())),
+    ]
+    chart = (
+        _chart("Attacks on real records, by person", "false positive rate", "true positive rate", lines, unit_square=True)
+        if chosen and claimed
+        else None
+    )
+    return chart and replace(chart, forbidden=f"{chart.series[0].path} {_LEFT},{_TOP}")
+
+
+def _rates(report: Report) -> list[dict[str, Any]]:
+    """The table of the attacks by person: area and rate at 1 %, each with its limits and what the claim allows."""
+    found = _figures(report.section("attack"), "records: membership").get("by_subject") or {}
+    return [{"name": name, **each, "first": each["rates"][0]} for name, each in found.items()]
 
 
 def _exposure(report: Report) -> _Chart | None:

@@ -40,7 +40,7 @@ _ADVISORY_LOCK = 0x0D15C8EE7
 _PATIENCE_S = 5.0
 """How long compacting waits for readers of the moment."""
 _LOCK_PATIENCE_S = 30.0
-_NOW = "discreet_now"
+_NOW, _WRITES = "discreet_now", "discreet_writes"
 
 CLOCK_TOLERANCE_S = 5.0
 
@@ -81,9 +81,9 @@ class Store:
         try:
             with self.engine.begin() as connection:
                 connection.info.pop(_NOW, None)
-                before = self._written(connection)
                 if not self._is_sqlite:
                     connection.exec_driver_sql(f"SET LOCAL synchronous_commit = off; SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})")
+                before = self._written(connection)
                 yield connection
                 wrote = self._written(connection) != before
             if wrote:
@@ -98,10 +98,10 @@ class Store:
             raise
 
     def _written(self, connection: Connection) -> object:
-        """What differs when the transaction has written something: rows changed so far, or the transaction's number."""
+        """What differs when the transaction has written something: rows changed so far, or in PostgreSQL statements that were no plain queries."""
         if self._is_sqlite:
             return connection.connection.dbapi_connection.total_changes  # type: ignore[union-attr]  # SQLAlchemy types the driver's connection loosely
-        return connection.exec_driver_sql("SELECT pg_current_xact_id_if_assigned()").scalar_one()
+        return connection.info.get(_WRITES, 0)
 
     def _flush(self) -> None:
         """Waits until the disk has everything that was committed.
@@ -184,7 +184,14 @@ _SET_CLOCK = update(_clock).values(latest=bindparam("current"))
 
 def _engine(url: str, backend: str) -> Engine:
     if backend == "postgresql":
-        return create_engine(url, pool_pre_ping=True, hide_parameters=True)
+        server = create_engine(url, pool_pre_ping=True, hide_parameters=True)
+
+        @event.listens_for(server, "before_cursor_execute")
+        def _count(connection, _cursor, statement, _parameters, _context, _many) -> None:  # type: ignore[no-untyped-def]  # SQLAlchemy's hook
+            if not statement.startswith("SELECT"):
+                connection.info[_WRITES] = connection.info.get(_WRITES, 0) + 1
+
+        return server
     database = make_url(url).database
     if database and database != ":memory:":
         Path(database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)

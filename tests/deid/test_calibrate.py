@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from scipy.stats import binom
 
+from discreet.config import DeidSection
 from discreet.deid.calibrate import Sample, calibrate, clopper_pearson, samples_of
 from discreet.deid.patterns import Label
 from discreet.deid.policy import configured, redact
@@ -60,9 +61,9 @@ def test_bad_samples_are_refused_without_their_text() -> None:
 
 
 def test_a_threshold_becomes_part_of_the_policy() -> None:
-    plain, strict = configured("label", {}), configured("label", {"EMAIL": 0.99})
+    plain, strict = configured(DeidSection(policy="label")), configured(DeidSection(policy="label", thresholds={"EMAIL": 0.99}))
     assert plain.digest != strict.digest
     assert "[EMAIL]" in redact("write to a@mail.example.org now", plain).text
     assert "[EMAIL]" not in redact("write to a@mail.example.org now", strict).text
     with pytest.raises(ConfigInvalid, match="PERSON"):
-        configured("label", {"NOBODY": 0.5})
+        configured(DeidSection(policy="label", thresholds={"NOBODY": 0.5}))

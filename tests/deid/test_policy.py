@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from discreet.config import DeidSection
 from discreet.deid.operators import Operator, date_offset
 from discreet.deid.patterns import PATTERNS, Label
-from discreet.deid.policy import BUILTIN, Channel, Names, Policy, builtin, configured, deidentify, find, protect, redact
+from discreet.deid.policy import BUILTIN, Channel, Names, Policy, builtin, check, configured, deidentify, find, protect, redact, restore
 from discreet.deid.vault import Vault
 from discreet.errors import ConfigInvalid, DiscreetError, RequestInvalid
 from discreet.keys import Key
@@ -160,7 +161,7 @@ def test_digest_changes_with_every_part() -> None:
 def test_keep_and_token() -> None:
     policy = Policy(
         name="mine",
-        channel=Channel.LOG,
+        channel=Channel.ARCHIVE,
         operators=dict.fromkeys(Label, Operator.KEEP) | {Label.MRN: Operator.TOKEN, Label.PHONE: Operator.MASK},
     )
     out = redact(NOTE, policy, key=KEY)
@@ -175,7 +176,7 @@ def test_policies_are_checked_when_made() -> None:
     with pytest.raises(ConfigInvalid, match="SECRET"):
         Policy(name="x", channel=Channel.LOG, operators={k: v for k, v in full.items() if k is not Label.SECRET})
     with pytest.raises(ConfigInvalid, match="shift"):
-        Policy(name="x", channel=Channel.LOG, operators=full | {Label.PERSON: Operator.SHIFT})
+        Policy(name="x", channel=Channel.TRAINING, operators=full | {Label.PERSON: Operator.SHIFT})
     with pytest.raises(ConfigInvalid, match="vault"):
         Policy(name="x", channel=Channel.TRAINING, operators=full | {Label.PERSON: Operator.VAULT})
 
@@ -217,7 +218,7 @@ def test_redact_uses_the_model_unless_told_otherwise() -> None:
 
 
 def test_the_model_and_its_weights_are_part_of_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
-    rules, model = configured("label", {}, names="rules"), configured("label", {})
+    rules, model = configured(DeidSection(policy="label", names="rules")), configured(DeidSection(policy="label"))
     assert model.digest == BUILTIN["label"].digest
     assert model.digest != rules.digest
     before = model.digest
@@ -226,8 +227,8 @@ def test_the_model_and_its_weights_are_part_of_the_digest(monkeypatch: pytest.Mo
 
 
 def test_the_model_is_used_on_the_training_path_unless_told_otherwise() -> None:
-    assert "Brzezicki" not in deidentify(admitted(STRANGE), configured("label", {}), KEY).text.reveal()
-    assert "Brzezicki" in deidentify(admitted(STRANGE), configured("label", {}, names="rules"), KEY).text.reveal()
+    assert "Brzezicki" not in deidentify(admitted(STRANGE), configured(DeidSection(policy="label")), KEY).text.reveal()
+    assert "Brzezicki" in deidentify(admitted(STRANGE), configured(DeidSection(policy="label", names="rules")), KEY).text.reveal()
 
 
 def test_what_was_read_before_does_not_change_what_the_model_finds() -> None:
@@ -237,11 +238,83 @@ def test_what_was_read_before_does_not_change_what_the_model_finds() -> None:
 
 
 def test_thresholds_of_zero_and_one_are_taken() -> None:
-    from discreet.config import DeidSection
-
     section = DeidSection.model_validate({"thresholds": {"PERSON": 1.0, "DATE": 0.0}, "names": "model"})
-    policy = configured(section.policy, section.thresholds, names=section.names)
+    policy = configured(section)
     assert policy.thresholds == {Label.PERSON: 1.0, Label.DATE: 0.0}
     for wrong in (-0.1, 1.1):
         with pytest.raises(ValueError):
             DeidSection.model_validate({"thresholds": {"PERSON": wrong}})
+
+
+def channels(text: str) -> DeidSection:
+    import tomllib
+
+    return DeidSection.model_validate(tomllib.loads(text))
+
+
+def test_operators_by_channel_sensitivity_and_label() -> None:
+    section = channels(
+        "policy = 'label'\n[operators.training.any]\nMRN = 'mask'\n[operators.training.special]\nMRN = 'redact'\nDATE = 'generalise'\n[operators.log.any]\nMRN = 'label'\n"
+    )
+    check(section)
+    said = {
+        sensitivity: redact(NOTE, configured(section, Channel.TRAINING, sensitivity)).text
+        for sensitivity in (Sensitivity.PERSONAL, Sensitivity.SPECIAL)
+    }
+    assert "MRN *********) on [DATE]" in said[Sensitivity.PERSONAL]
+    assert "born 1977, MRN [REDACTED]) on 2022" in said[Sensitivity.SPECIAL]
+    assert "MRN [MRN]) on [REDACTED]" in redact(NOTE, configured(section, Channel.LOG)).text
+    assert "<MRN_" in protect(NOTE, Vault(KEY, "c"), policy=configured(section, Channel.PROMPT)).text
+    digests = {configured(section, channel, sensitivity).digest for channel in Channel for sensitivity in (Sensitivity.PERSONAL, Sensitivity.SPECIAL)}
+    assert len(digests) == 6, "what is changed differs by sensitivity, prompt and archive do not"
+    assert configured(DeidSection()).digest == BUILTIN["surrogate"].digest
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("[operators.trainig.any]\nMRN = 'mask'", "training"), ("[operators.training.speciall]\nMRN = 'mask'", "special"), ("[operators.training.any]\nPERSN = 'mask'", "PERSON"),
+        ("[operators.training.any]\nMRN = 'maks'", "mask"), ("[thresholds]\nPHON = 0.5", "PHONE"),
+    ],
+)  # fmt: skip
+def test_what_is_not_known_is_refused_with_the_nearest(text: str, near: str) -> None:
+    with pytest.raises(ConfigInvalid, match=f"Did you mean '{near}'"):
+        check(channels(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("[operators.log.any]\nMRN = 'mask'", "channel log"), ("[operators.log.any]\nMRN = 'keep'", "training.internal. hides"), ("[operators.prompt.any]\nMRN = 'keep'", "hides"),
+        ("[operators.training.special]\nORG = 'keep'", "training.personal. hides"), ("[operators.training.any]\nMRN = 'token'", "reversible"), ("[operators.training.any]\nMRN = 'vault'", "vault"),
+        ("[operators.archive.any]\nMRN = 'keep'", "hides"), ("[operators.training.any]\nMRN = 'shift'", "shift"),
+    ],
+)  # fmt: skip
+def test_prompts_and_logs_are_never_laxer(text: str, rule: str) -> None:
+    with pytest.raises(ConfigInvalid, match=rule):
+        check(channels(text))
+
+
+def test_what_training_keeps_others_may_keep() -> None:
+    check(channels("[operators.training.any]\nORG = 'keep'\n[operators.prompt.any]\nORG = 'keep'\n[operators.log.any]\nORG = 'keep'\n"))
+
+
+def test_thresholds_with_their_miss_rates_are_in_the_policy() -> None:
+    section = channels("[thresholds]\nPHONE = { least = 0.95, miss_rate = [0.0, 0.04], confidence = 0.95, values = 100 }\nEMAIL = 0.5\n")
+    policy = configured(section)
+    assert policy.thresholds == {Label.PHONE: 0.95, Label.EMAIL: 0.5}
+    assert policy.misses == {Label.PHONE: (0.0, 0.04)}
+    plain = configured(channels("[thresholds]\nPHONE = 0.95\nEMAIL = 0.5\n"))
+    assert plain.thresholds == policy.thresholds
+    assert plain.digest != policy.digest
+
+
+def test_tokens_are_bound_to_subject_label_and_policy_and_open_for_the_entitled_alone() -> None:
+    sealed = redact(NOTE, "token", known=KNOWN, key=KEY, subject="S1", names=Names.RULES).text
+    for original in ("Reed", "Fuller", "E39389873", "1977"):
+        assert original not in sealed
+    assert restore(sealed, KEY, subject="S1") == (NOTE, 7)
+    for key, policy, subject in ((Key(b"1" * 32), "token", "S1"), (KEY, "other", "S1"), (KEY, "token", "S2")):
+        assert restore(sealed, key, policy=policy, subject=subject) == (sealed, 0)
+    moved = sealed.replace("MRN_", "ID_")
+    assert restore(moved, KEY, subject="S1")[1] == 6, "a token under another label does not open"

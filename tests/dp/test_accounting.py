@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from discreet.dp import accounting
-from discreet.dp.accounting import RdpFilter, event_from_json, event_to_json, guarantee, rdp, rdp_of_pure, trade_off
+from discreet.dp.accounting import RdpFilter, event_from_json, event_to_json, guarantee, rdp, rdp_epsilon, rdp_of_pure, trade_off
 
 
 def gaussian(noise_multiplier: float, count: Any = 1) -> DpEvent:
@@ -68,6 +68,11 @@ def test_golden_rdp_epsilon() -> None:
     # dp_accounting 0.6.0 and Opacus 1.6.0 agree on these to 1e-6; our orders are sparser above 6.
     for event, expected in ((training(0.004266666666666667, 1.1, 14063), 2.59665553), (gaussian(0.5), 10.7255097)):
         assert guarantee(event, delta=1e-5).epsilon_rdp == pytest.approx(expected, rel=5e-4)
+        assert rdp_epsilon(event, delta=1e-5) == guarantee(event, delta=1e-5).epsilon_rdp
+    assert rdp_epsilon(training(0.1, 0.0, 1), delta=1e-5) == math.inf
+    assert rdp_epsilon(training(0.1, 1.0, 0), delta=1e-5) == 0.0
+    with pytest.raises(ValueError, match="delta"):
+        rdp_epsilon(gaussian(1.0), delta=0.0)
 
 
 def test_golden_rdp_vector() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from discreet.errors import DiscreetError, MessageReplayed, PeerRefused, RoundAborted, SurvivorsRefused, TermsRefused
-from discreet.federated import secagg
+from discreet.federated import masks, secagg
 from discreet.federated.journal import Journal
 from discreet.federated.secagg import STAGES, Opened, Policy, Roster, Server, Terms
 from discreet.keys import Stream
@@ -122,12 +123,24 @@ class Fleet:
         raise AssertionError
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(3, 9), st.data())
-def test_masks_cancel_under_every_dropout_set(count: int, data: st.DataObject) -> None:
+@settings(max_examples=40, deadline=None)
+@given(st.integers(4, 9), st.sampled_from(Server), st.data())
+def test_masks_cancel_under_any_dropout_set(count: int, server: Server, data: st.DataObject) -> None:
+    names = [f"site-{i:03d}" for i in range(count)]
+    cancels(count, server, data.draw(st.dictionaries(st.sampled_from(names), st.sampled_from(STAGES))))
+
+
+@pytest.mark.parametrize("server", Server)
+@pytest.mark.parametrize("first", [None, *STAGES])
+def test_masks_cancel_under_every_dropout_set(server: Server, first: str | None) -> None:
+    """Three clients, each lost at each stage or never: all 216 ways, for both thresholds."""
+    for others in itertools.product([None, *STAGES], repeat=2):
+        cancels(3, server, {f"site-{i:03d}": stage for i, stage in enumerate((first, *others)) if stage})
+
+
+def cancels(count: int, server: Server, lost: dict[str, str]) -> None:
     """Whoever drops out at whatever stage: the sum is that of exactly those who uploaded, or nothing is opened."""
-    fleet = Fleet(count, server=data.draw(st.sampled_from(Server)))
-    lost = data.draw(st.dictionaries(st.sampled_from(fleet.names), st.sampled_from(STAGES)))
+    fleet = Fleet(count, server=server)
     needed = fleet.terms().threshold
     uploaded = [name for name in fleet.names if STAGES.index(lost.get(name, "agreement")) > 2]
     if count - len(lost) < needed:
@@ -316,6 +329,31 @@ def test_two_survivor_sets_for_two_halves_open_nothing() -> None:
     refused = lie(fleet, edited_list(fleet, "survivors", edit))
     assert {type(each) for each in refused.values()} <= {SurvivorsRefused}
     assert all("agreement" not in {stage for _, _, stage in journal.answers} for journal in fleet.journals.values())
+
+
+def test_both_shares_of_a_peer_are_not_to_be_had() -> None:
+    """After the share of a survivor's own seed was revealed, the server asks for that of its mask key: as another agreement, another survivor set, another round on
+    the same terms. What a client revealed for its peers is one share of each, whatever is asked."""
+    fleet = Fleet(4)
+    seen: dict[str, dict[str, bytes]] = {}
+
+    def listen(stage: str, name: str, request: bytes) -> bytes:
+        seen.setdefault(name, {})[stage] = request
+        return request
+
+    opened = fleet.run(tamper=listen)
+    assert sorted(opened.uploads) == fleet.names
+    target = fleet.names[0]
+    without = resealed(fleet, seen[target]["survivors"], lambda header, body: (header, secagg.join(list(secagg.parts(body))[:3])))
+    reordered = resealed(fleet, seen[target]["agreement"], lambda header, body: (header, secagg.join(list(secagg.parts(body))[::-1])))
+    for stage, asked in (("survivors", without), ("agreement", reordered)):
+        again = fleet.member(target)
+        for earlier in STAGES[: STAGES.index(stage)]:
+            again.send(seen[target][earlier])
+        with pytest.raises(MessageReplayed):
+            again.send(asked)
+    revealed = secagg._parse(fleet.journals[target].answers["s", 0, "agreement"][1])[2]
+    assert len(revealed) == len(fleet.names) * masks.SHARE_BYTES
 
 
 def test_too_few_signatures_reveal_nothing() -> None:

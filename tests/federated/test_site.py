@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 
 from discreet import federate, pipeline
-from discreet.errors import DiscreetError
+from discreet.errors import DiscreetError, TermsRefused
 from discreet.evidence.statement import Predicate
 from discreet.federated import processes as flower
 from discreet.federated import site as parts
 from discreet.federated.site import Site
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 NAMES = ("north", "south", "west")
 
 
@@ -57,6 +57,9 @@ def fleet(enrolled: Path, tmp_path: Path) -> Path:
 
 
 def test_a_session_ends_with_the_promise_and_honoured_receipts_in_every_ledger(fleet: Path) -> None:
+    """The personal head of each site is trained after the last round, differs from the shared adapter and lies nowhere but at the site."""
+    path = fleet / "fleet.toml"
+    path.write_text(path.read_text() + "\npersonal_steps = 2\n")
     result = federate.simulate(fleet, Quiet())
     assert result["rounds"] == 2
     assert {name: (r["valid"], r["rounds"]) for name, r in result["receipts"].items()} == dict.fromkeys(("north", "south", "west"), (True, 2))
@@ -70,12 +73,17 @@ def test_a_session_ends_with_the_promise_and_honoured_receipts_in_every_ledger(f
             assert [len(house.log.select(one)) for one in (Predicate.RESERVED, Predicate.SPENT, Predicate.CLOSED)] == [1, 1, 1]
             committed = [entry.fields for entry in house.log.select(Predicate.COMMITTED)]
             assert [each["scheme"] for each in committed if each["kind"] == "transcript of a federated session"] == ["verified"]
+    heads = {name: (fleet / name / ".discreet" / "federation" / "personal" / "adapter_model.safetensors").read_bytes() for name in NAMES}
+    shared = (fleet / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert len({shared, *heads.values()}) == 4
+    held = [path.read_bytes() for path in (fleet / ".federation").rglob("*") if path.is_file()]
+    assert not any(head[-512:] in content for head in heads.values() for content in held)
     again = federate.simulate(fleet, Quiet())
     assert again["rounds"] == 2, "a finished session is not run again"
 
 
-@pytest.mark.parametrize("dies_at", [8, 10, 11])
-def test_a_killed_coordinator_takes_up_the_round_it_was_in(fleet: Path, dies_at: int) -> None:
+@pytest.mark.parametrize(("dies_at", "sites_too"), [(8, False), (10, True), (11, False)])
+def test_a_killed_coordinator_takes_up_the_round_it_was_in(fleet: Path, dies_at: int, sites_too: bool) -> None:
     """Killed at the third stage of the second round, at its last one, or when everything is opened: nothing is asked twice, nothing paid is lost."""
     observer = Quiet()
     base, section = parts.kept_model(fleet)
@@ -92,9 +100,10 @@ def test_a_killed_coordinator_takes_up_the_round_it_was_in(fleet: Path, dies_at:
 
     with pytest.raises(KeyboardInterrupt):
         parts.coordinator(fleet, base=base, section=section, observer=observer).run(Dies(sites, observer))
-    for site in sites.values():
-        site.close()
-    sites = {name: Site(fleet / name, fleet_folder=fleet) for name in sites}
+    if sites_too:
+        for site in sites.values():
+            site.close()
+        sites = {name: Site(fleet / name, fleet_folder=fleet) for name in sites}
     run = parts.coordinator(fleet, base=base, section=section, observer=observer)
     result = run.run(parts.InProcess(sites, observer))
     for site in sites.values():
@@ -123,6 +132,18 @@ def test_a_site_that_leaves_for_good_and_one_that_comes_late(fleet: Path) -> Non
     assert result["absent"] == ["south"]
     with pipeline.open_house(fleet / "south") as house:
         assert house.ledger.show("fleet-hospitals").remaining_epsilon < 1.0
+
+
+def test_a_site_joins_only_a_coordinator_whose_attestation_is_accepted(fleet: Path) -> None:
+    """The verifier sees the evidence and the binding; whatever it does but accept, the site does not join."""
+    site = Site(fleet / "north", fleet_folder=fleet)
+    bound = parts.binding(site.session, site.worker.agreement)
+    accept = [sys.executable, "-c", "import sys; sys.exit(sys.stdin.read() != 'quote of ' + sys.argv[1])"]
+    site.check_attestation(f"quote of {bound}".encode(), verifier=accept)
+    for evidence, verifier in ((b"quote of another", accept), (b"", accept), (b"x", ["/does/not/exist"])):
+        with pytest.raises(TermsRefused, match="attestation"):
+            site.check_attestation(evidence, verifier=verifier)
+    site.close()
 
 
 # Real processes

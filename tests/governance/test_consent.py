@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from sqlalchemy import text
 
-from discreet.errors import NotAdmitted, SourceMissing, SourceNotText
+from discreet.errors import Forgotten, NotAdmitted, SourceMissing, SourceNotText
 from discreet.evidence.statement import Predicate
 from discreet.governance.catalog import subject_id
 from discreet.governance.consent import Reason
-from discreet.governance.erasure import Erasure, Finding, Identity, Transcript
+from discreet.governance.erasure import Erasure, Finding, Identity, Transcript, token
 from discreet.record import Basis, Digest, Purpose, Sensitivity, SubjectId
 
 PURPOSE = Purpose("note-assistant")
@@ -194,3 +198,51 @@ def test_what_subjects_said_names_nobody_in_the_database(house, records):
         said = tx.exec_driver_sql("SELECT * FROM consent_events").all()
     assert len(said) == 1
     assert subject not in str(said)
+
+
+def test_after_an_erasure_no_leaf_links_to_the_person(house, records):
+    """Whoever has the whole log, the master key, the person's text and pseudonym finds the certificate and nothing else: a record's salt came from the destroyed key."""
+    subject, stranger = records[0].subject, subject_id(house.keyring, unit="patient", value="nobody")
+    house.consent.admit_all(records, PURPOSE)
+    house.consent.withdraw(subject)
+    house.consent.grant(stranger, PURPOSE)
+    mine = {record.digest for record in records if record.subject == subject}
+    assert mine < {digest for entry in house.log.select(Predicate.ADMITTED) for digest in entry.subjects}, "who is there is in the log"
+    salt = house.keyring.subject(subject).stream("record").bytes(32)
+    notes = [json.loads(line) for line in (house.root / "notes.jsonl").read_text().splitlines()]
+    content = [json.dumps(["notes", row["id"], row["text"]], ensure_ascii=False, separators=(",", ":")).encode() for row in notes]
+    assert mine == {"sha256:" + hashlib.sha256(salt + each).hexdigest() for each in content[:2]}, "with the key the leaf is found"
+    models = SimpleNamespace(transcript=lambda digest: None, test=lambda subject, digest: None, withdraw=lambda digest: None)
+    machine = Erasure(house.store, house.keyring, house.log, stores=(house.consent, house.catalog), models=models, unit="patient")
+    for who in (subject, stranger):
+        machine.execute(who, identity=Identity(method="vouched", by="tester"))
+    house.log.verify()
+    with pytest.raises(Forgotten):
+        house.keyring.subject(subject)
+    labels = ("suppression", "request", "consent", "ledger", "tombstone", "access", "consent import")
+    known = [
+        value.encode() for value in (subject, stranger, "P-1", "Zebediah", token(house.keyring, subject), token(house.keyring, stranger))
+    ] + content
+    computable = {"sha256:" + house.keyring.hmac(label, each).hex() for label in labels for each in known}
+    computable |= {"sha256:" + hashlib.sha256(each).hexdigest() for each in known}
+    entries = [entry for predicate in Predicate for entry in house.log.select(predicate)]
+    assert {entry.predicate for entry in entries if computable & set(entry.subjects)} == {Predicate.ERASED}
+    assert not [entry for entry in entries if subject.encode() in entry.envelope or stranger.encode() in entry.envelope]
+    assert not [row for row in _rows_of(house, "records") + _rows_of(house, "admissions") if mine & set(map(str, row))]
+
+
+def _rows_of(house, table):
+    with house.store.transaction() as tx:
+        return list(tx.execute(text(f"SELECT * FROM {table}")))
+
+
+def test_withdrawals_by_the_thousand_reach_the_next_question_within_a_minute(house):
+    """A list of 3,000 words is recorded and every later question about 3,000 records answers by it: seconds, of the minute that a run may take to stop."""
+    many = [{"id": i, "patient": i, "text": f"note {i}"} for i in range(3000)]
+    records = house.catalog.collect(house.catalog.register(*house.notes(many)))
+    house.consent.admit_all(records, PURPOSE)
+    began = time.monotonic()
+    assert house.consent.import_words([(record.subject, None, None) for record in records[::2]]) == 1500
+    gone = house.consent.revoked([record.digest for record in records], PURPOSE)
+    assert {digest for digest, _ in gone} == {record.digest for record in records[::2]}
+    assert time.monotonic() - began < 30

@@ -892,3 +892,19 @@ def test_the_openapi_document_lists_every_route_and_no_other_field(gate):
         schema = document["paths"][wired.path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert set(schema["properties"]) == set(wired.table)
         assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_a_server_that_gives_no_index_and_no_reason_is_understood(gate, fake, monkeypatch, path):
+    def bare(body, _size):
+        text = body["prompt"] if "prompt" in body else _said(body["messages"][-1]["content"])
+        chunk = (lambda piece: {"text": piece}) if "prompt" in body else (lambda piece: {"delta": {"content": piece}})
+        return {}, [*({"choices": [chunk(piece)]} for piece in text), "[DONE]"]
+
+    monkeypatch.setitem(globals(), "_chat", bare)
+    monkeypatch.setitem(globals(), "_completion", bare)
+    asked = {"prompt": f"Call {NAME}"} if path == "completions" else {"messages": [{"role": "user", "content": f"Call {NAME}"}]}
+    text = gate.post(path, {"model": "m", "stream": True, **asked}).text
+    events = [json.loads(line[6:])["choices"][0] for line in text.splitlines() if line.startswith("data: {")]
+    assert "".join(event.get("text") or event["delta"]["content"] for event in events if event.get("text") or event.get("delta")) == f"Call {NAME}"
+    assert text.rstrip().endswith("[DONE]")

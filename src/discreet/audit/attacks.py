@@ -14,6 +14,7 @@ a reference (the base without its adapter, or models trained on public, generate
 | lira | Carlini et al. 2022, offline variant |
 | rmia | Zarifzadeh et al. 2024, offline |
 | neighbourhood | log p against that of lightly edited copies: Mattern et al. 2023 |
+| gradient | white box: how far the weights went along the text's own gradient at the public start: Nasr et al. 2023 |
 
 `measure` turns scores into an AUC and true-positive rates at 1 % and 0.1 %, with confidence intervals, beside the largest values that the trade-off curve allows; by record or
 by subject (`by_subject`: the mean over a person's records).
@@ -38,11 +39,12 @@ from scipy import special, stats
 
 from discreet.audit.bounds import TradeOff, area_under_curve
 from discreet.audit.membership import evaluating, micro_batches, pad
+from discreet.dp import accounting
 from discreet.errors import ConfigInvalid, OperationFailed, RecordInvalid
 from discreet.keys import Stream
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 # D texts, R reference models, Z population texts, T tokens, V vocabulary.
 
@@ -80,23 +82,25 @@ def token_statistics(module: nn.Module, tokenizer: Any, texts: Sequence[str], *,
     with evaluating(module):
         for rows in micro_batches([len(ids) for ids in tokens], token_budget=token_budget):
             ids_DT, mask_DT = pad(module, [tokens[row] for row in rows])
-            logits_DTV = module(input_ids=ids_DT, attention_mask=mask_DT).logits[:, :-1].double()
-            log_DTV = logits_DTV.log_softmax(-1)
-            mean_DT = (log_DTV.exp() * log_DTV).sum(-1)
-            deviation_DT = ((log_DTV.exp() * log_DTV.square()).sum(-1) - mean_DT.square()).clamp(min=0).sqrt()
-            picked_DT = log_DTV.gather(-1, ids_DT[:, 1:, None]).squeeze(-1)
-            guessed_DT = log_DTV.argmax(-1) == ids_DT[:, 1:]
-            for place, row in enumerate(rows):
-                kept = slice(len(tokens[row]) - 1)
-                found[row] = TokenStatistics(
-                    log_probabilities=picked_DT[place, kept].cpu().numpy(),
-                    means=mean_DT[place, kept].cpu().numpy(),
-                    deviations=deviation_DT[place, kept].cpu().numpy(),
-                    guessed=guessed_DT[place, kept].cpu().numpy(),
-                )
+            logits_DTV = module(input_ids=ids_DT, attention_mask=mask_DT).logits
+            for place, row in enumerate(rows):  # one by one: in float64 a batch of a large vocabulary would not fit
+                found[row] = _statistics(logits_DTV[place, : len(tokens[row]) - 1].double(), ids_DT[place, 1 : len(tokens[row])])
     if not all(np.isfinite(each.log_probabilities).all() for each in found.values()):
         raise OperationFailed("finite log-probabilities", remedy="Training diverged.")
     return [found[row] for row in range(len(tokens))]
+
+
+def _statistics(logits_TV: Tensor, ids_T: Tensor) -> TokenStatistics:
+    log_TV = logits_TV.log_softmax(-1)
+    share_TV = log_TV.exp()
+    mean_T = (share_TV * log_TV).sum(-1)
+    deviation_T = ((share_TV * log_TV.square()).sum(-1) - mean_T.square()).clamp(min=0).sqrt()
+    return TokenStatistics(
+        log_probabilities=log_TV.gather(-1, ids_T[:, None]).squeeze(-1).cpu().numpy(),
+        means=mean_T.cpu().numpy(),
+        deviations=deviation_T.cpu().numpy(),
+        guessed=(log_TV.argmax(-1) == ids_T).cpu().numpy(),
+    )
 
 
 def loss(model: TokenStatistics) -> float:
@@ -178,6 +182,45 @@ def neighbourhood(target: ArrayLike, around: ArrayLike) -> Float:
     """Log-likelihood of each text, [D], less the mean of its neighbours, [N, D]."""
     target_D, around_ND = _pair(target, around, fewest=1)
     return np.asarray(target_D - around_ND.mean(0))
+
+
+def gradient(start: nn.Module, trained: Sequence[nn.Module], documents: Sequence[Tensor]) -> Float:
+    """Returns <start - trained, g / |g|> for the gradient g of each document's loss at the start: what one step on it alone would have moved.
+
+    Where gradients are orthogonal this is a sufficient statistic of the Gaussian mechanism; otherwise the others' shares are noise beside it.
+
+    Args:
+        start: the module before training, its trained parameters requiring grad: public.
+        trained: R modules that training made of it.
+        documents: token ids as training saw them (`train.step.tokenize`), int64 [t >= 2] each.
+
+    Returns:
+        [R, D].
+
+    Raises:
+        OperationFailed: when a gradient is zero or not finite.
+    """
+    import torch
+
+    from discreet.train import step
+
+    learnt = {name: parameter for name, parameter in start.named_parameters() if parameter.requires_grad}
+    moved_RP = torch.stack([_flat([learnt[name].detach() - dict(each.named_parameters())[name].detach() for name in learnt]) for each in trained])
+    found_RD = np.empty((len(trained), len(documents)))
+    for row, document in enumerate(documents):
+        [loss_] = step.document_losses(start, step.padded([document]))
+        slope_P = _flat(torch.autograd.grad(loss_, list(learnt.values())))
+        length = float(slope_P.norm())
+        if not 0 < length < math.inf:
+            raise OperationFailed("documents with a finite gradient that is not zero")
+        found_RD[:, row] = (moved_RP @ slope_P).numpy() / length
+    return found_RD
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    import torch
+
+    return torch.cat([tensor.flatten() for tensor in tensors]).double().cpu()
 
 
 ALONE: Mapping[str, Callable[[TokenStatistics, str], float]] = {
@@ -280,7 +323,7 @@ def measure(scores: ArrayLike, members: ArrayLike, *, level: float, trade_off: T
 def auc_cap(trade_off: TradeOff) -> float:
     """Returns the largest area under the curve that the claim allows: the integral of T, from above (T is concave and rises, so its right ends bound it)."""
     grid = np.concatenate([[0.0], np.logspace(-6, -2, 60), np.linspace(0.015, 1, 198)])
-    heights = np.array([trade_off.tpr(float(x)) for x in grid[1:]])
+    heights = trade_off.tprs(grid[1:]) if isinstance(trade_off, accounting.TradeOff) else np.array([trade_off.tpr(float(x)) for x in grid[1:]])
     return min(1.0, float((np.diff(grid) * heights).sum()))
 
 

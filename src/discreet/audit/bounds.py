@@ -49,8 +49,9 @@ MAX_EFFECT = 2.0
 CHANCE_SD = 3.0
 """Standard errors within which an AUC counts as chance (a fair one leaves them once in 370)."""
 
-_CANNOT_BLOCK = ("certified bound", "mechanism: canaries")
-"""Layers that fail a model but need not pass it: a certified ceiling may lie below the claim, and the noise, clipping and inclusion layers decide beside the canaries."""
+_CANNOT_BLOCK = ("certified bound", "mechanism: canaries", "records: ", "deployed: ")
+"""Layers (beginnings of their names) that fail a model but need not pass it: a certified ceiling may lie below the claim, the noise, clipping and inclusion layers decide beside
+the canaries, a few dozen withheld people show gross leaks alone, and a deployed child can only lose what its parent passed with."""
 _GRID = 0.25
 _MAX_PARAMETER = 64.0
 _QUADRATURE_NODES = 200
@@ -533,7 +534,7 @@ def _overall(layers: Sequence[Layer]) -> Verdict:
     """Any FAIL fails; otherwise every layer must PASS, but for the two whose power the plan itself may rule out."""
     if any(layer.verdict is Verdict.FAIL for layer in layers):
         return Verdict.FAIL
-    return _when(all(layer.verdict is Verdict.PASS for layer in layers if layer.name not in _CANNOT_BLOCK))
+    return _when(all(layer.verdict is Verdict.PASS for layer in layers if not layer.name.startswith(_CANNOT_BLOCK)))
 
 
 def _check(scores: ArrayLike, included: ArrayLike) -> tuple[Float, Mask]:

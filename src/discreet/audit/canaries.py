@@ -119,7 +119,7 @@ class Design:
     false_positive_rate: float
     level: float
     score: str = "log-likelihood with the adapter minus log-likelihood without"
-    method: str = "curve_test and f_dp_one_run at half of the audit's share of the level each (bounds.spent_level); threshold at held-out rank 1 + floor(fpr * n0); m // 2 guesses"
+    method: str = "curve_test and f_dp_one_run at two fifths of the audit's share of the level each (bounds.spent_level); threshold at held-out rank 1 + floor(fpr * n0); m // 2 guesses"
 
 
 def plant(count: int, *, key: Stream) -> Canaries:

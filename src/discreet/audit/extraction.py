@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from scipy import stats
 
@@ -25,11 +26,12 @@ from discreet.audit.canaries import SECRET_BITS, Canaries, Canary, draw_secret
 from discreet.audit.membership import evaluating, micro_batches, pad, token_log_probabilities
 from discreet.deid.detect import detect
 from discreet.deid.normalise import fold
+from discreet.dp import csprng
 from discreet.errors import ConfigInvalid, OperationFailed, RecordInvalid
 from discreet.keys import Stream
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 @final
@@ -213,12 +215,43 @@ def identifier_leakage(written: Sequence[str], *, held: Sequence[str], level: fl
         held: the training texts whose identifiers are looked for. Values are compared folded and stay in memory.
         level: of the confidence interval.
     """
-    known = {fold(value) for text in held for value in _identifiers(text)}
-    return Share.of(sum(any(fold(value) in known for value in _identifiers(text)) for text in written), len(written), level=level)
+    known = identifiers(held)
+    return Share.of(sum(bool(identifiers([text]) & known) for text in written), len(written), level=level)
 
 
-def _identifiers(text: str) -> list[str]:
-    return [text[span.start : span.end] for span in detect(text)]
+def identifiers(texts: Sequence[str]) -> set[str]:
+    """Returns the values that the detectors of `deid` read in texts, folded. They are sensitive and stay in memory."""
+    return {fold(text[span.start : span.end]) for text in texts for span in detect(text)}
+
+
+def write(module: nn.Module, tokenizer: Any, prompts: Sequence[str], *, tokens: int, key: Stream) -> list[str]:
+    """Lets a model go on from each prompt by sampling at temperature one, and returns what it wrote, the prompts left out.
+
+    Args:
+        prompts: texts of at least one token each; cut to the length of the shortest, so that all go in one batch.
+        tokens: how many each answer has, >= 1.
+        key: randomness of the draws: the same key and prompts give two models the same uniform numbers.
+    """
+    ids = [list(map(int, tokenizer(prompt)["input_ids"])) for prompt in prompts]
+    if not ids or not all(ids) or tokens < 1:
+        raise RecordInvalid("prompts of at least one token, and tokens >= 1", value=tokens)
+    length = min(map(len, ids))
+    with evaluating(module):
+        prompt_DT, mask_DT = pad(module, [each[:length] for each in ids])
+        said_DT, past, inputs_DT = prompt_DT[:, :0], None, prompt_DT
+        for place in range(tokens):
+            answer = module(input_ids=inputs_DT, attention_mask=mask_DT, past_key_values=past, use_cache=True)
+            chosen_D1 = _sampled(answer.logits[:, -1], key.fork("token", str(place)))
+            past, inputs_DT = answer.past_key_values, chosen_D1
+            said_DT, mask_DT = torch.cat([said_DT, chosen_D1], 1), torch.cat([mask_DT, torch.ones_like(chosen_D1)], 1)
+    return [str(tokenizer.decode(row)) for row in said_DT.tolist()]
+
+
+def _sampled(logits_DV: Tensor, key: Stream) -> Tensor:
+    """One token a row by the inverse of its distribution function, [D, 1]."""
+    reached_DV = logits_DV.double().softmax(-1).cumsum(-1)
+    drawn_D1 = csprng.uniform(key, len(logits_DV)).to(reached_DV)[:, None] * reached_DV[:, -1:]
+    return (reached_DV < drawn_D1).sum(-1, keepdim=True)
 
 
 def _split(tokenizer: Any, prefix: str, secret: str) -> tuple[list[int], list[int]]:

@@ -12,7 +12,7 @@ Source: Clopper and Pearson, Biometrika 26 (1934). Does not cover: texts unlike 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -57,13 +57,16 @@ class Calibrated:
     flagged_wrongly: int
 
 
-def calibrate(samples: Sequence[Sample], *, miss_rate: float = 0.05, confidence: float = 0.95) -> list[Calibrated]:
+def calibrate(
+    samples: Sequence[Sample], *, miss_rate: float = 0.05, confidence: float = 0.95, find: Callable[[str], Sequence[Span]] = detect
+) -> list[Calibrated]:
     """Returns a row for every label of the samples.
 
     Args:
         samples: labelled texts, drawn like the texts to come.
         miss_rate: target in (0, 1) for the upper limit of each label.
         confidence: in (0, 1), over all labels together.
+        find: the finder that the thresholds are for; scores of another one mean something else.
 
     Raises:
         RequestInvalid: when there is no labelled value, or a rate is out of range.
@@ -73,14 +76,14 @@ def calibrate(samples: Sequence[Sample], *, miss_rate: float = 0.05, confidence:
     scores: dict[Label, list[float]] = defaultdict(list)
     wrong: dict[Label, list[float]] = defaultdict(list)
     for sample in samples:
-        spans = detect(sample.text)
+        spans = find(sample.text)
         for start, end, label in sample.gold:
             scores[label].append(_covered(spans, start, end))
         for span in spans:
             if not any(start < span.end and span.start < end for start, end, _ in sample.gold):
                 wrong[Label(span.label)].append(span.score)
     if not scores:
-        raise RequestInvalid("at least one labelled value in the samples", remedy="Label some with `discreet redact review`.")
+        raise RequestInvalid("at least one labelled value in the samples", remedy="Label some with `discreet redact FILE --review`.")
     level = (1 - confidence) / (len(scores) * len(CANDIDATES))
     return [_chosen(label, scores[label], wrong[label], miss_rate=miss_rate, level=level) for label in sorted(scores)]
 
@@ -118,7 +121,7 @@ def clopper_pearson(count: int, total: int, level: float) -> tuple[float, float]
 
 
 def samples_of(rows: Iterable[object]) -> list[Sample]:
-    """Reads rows {"text", "spans": [{"start", "end", "label"}]}, as `discreet redact review` exports them.
+    """Reads rows {"text", "spans": [{"start", "end", "label"}]}, as the page of `discreet redact --review` exports them.
 
     Raises:
         RequestInvalid: with the number of the row that is not one, or the label that is unknown.

@@ -5,12 +5,13 @@ spacing and name order, and, with the same key, across documents), two originals
 are HMACs of (label, normalised value) under the subject's key, so that nobody without the key can test a guess, and nothing depends on the order of
 documents or on anybody else's data (PITFALLS 26, 39). `shift_date` moves every date of a subject by one secret number of days, in the format it was written in.
 
-Stand-ins are of the kind that cannot belong to somebody where such a kind exists: telephone numbers 555-01xx (NANP), addresses of RFC 5737 and RFC 2606, social security
-numbers of the never issued area 000, payment cards that fail Luhn.
+Stand-ins are of the kind that cannot belong to somebody where such a kind exists: telephone numbers 555-01xx (NANP) and those that Ofcom, ARCEP and the Bundesnetzagentur keep for fiction, addresses of RFC 5737 and RFC 2606, social security
+numbers of the never issued area 000, payment cards that fail Luhn, IBANs with check digits 00. Names, months, weekdays and streets of a stand-in are of the language of the original
+(English, Spanish, French, German), and first names of its gender.
 
 `ff1_encrypt` and `ff1_decrypt` are FF1 of NIST SP 800-38G, with the floor of 10^6 values of revision 1.
 
-Does not cover: agreement of gender between a stand-in and pronouns when the gazetteer does not know the name, weekdays of dates without a year, and two documents of one
+Does not cover: names in other scripts, which become Latin names; telephone numbers of other countries, which keep their country and may exist; agreement of gender between a stand-in and pronouns when the gazetteer does not know the name, weekdays of dates without a year, and two documents of one
 subject of which one has a rare collision of stand-ins: there the document that has both originals resolves it.
 """
 
@@ -18,10 +19,11 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, timedelta
 from enum import StrEnum
 from functools import cache
+from types import MappingProxyType
 from typing import final, overload
 
 from cryptography.exceptions import InvalidTag
@@ -29,10 +31,12 @@ from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.aead import AESSIV
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
+from phonenumbers import COUNTRY_CODE_TO_REGION_CODE
 
+from discreet.deid import languages
 from discreet.deid.detect import names
 from discreet.deid.normalise import fold
-from discreet.deid.patterns import CREDENTIALS, MONTHS, PARTICLES, TITLES, Label, digits, is_card
+from discreet.deid.patterns import CREDENTIALS, PARTICLES, TITLES, Label, digits, is_card
 from discreet.errors import SealBroken
 from discreet.keys import Key
 
@@ -86,24 +90,36 @@ def generalise(value: str, label: Label) -> str:
     return label_only(value, label)
 
 
-def token(value: str, label: Label, key: Key) -> str:
-    """Returns the value sealed under the subject's key: `PERSON_` and base32 of AES-SIV (RFC 5297), the label as associated data. Equal values give equal tokens."""
-    sealed = _siv(key).encrypt(value.encode("utf-8", "surrogatepass"), [label.encode()])
+TOKEN = re.compile(rf"(?<![A-Z0-9_])(?:{'|'.join(sorted(Label, key=len, reverse=True))})_[A-Z2-7]{{26,}}(?![A-Za-z0-9])")
+"""What `token` writes."""
+
+
+def token(value: str, label: Label, key: Key, *, subject: str = "", policy: str = "") -> str:
+    """Returns the value sealed under the subject's key: `PERSON_` and base32 of AES-SIV (RFC 5297), with label, subject and policy as associated data.
+
+    Equal values of one subject give equal tokens. Nothing else has to be kept to open them; forgetting the subject's key closes them for good.
+    """
+    sealed = _siv(key).encrypt(value.encode("utf-8", "surrogatepass"), _bound(label, subject, policy))
     return f"{label}_{base64.b32encode(sealed).decode().rstrip('=')}"
 
 
-def open_token(sealed: str, key: Key) -> str:
+def open_token(sealed: str, key: Key, *, subject: str = "", policy: str = "") -> str:
     """Returns the value of a token.
 
     Raises:
-        SealBroken: when it was not made under this key and label; after `forget` of the subject no key opens it.
+        SealBroken: when it was not made under this key, label, subject and policy; after `forget` of the subject no key opens it.
     """
     name, _, body = sealed.rpartition("_")
     try:
         raw = base64.b32decode(body + "=" * (-len(body) % 8))
-        return _siv(key).decrypt(raw, [name.encode()]).decode("utf-8", "surrogatepass")
+        return _siv(key).decrypt(raw, _bound(name, subject, policy)).decode("utf-8", "surrogatepass")
     except (InvalidTag, ValueError):
         raise SealBroken("a token that opens under this key") from None
+
+
+def _bound(label: str, subject: str, policy: str) -> list[bytes]:
+    """Associated data as a vector: RFC 5297 keeps its parts apart."""
+    return [label.encode(), subject.encode("utf-8", "surrogatepass"), policy.encode("utf-8", "surrogatepass")]
 
 
 def _siv(key: Key) -> AESSIV:
@@ -142,9 +158,17 @@ def shift_date(value: str, days: int) -> str | None:
     return parsed.write(moved, days)
 
 
-_WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-_MONTH_WORD = re.compile(r"(?<![A-Za-z])(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*", re.IGNORECASE)
-_DAY_WORD = re.compile(r"(?<![A-Za-z])(?:mon|tue|wed|thu|fri|sat|sun)[a-z]*", re.IGNORECASE)
+_WORD = re.compile(r"[^\W\d_]{3,}")
+
+
+def _word_of(text: str, read: Callable[[str], tuple[str, int, bool] | None]) -> re.Match[str] | None:
+    """Returns the first word that names a month, or a weekday."""
+    return next((match for match in _WORD.finditer(text) if read(match.group()) is not None), None)
+
+
+def _likely(text: str) -> str:
+    """The language of a month that several have: German writes a full stop behind the day."""
+    return "de" if re.search(r"\d\.\s", text) else "es" if re.search(r"\bde\b", text) else ""
 
 
 @final
@@ -161,7 +185,7 @@ class _Parsed:
     def of(value: str) -> _Parsed | None:
         """Reads a date in any format of the pattern table; the text is folded first."""
         text = fold(value)
-        month = _MONTH_WORD.search(text)
+        month = _word_of(text, languages.month)
         numbers = [(m.start(), m.end()) for m in re.finditer(r"\d+", text)]
         parts = _named_parts(text, month, numbers) if month else _numeric_parts(text, numbers)
         if parts is None:
@@ -169,7 +193,7 @@ class _Parsed:
         year = int(text[slice(*parts["y"])]) if "y" in parts else 2004
         if "y" in parts and parts["y"][1] - parts["y"][0] <= 2:
             year += 1900 if year > 68 else 2000
-        number = _month_number(text[slice(*parts["m"])])
+        number = _month_number(text[slice(*parts["m"])], _likely(text))
         day = int(text[slice(*parts["d"])]) if "d" in parts else 15
         try:
             return _Parsed(text, date(year, number, day), parts)
@@ -182,10 +206,10 @@ class _Parsed:
             end - start == 2 for name, (start, end) in self.parts.items() if name in "md" and self.text[start].isdigit()
         )
         written = {name: self._part(name, moved, padded=padded) for name in self.parts}
-        weekday = _DAY_WORD.match(self.text)
+        weekday = _word_of(self.text, languages.weekday)
         pieces = [(*place, written[name]) for name, place in self.parts.items()]
-        if weekday and weekday.group().lower() not in ("may", "mar"):
-            pieces.append((*weekday.span(), _weekday_after(weekday.group(), days)))
+        if weekday and weekday.span() != self.parts["m"]:
+            pieces.append((*weekday.span(), _weekday_after(weekday.group(), days, _likely(self.text))))
         text = self.text
         for start, end, piece in sorted(pieces, reverse=True):
             text = text[:start] + piece + text[end:]
@@ -197,7 +221,7 @@ class _Parsed:
         if name == "y":
             return f"{moved.year:04d}" if len(old) == 4 else f"{moved.year % 100:02d}"
         if name == "m" and not old[0].isdigit():
-            return _month_word(old, moved.month)
+            return _month_word(old, moved.month, _likely(self.text))
         number = moved.month if name == "m" else moved.day
         return f"{number:02d}" if padded else str(number)
 
@@ -222,7 +246,8 @@ def _numeric_parts(text: str, numbers: Sequence[tuple[int, int]]) -> dict[str, t
     if len(sizes) >= 3 and sizes[0] == 4:
         return dict(zip("ymd", numbers[:3], strict=True))
     if len(sizes) >= 3:
-        order = "dmy" if int(text[slice(*numbers[0])]) > 12 else "mdy"
+        european = text[numbers[0][1] : numbers[0][1] + 1] == "."
+        order = "dmy" if european or int(text[slice(*numbers[0])]) > 12 else "mdy"
         return dict(zip(order, numbers[:3], strict=True))
     if len(sizes) == 2 and sizes[1] == 4:
         return dict(zip("my", numbers, strict=True))
@@ -231,19 +256,21 @@ def _numeric_parts(text: str, numbers: Sequence[tuple[int, int]]) -> dict[str, t
     return None
 
 
-def _month_number(word: str) -> int:
-    return int(word) if word.isdigit() else next(i + 1 for i, name in enumerate(MONTHS) if name.startswith(word[:3].lower()))
+def _month_number(word: str, likely: str) -> int:
+    found = None if word.isdigit() else languages.month(word, likely)
+    return int(word) if found is None else found[1] + 1
 
 
-def _month_word(old: str, month: int) -> str:
-    new = MONTHS[month - 1] if len(old) > 4 or old.lower() in MONTHS else MONTHS[month - 1][:3]
-    return _like(old, new)
+def _month_word(old: str, month: int, likely: str) -> str:
+    language, _, whole = languages.month(old, likely) or ("en", 0, True)
+    new = languages.LISTED[language][month - 1]
+    return _like(old, new if whole or len(old) > 4 else new[:3])
 
 
-def _weekday_after(old: str, days: int) -> str:
-    index = next(i for i, name in enumerate(_WEEKDAYS) if name.startswith(old[:3].lower()))
-    new = _WEEKDAYS[(index + days) % 7]
-    return _like(old, new if len(old) > 5 or old.lower() in _WEEKDAYS else new[:3])
+def _weekday_after(old: str, days: int, likely: str) -> str:
+    language, index, whole = languages.weekday(old, likely) or ("en", 0, True)
+    new = languages.WEEKDAYS[language][(index + days) % 7]
+    return _like(old, new if whole or len(old) > 5 else new[: len(old) if language != "en" else 3])
 
 
 def _ordinal(text: str) -> str:
@@ -251,7 +278,8 @@ def _ordinal(text: str) -> str:
         day = int(match[1])
         return match[1] + ("th" if 10 <= day % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th"))
 
-    return re.sub(r"(\d{1,2})(?:st|nd|rd|th)\b", suffix, text)
+    french = re.sub(r"\b(\d{1,2})er\b", lambda match: match.group() if match[1] == "1" else match[1], text)
+    return re.sub(r"(\d{1,2})(?:st|nd|rd|th)\b", suffix, french)
 
 
 def _like(old: str, new: str) -> str:
@@ -269,14 +297,15 @@ _TOWN_FRONTS = "Ash Birch Clover Dale Elm Fair Glen Haw King Lark Maple North Oa
 _TOWN_BACKS = "bridge brook bury combe dale field ford gate ham hollow hurst leigh low mere moor stead thorpe wick well worth".split()  # noqa: SIM905 - a table that reads as one
 _STREETS = "Alder Aspen Beech Birch Cedar Chestnut Cypress Elm Fern Hawthorn Hickory Juniper Larch Laurel Linden Maple Oak Pine Poplar Rowan Spruce Sycamore Walnut Willow".split()  # noqa: SIM905 - a table that reads as one
 _STREET_KINDS = ("Street", "Avenue", "Road", "Lane", "Drive", "Court")
-_COMPANY_END = re.compile(r"(?:\s|,)+(?:(?:Regional|General|Memorial|Community|VA|Family|Internal) )*(?:[A-Za-z]+ )?[A-Za-z&]+\.?$")
+_NAME = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+"""One part of a name, in any script."""
 
 
 @cache
 def _pool(flag: str) -> tuple[str, ...]:
-    """Names that may stand in: of women (F), of men (M), last names (L); lower case, sorted."""
+    """Names that may stand in for English ones: of women (F), of men (M), last names (L); lower case, sorted."""
     wanted = {"F": "FU", "M": "MU", "L": "L"}[flag]  # used for one gender only, or mostly as a last name
-    listed = ((name, flags.replace("S", "")) for name, flags in names().items() if "S" in flags and len(name) >= 3)
+    listed = ((name, flags.replace("S", "")) for name, flags in names().items() if "S" in flags and len(name) >= 3 and name not in languages.names())
     return tuple(sorted(name for name, flags in listed if (flags.replace("L", "") == wanted if flag != "L" else flags[0] == wanted)))
 
 
@@ -323,16 +352,16 @@ class Surrogates:
 
     def _person(self, value: str) -> str:
         folded = fold(value)
-        parts = re.findall(r"[A-Za-z]+(?:'[A-Za-z]+)*", folded)
+        parts = _NAME.findall(folded)
         if not parts:
             return label_only(value, Label.PERSON)
-        return re.sub(r"[A-Za-z]+(?:'[A-Za-z]+)*\.?", lambda m: self._name_like(m.group(), parts), folded)
+        return re.sub(_NAME.pattern + r"\.?", lambda m: self._name_like(m.group(), parts), folded)
 
     def _name_like(self, old: str, parts: Sequence[str]) -> str:
         bare = old.rstrip(".")
         if _is_frame(bare) and len(parts) > 1:
             return old
-        if len(bare) == 1:
+        if len(bare) == 1 and bare.isascii():
             return self._initial(bare) + old[1:]
         return _like(bare, self._name(bare.lower())) + old[len(bare) :]
 
@@ -342,18 +371,17 @@ class Surrogates:
 
     def _name(self, part: str) -> str:
         if part not in self._names:
-            flags = names().get(part, "L")
-            flag = (
-                "L"
-                if not reads_as_first(part)
-                else "M"
-                if "M" in flags and "F" not in flags
-                else "F"
-                if "F" in flags and "M" not in flags
-                else ("M", "F")[self._draw(Label.PERSON, part, 0) % 2]
-            )
-            self._names[part] = self._free(_pool(flag), Label.PERSON, part)
-        return "-".join(piece.capitalize() for piece in self._names[part].split("-"))
+            self._names[part] = self._free(self._pool_of(part), Label.PERSON, part)
+        return "-".join(piece[:1].upper() + piece[1:] for piece in self._names[part].split("-"))
+
+    def _pool_of(self, part: str) -> tuple[str, ...]:
+        """Names of the same language and gender, as far as the lists know them."""
+        language, flag = languages.names().get(part, ("en", ""))
+        if flag:
+            return languages.pool(language, flag)
+        flags = names().get(part, "L") if reads_as_first(part) else "L"
+        genders = [gender for gender in "MF" if gender in flags]
+        return _pool("L" if flags == "L" else genders[0] if len(genders) == 1 else "MF"[self._draw(Label.PERSON, part, 0) % 2])
 
     def _made(self, value: str, label: Label) -> str:
         same = canonical(value)
@@ -362,19 +390,41 @@ class Surrogates:
             return f"{self._free([f'{a[0]}{b}{n}' for a, b, n in self._triples(label, same)], label, same)}@{host}"
         if label is Label.URL:
             return f"https://example.org/{self._scrambled('abcdefgh', label, same)}"
+        if label is Label.IP and ":" in value:
+            return "2001:db8::" + self._scrambled("abcd", Label.MAC, same)
         if label is Label.IP:
             return self._free([f"{net}.{host}" for net in ("192.0.2", "198.51.100", "203.0.113") for host in range(1, 255)], label, same)
         if label is Label.ADDRESS:
-            street, kind = _STREETS[self._draw(label, same, 1) % len(_STREETS)], _STREET_KINDS[self._draw(label, same, 2) % len(_STREET_KINDS)]
-            return self._free([f"{number} {street} {kind}" for number in range(11, 9989)], label, same)
+            return self._address(value, same)
         if label is Label.LOCATION:
             return _like(value, self._free([front + back for front in _TOWN_FRONTS for back in _TOWN_BACKS], label, same))
         return self._organisation(value, same)
 
+    def _address(self, value: str, same: str) -> str:
+        """A street that does not exist, in the order of its language; a box stays a box, a flat a flat."""
+        plain = fold(value).lower()
+        _, form, streets = next((row for row in languages.STREETS.values() if row[0].search(plain)), (None, "{number} {name} {kind}", _STREETS))
+        street, kind = (
+            streets[self._draw(Label.ADDRESS, same, 1) % len(streets)],
+            _STREET_KINDS[self._draw(Label.ADDRESS, same, 2) % len(_STREET_KINDS)],
+        )
+        flat = re.search(r"\b(apt|apartment|suite|ste|unit)\b", plain)
+        end = f", {_like(value[flat.start() : flat.end()], flat.group())} {self._draw(Label.ADDRESS, same, 3) % 90 + 1}" if flat else ""
+        return self._free([form.format(number=number, name=street, kind=kind) + end for number in range(11, 9989)], Label.ADDRESS, same)
+
     def _organisation(self, value: str, same: str) -> str:
-        end = _COMPANY_END.search(value)
-        name = self._free(_pool("L"), Label.ORG, same).capitalize()
-        return _like(value, name + (" " + end.group().strip(" ,") if end else " Group"))
+        """What says which organisation it is becomes one name; the words that say what kind stay."""
+        name = self._free(_pool("L"), Label.ORG, same)
+        name = name.upper() if value.isupper() else name.capitalize()
+        words = re.split(r"(?:\s|(?<=\w)[,/](?=\s))+", value.strip())
+        kinds = [fold(word).lower().strip(".,&'") in languages.KINDS for word in words]
+        if not any(kinds):
+            return f"{name} Group"
+        if all(kinds):
+            return " ".join([name, *words])
+        return " ".join(
+            word if kind else name for index, (word, kind) in enumerate(zip(words, kinds, strict=True)) if kind or not index or kinds[index - 1]
+        )
 
     def _triples(self, label: Label, same: str) -> list[tuple[str, str, int]]:
         first, last = _pool("F") + _pool("M"), _pool("L")
@@ -389,18 +439,18 @@ class Surrogates:
 
     def _formatted(self, value: str, label: Label) -> str:
         """Keeps punctuation, length and letter case; the letters and digits come from the spelling-independent value."""
-        same = canonical(value)
+        kept, same = _kept_prefix(value, label)
         if (label, same) not in self._choice:
-            self._choice[label, same] = self._scrambled(same, label, same)
-        characters = iter(self._choice[label, same])
+            self._choice[label, same] = self._scrambled(same, label, same, prefix=kept)
+        characters = iter(kept + self._choice[label, same])
         out = [(next(characters, "0") if c.isalnum() else c) for c in fold(value)]
         return "".join(c.upper() if old.isupper() else c for c, old in zip(out, fold(value), strict=True))
 
-    def _scrambled(self, shape: str, label: Label, same: str) -> str:
+    def _scrambled(self, shape: str, label: Label, same: str, *, prefix: str = "") -> str:
         for attempt in range(1000):
             stream = self._key.stream(label, same, attempt).bytes(4 * len(shape))
             made = "".join(_scramble(c, stream[4 * i : 4 * i + 4], label) for i, c in enumerate(shape))
-            made = _harmless(made, label)
+            made = _harmless(made, label, prefix)
             if made != same and made not in self._taken:
                 self._taken.add(made)
                 return made
@@ -451,21 +501,47 @@ def _scramble(character: str, noise: bytes, label: Label) -> str:
     return "abcdefghjkmnpqrstuvwxyz"[draw % 23] if label is not Label.MAC else "abcdef"[draw % 6]
 
 
-def _harmless(made: str, label: Label) -> str:
+_FICTION: Mapping[str, tuple[int, str]] = MappingProxyType({"44": (10, "7700900"), "33": (9, "19900"), "49": (10, "3023125")})
+"""Country code -> length and beginning of national numbers that its regulator keeps for fiction (Ofcom, ARCEP, Bundesnetzagentur)."""
+
+
+def _kept_prefix(value: str, label: Label) -> tuple[str, str]:
+    """Returns what of a value's letters and digits stays (the country of a telephone number or an IBAN, a trunk 0) and the rest, which is the same for every way to write it."""
+    same = canonical(value)
+    if label in (Label.PHONE, Label.FAX) and same.isdigit():
+        if len(same) == 11 and same[0] == "1":
+            return "1", same[1:]
+        if fold(value).lstrip(" (").startswith(("+", "00")):
+            national = same.removeprefix("00")
+            code = next((national[:size] for size in (1, 2, 3) if int(national[:size] or 0) in COUNTRY_CODE_TO_REGION_CODE), "")
+            return same[: len(same) - len(national)] + code, national[len(code) :]
+        if same[:1] == "0":
+            return "0", same[1:]
+    if label is Label.IBAN and same[:2].isalpha() and same[2:4].isdigit():
+        return same[:2], same[2:]
+    return "", same
+
+
+def _harmless(made: str, label: Label, prefix: str = "") -> str:
     """Moves a made number into a range that is never issued, where there is one."""
-    if label in (Label.PHONE, Label.FAX) and made[:1] == "1" and made.isdigit() and len(made) == 11:
-        return "1" + _harmless(made[1:], label)
-    if label in (Label.PHONE, Label.FAX) and made.isdigit() and len(made) == 10:
-        return str(2 + int(made[0]) % 8) + made[1:3] + "55501" + made[8:]
+    if label in (Label.PHONE, Label.FAX) and made.isdigit():
+        length, start = _FICTION.get(prefix.removeprefix("00"), (0, ""))
+        if len(made) == length:
+            return start + made[len(start) :]
+        if prefix == "0" and made[:1] == "0":
+            return "3" + made[1:]
+        return str(2 + int(made[0]) % 8) + made[1:3] + "55501" + made[8:] if len(made) == 10 and prefix in ("", "1", "001") else made
     if label is Label.SSN and made.isdigit() and len(made) == 9:
         return "000" + made[3:]
     if label is Label.CARD and is_card(made):
         return made[:-1] + str((int(made[-1]) + 1) % 10)
+    if label is Label.IBAN and prefix:
+        return "00" + made[2:]
     return made
 
 
 def _name_parts(value: str) -> list[str]:
-    return [p.lower() for p in re.findall(r"[A-Za-z]+(?:'[A-Za-z]+)*", fold(value)) if len(p) > 1 and not _is_frame(p)]
+    return [p.lower() for p in _NAME.findall(fold(value)) if (len(p) > 1 or not p.isascii()) and not _is_frame(p)]
 
 
 def _is_frame(part: str) -> bool:
@@ -475,7 +551,8 @@ def _is_frame(part: str) -> bool:
 
 def reads_as_first(part: str) -> bool:
     """Says whether the gazetteer takes a name for a first name before a last name; unknown names are last names. Depends on the name alone, so every document agrees."""
-    return names().get(part.lower(), "L")[0] in "FMG"
+    flag = languages.names().get(part.lower(), ("", ""))[1]
+    return flag in ("F", "M") or (not flag and names().get(part.lower(), "L")[0] in "FMG")
 
 
 # FF1 --------------------------------------------------------------------------------------------------------------------------------------------------------

@@ -11,26 +11,30 @@ Does not cover: identifiers that the detector misses; every report says so.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from importlib import resources
+from itertools import pairwise
 from types import MappingProxyType
 from typing import final
 
-from discreet.config import digest_of
-from discreet.deid import ner, operators, patterns
+from discreet.config import DeidSection, ThresholdSection, digest_of
+from discreet.deid import ner, operators, patterns, quasi
 from discreet.deid.detect import Span, detect, parse_label
 from discreet.deid.operators import Operator, Surrogates
 from discreet.deid.patterns import Label
 from discreet.deid.tagging import Reader
 from discreet.deid.vault import Vault
-from discreet.errors import ConfigInvalid, RequestInvalid
+from discreet.errors import ConfigInvalid, SealBroken
 from discreet.keys import Key
-from discreet.record import Admitted, Deidentified, Digest, Sensitive
+from discreet.record import Admitted, Deidentified, Digest, Sensitive, Sensitivity
 
 
 @final
@@ -40,6 +44,8 @@ class Channel(StrEnum):
     TRAINING = "training"
     PROMPT = "prompt"
     LOG = "log"
+    ARCHIVE = "archive"
+    """Kept or handed on; whoever is entitled can have a value back while its subject is not forgotten."""
 
 
 @final
@@ -51,7 +57,8 @@ class Names(StrEnum):
 
 
 _KEYED = frozenset((Operator.SURROGATE, Operator.SHIFT, Operator.TOKEN))
-_DATA = ("names.txt", "words.txt", "places.txt")
+_MARKS = frozenset((Operator.REDACT, Operator.LABEL, Operator.KEEP))
+_DATA = ("names.txt", "words.txt", "places.txt", "stand_ins.txt")
 
 
 @final
@@ -66,9 +73,11 @@ class Policy:
         version: raised when the policy of that name changes.
         thresholds: label -> least score at which a span counts, in [0, 1]; 0 for the others. On the training path from public or separately charged samples only.
         names: what finds names beside the table.
+        misses: label -> lower and upper limit of the share of values that its threshold misses, as calibration stated them.
+        k: quasi-identifiers are made coarser until at least so many people are expected to share them (`quasi`); 0 leaves them.
 
     Raises:
-        ConfigInvalid: when a label has no operator, dates alone are not the ones that shift, or placeholders would leave the prompt channel.
+        ConfigInvalid: when a label has no operator, dates alone are not the ones that shift, placeholders would leave the prompt channel, or a log would hold more than marks.
     """
 
     name: str
@@ -77,6 +86,8 @@ class Policy:
     version: int = 1
     thresholds: Mapping[Label, float] = field(default_factory=dict)
     names: Names = Names.MODEL
+    misses: Mapping[Label, tuple[float, float]] = field(default_factory=dict)
+    k: int = 0
 
     def __post_init__(self) -> None:
         missing = [label for label in Label if label not in self.operators]
@@ -89,10 +100,14 @@ class Policy:
             raise ConfigInvalid("the operator vault on the channel prompt alone", value=self.channel)
         if self.channel is Channel.TRAINING and Operator.TOKEN in self.operators.values():
             raise ConfigInvalid("no reversible operator (token) on the channel training", value=self.name)
+        telling = sorted({operator for operator in self.operators.values() if operator not in _MARKS}) if self.channel is Channel.LOG else []
+        if telling:
+            raise ConfigInvalid("the operators redact, label and keep alone on the channel log", value=", ".join(telling))
         if not all(label in Label and 0 <= least <= 1 for label, least in self.thresholds.items()):
             raise ConfigInvalid("thresholds in [0, 1] for labels of docs/labels.md", value=", ".join(map(str, self.thresholds)))
         object.__setattr__(self, "operators", MappingProxyType(dict(self.operators)))
         object.__setattr__(self, "thresholds", MappingProxyType(dict(self.thresholds)))
+        object.__setattr__(self, "misses", MappingProxyType(dict(self.misses)))
 
     @property
     def digest(self) -> Digest:
@@ -107,6 +122,8 @@ class Policy:
                 "detector": patterns.VERSION,
                 "lists": _lists_digest(),
                 **({"thresholds": {str(label): self.thresholds[label] for label in Label if label in self.thresholds}} if self.thresholds else {}),
+                **({"misses": {str(label): list(self.misses[label]) for label in Label if label in self.misses}} if self.misses else {}),
+                **({"k": self.k, "quasi": quasi.VERSION} if self.k else {}),
                 **({"model": ner.digest(), "least": ner.rules()} if self.names is Names.MODEL else {}),
             }
         )
@@ -146,6 +163,7 @@ BUILTIN: Mapping[str, Policy] = MappingProxyType(
             _uniform("redact", Channel.TRAINING, Operator.REDACT),
             _uniform("prompt", Channel.PROMPT, Operator.VAULT),
             _uniform("log", Channel.LOG, Operator.REDACT),
+            _uniform("token", Channel.ARCHIVE, Operator.TOKEN, PLACEHOLDER=Operator.LABEL),
         )
     }
 )
@@ -155,10 +173,14 @@ BUILTIN: Mapping[str, Policy] = MappingProxyType(
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Redacted:
-    """What is left of a text. `spans` are places in the original; the text is kept out of the representation, a detector can miss something."""
+    """What is left of a text. `spans` are places in the original; the text is kept out of the representation, a detector can miss something.
+
+    `expected`: people who are expected to share the quasi-identifiers that are left, where the policy asks for k; less than k where even the coarsest words say too much.
+    """
 
     text: str = field(repr=False)
     spans: tuple[Span, ...]
+    expected: float | None = None
 
 
 def redact(
@@ -169,6 +191,7 @@ def redact(
     key: Key | None = None,
     names: Names = Names.MODEL,
     found: Sequence[Span] | None = None,
+    subject: str = "",
 ) -> Redacted:
     """Replaces the identifiers of a text as a policy says.
 
@@ -178,17 +201,50 @@ def redact(
         known: identifiers that the text is known to be about, label -> values.
         key: the subject's key, for surrogates, shifted dates and tokens; left out, they are consistent within this call only.
         names: what finds names, where the policy is given by its name. A `Policy` says it itself.
+        subject: whom tokens are bound to, beside their label and the policy; `restore` needs the same.
         found: what `find` has found in this text already; None to look for it here.
 
     Raises:
         ConfigInvalid: when there is no such policy, or it wants a vault (use `protect`).
         RequestInvalid: when the text is too long or a label unknown.
     """
+    chosen = resolve(policy, names)
+    spans = _chosen(_found(text, chosen, known) if found is None else found, chosen)
+    render = renderer(text, spans, chosen, known=known, key=key, subject=subject)
+    if not chosen.k:
+        return Redacted(text=_rewrite(text, [(s.start, s.end, render(s)) for s in spans]), spans=tuple(spans))
+    edits, expected = _coarser(text, spans, chosen.k)
+    return Redacted(text=_rewrite(text, sorted([*edits, *((s.start, s.end, render(s)) for s in spans)])), spans=tuple(spans), expected=expected)
+
+
+def resolve(policy: Policy | str, names: Names = Names.MODEL) -> Policy:
+    """Returns the policy, or the built-in one of that name with a finder of names; refuses the vault's, which `redact` cannot apply.
+
+    Raises:
+        ConfigInvalid: when there is no such policy, or it is of the channel prompt.
+    """
     chosen = replace(builtin(policy), names=names) if isinstance(policy, str) else policy
     if chosen.channel is Channel.PROMPT:
-        raise ConfigInvalid("a policy of the channel training or log", value=chosen.name, remedy="Prompts need a vault: use deid.policy.protect.")
-    spans = _chosen(_found(text, chosen, known) if found is None else found, chosen)
-    return Redacted(text=_rewrite(text, spans, _renderer(text, spans, chosen, known=known, key=key)), spans=tuple(spans))
+        raise ConfigInvalid(
+            "a policy of the channel training, log or archive", value=chosen.name, remedy="Prompts need a vault: use deid.policy.protect."
+        )
+    return chosen
+
+
+def restore(text: str, key: Key, *, policy: str = "token", subject: str = "") -> tuple[str, int]:
+    """Returns the text with the tokens of this subject and policy opened, and how many there were; tokens that do not open stay as they are."""
+    opened = 0
+
+    def value(match: re.Match[str]) -> str:
+        nonlocal opened
+        try:
+            plain = operators.open_token(match.group(), key, subject=subject, policy=policy)
+        except SealBroken:
+            return match.group()
+        opened += 1
+        return plain
+
+    return operators.TOKEN.sub(value, text), opened
 
 
 def find(
@@ -240,13 +296,13 @@ def protect(
         raise ConfigInvalid("a policy of the channel prompt", value=policy.name)
     typed = [Span(start, end, Label.PLACEHOLDER, 1.0) for start, end in vault.typed(text)]
     spans = _chosen(_around(_found(text, policy, known) if found is None else found, typed), policy)
-    plain = _renderer(text, spans, policy, known=known, key=key)
+    plain = renderer(text, spans, policy, known=known, key=key)
 
     def render(span: Span) -> str:
         value = text[span.start : span.end]
         return vault.issue(span.label, value) if policy.operators[Label(span.label)] is Operator.VAULT else plain(span)
 
-    return Redacted(text=_rewrite(text, spans, render), spans=tuple(spans))
+    return Redacted(text=_rewrite(text, [(s.start, s.end, render(s)) for s in spans]), spans=tuple(spans))
 
 
 def deidentify(admitted: Admitted, policy: Policy, key: Key) -> Deidentified:
@@ -282,22 +338,99 @@ def builtin(name: str) -> Policy:
     Raises:
         ConfigInvalid: when there is none.
     """
-    if name not in BUILTIN:
-        raise ConfigInvalid(f"a policy called {', '.join(BUILTIN)}", value=name)
-    return BUILTIN[name]
+    return BUILTIN[known_word(name, BUILTIN, "a policy")]
 
 
-def configured(name: str, thresholds: Mapping[str, float], *, names: Names | str = Names.MODEL) -> Policy:
-    """Returns the built-in policy of that name with the thresholds and the finder of names of a configuration.
+def configured(section: DeidSection, channel: Channel = Channel.TRAINING, sensitivity: Sensitivity = Sensitivity.SPECIAL) -> Policy:
+    """Returns the policy of a configuration for one channel and sensitivity: the built-in one, with the operators, the thresholds and the finder of names of `[deid]`.
+
+    Args:
+        section: `[deid]`; its `policy` is that of the channel training, the other channels have one each.
+        channel: where the text goes.
+        sensitivity: of the text's source; a prompt and a log line are of the highest.
 
     Raises:
-        ConfigInvalid: when there is no such policy or label.
+        ConfigInvalid: when it names a channel, sensitivity, label or operator that is not known (the message has the nearest), or a policy that its channel does not permit.
     """
-    try:
-        least = {parse_label(label): value for label, value in thresholds.items()}
-    except RequestInvalid as error:
-        raise ConfigInvalid("labels of docs/labels.md in [deid.thresholds]", remedy=str(error)) from None
-    return replace(builtin(name), thresholds=least, names=Names(names))
+    names = Names(section.names)
+    base = builtin({Channel.PROMPT: "prompt", Channel.LOG: "log", Channel.ARCHIVE: "token"}.get(channel, section.policy))
+    changes = _changes(section, channel, sensitivity)
+    least = {_label(name): value if isinstance(value, float) else value.least for name, value in section.thresholds.items()}
+    return replace(
+        base,
+        name=f"{base.name}/{sensitivity}" if changes else base.name,
+        operators={**base.operators, **changes},
+        thresholds=least,
+        misses={_label(name): value.miss_rate for name, value in section.thresholds.items() if isinstance(value, ThresholdSection)},
+        names=names,
+        k=section.k if channel is Channel.TRAINING else 0,
+    )
+
+
+def check(section: DeidSection) -> None:
+    """Builds the policy of every channel and sensitivity, and compares them.
+
+    Raises:
+        ConfigInvalid: as `configured`; or when a prompt or a log would keep a label that training hides, or a more sensitive source one that a less sensitive one hides.
+    """
+    for named, by_sensitivity in section.operators.items():
+        known_word(named, Channel, "a channel")
+        for each in by_sensitivity:
+            known_word(each, ("any", *Sensitivity), "a sensitivity or 'any'")
+    kept = {(channel, each): _kept(configured(section, channel, each)) for channel in Channel for each in Sensitivity}
+    order = [each for each in Sensitivity if each is not Sensitivity.PUBLIC]
+    for channel in Channel:
+        for lower, higher in pairwise(order):
+            _refuse_laxer(kept[channel, higher] - kept[channel, lower], f"{channel}.{higher}", f"{channel}.{lower}")
+    for channel in (Channel.PROMPT, Channel.LOG, Channel.ARCHIVE):
+        for each in order:
+            _refuse_laxer(kept[channel, each] - kept[Channel.TRAINING, each], f"{channel}.{each}", f"training.{each}")
+
+
+def _kept(policy: Policy) -> frozenset[Label]:
+    return frozenset(label for label, operator in policy.operators.items() if operator is Operator.KEEP)
+
+
+def _refuse_laxer(more: frozenset[Label], where: str, there: str) -> None:
+    if more:
+        remedy = f"[deid.operators.{there}] hides it: keep it there too, or hide it here."
+        raise ConfigInvalid(
+            f"nothing kept in [deid.operators.{where}] that [deid.operators.{there}] hides", value=", ".join(sorted(more)), remedy=remedy
+        )
+
+
+def _changes(section: DeidSection, channel: Channel, sensitivity: Sensitivity) -> dict[Label, Operator]:
+    of_channel = section.operators.get(channel, {})
+    named = {**of_channel.get("any", {}), **of_channel.get(sensitivity, {})}
+    return {_label(name): Operator(known_word(operator, Operator, "an operator")) for name, operator in named.items()}
+
+
+def _label(name: str) -> Label:
+    return Label[known_word(name.upper(), Label.__members__, "a label")]
+
+
+def known_word(word: str, known: Iterable[str], kind: str) -> str:
+    """Returns the word.
+
+    Raises:
+        ConfigInvalid: when it is not in the list; the message has the nearest that is.
+    """
+    words = [str(each) for each in known]
+    if word in words:
+        return word
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    remedy = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(words)}."
+    raise ConfigInvalid(f"{kind} that is known (docs/labels.md)", value=word, remedy=remedy)
+
+
+def spans_in(text: str, policy: Policy, known: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Span]:
+    """Returns the spans that a policy replaces: what its finders find, less what it keeps and what is below its thresholds."""
+    return _chosen(_found(text, policy, known), policy)
+
+
+def finder(names: Names = Names.MODEL) -> Callable[[str], list[Span]]:
+    """Returns the finder of a policy, without its thresholds: what calibration measures."""
+    return lambda text: detect(text, reader=_reader(names))
 
 
 def _found(text: str, policy: Policy, known: Mapping[str, Sequence[str]]) -> list[Span]:
@@ -308,8 +441,16 @@ def _chosen(spans: Sequence[Span], policy: Policy) -> list[Span]:
     return [s for s in spans if policy.operators[Label(s.label)] is not Operator.KEEP and s.score >= policy.thresholds.get(Label(s.label), 0.0)]
 
 
-def _renderer(text: str, spans: Sequence[Span], policy: Policy, *, known: Mapping[str, Sequence[str]], key: Key | None) -> Callable[[Span], str]:
-    """Returns the function from a span to what stands in its place."""
+def renderer(
+    text: str,
+    spans: Sequence[Span],
+    policy: Policy,
+    *,
+    known: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    key: Key | None = None,
+    subject: str = "",
+) -> Callable[[Span], str]:
+    """Returns the function from a span to what stands in its place. Arguments as those of `redact`; the vault's operator is `protect`'s."""
     key = (key or Key.random()) if policy.needs_key else key
     stand_ins = None if key is None or not policy.needs_key else Surrogates(key, [*_known_values(known), *_found_values(text, spans)])
 
@@ -319,7 +460,7 @@ def _renderer(text: str, spans: Sequence[Span], policy: Policy, *, known: Mappin
         if operator in (Operator.SURROGATE, Operator.SHIFT) and stand_ins is not None:
             return stand_ins.of(value, label)
         if operator is Operator.TOKEN and key is not None:
-            return operators.token(value, label, key)
+            return operators.token(value, label, key, subject=subject, policy=policy.name)
         return _PLAIN[operator](value, label)
 
     return render
@@ -343,12 +484,24 @@ def _found_values(text: str, spans: Sequence[Span]) -> list[tuple[Label, str]]:
     return sorted({(Label(span.label), text[span.start : span.end]) for span in spans})
 
 
-def _rewrite(text: str, spans: Sequence[Span], render: Callable[[Span], str]) -> str:
+def _coarser(text: str, spans: Sequence[Span], k: int) -> tuple[list[tuple[int, int, str]], float]:
+    """Returns the edits, as places of the text, that make its quasi-identifiers coarse enough; those within spans are replaced anyway and count as gone."""
+    marked = _rewrite(text, [(s.start, s.end, operators.REDACTED) for s in spans])
+    moved, at = 0, [(0, 0)]  # where each part between spans begins in the marked text, and how far that is from its place in the text
+    for span in spans:
+        moved += len(operators.REDACTED) - (span.end - span.start)
+        at.append((span.end + moved, moved))
+    edits, left = quasi.coarser(marked, k=k)
+    back = [(start - at[bisect_right(at, (start, len(marked))) - 1][1], end - start, put) for start, end, put in edits]
+    return [(start, start + length, put) for start, length, put in back], left.expected
+
+
+def _rewrite(text: str, edits: Sequence[tuple[int, int, str]]) -> str:
     pieces: list[str] = []
     at = 0
-    for span in spans:
-        pieces += (text[at : span.start], render(span))
-        at = span.end
+    for start, end, put in edits:
+        pieces += (text[at:start], put)
+        at = end
     return "".join([*pieces, text[at:]])
 
 

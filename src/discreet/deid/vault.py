@@ -5,7 +5,7 @@ alphabet without 0, 1, I, L and O: 34 bits that cannot be guessed or counted up,
 parser forgives what models do to text (case, brackets, escapes, emphasis, spaces for underscores), and never what would change the code.
 
 Guarantees: only a placeholder that this vault issued is ever restored, one pass at a time, so that a restored value is not read again; the same value has the same placeholder in a
-conversation and another one elsewhere; values are kept under AES-256-GCM with conversation, label and code as associated data; a placeholder that a user types is itself
+conversation and another one elsewhere; values are kept under AES-256-GCM with conversation, policy, label and code as associated data; a placeholder that a user types is itself
 replaced (`escape`), so that it comes back as the characters that were typed (PITFALLS 25).
 
 Does not cover: storage across processes (the gateway builds the vault of a conversation again from the conversation's own messages), and who may ask for restoration, which is the
@@ -52,11 +52,13 @@ class Vault:
     Args:
         key: key of the tenant or the subject; forgetting it makes every sealed value unreadable.
         conversation: name of the conversation; placeholders of another one mean nothing here.
+        policy: name of the policy under which values were taken in; another one does not open them.
     """
 
-    __slots__ = ("_conversation", "_kept", "_key")
+    __slots__ = ("_conversation", "_kept", "_key", "_policy")
 
-    def __init__(self, key: Key, conversation: str) -> None:
+    def __init__(self, key: Key, conversation: str, *, policy: str = "prompt") -> None:
+        self._policy = policy
         self._key = key.derive("deid/vault", conversation)
         self._conversation = conversation
         self._kept: dict[str, _Kept] = {}
@@ -125,7 +127,7 @@ class Vault:
         return self._key.open(kept.sealed, context=self._context(kept.label, code)).decode("utf-8", "surrogatepass")
 
     def _context(self, label: Label, code: str) -> bytes:
-        return f"{len(self._conversation)}:{self._conversation}/{label}/{code}".encode("utf-8", "surrogatepass")
+        return f"{len(self._conversation)}:{self._conversation}/{len(self._policy)}:{self._policy}/{label}/{code}".encode("utf-8", "surrogatepass")
 
     def _code(self, label: Label, value: str, attempt: int) -> str:
         digest = int.from_bytes(self._key.mac(f"{label}\0{attempt}\0{value}".encode("utf-8", "surrogatepass")), "big")

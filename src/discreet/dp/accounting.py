@@ -180,6 +180,30 @@ def pld_epsilon(event: DpEvent, *, delta: float, grid: float | None = COARSE) ->
     return trade_off(event, grid=grid).epsilons([delta])[0]
 
 
+def rdp_epsilon(event: DpEvent, *, delta: float, relation: Relation = "add_remove") -> float:
+    """Computes the RDP epsilon alone: quick, looser than PLD, and what discrete noise is accounted by (`dp/discrete.py`).
+
+    Args:
+        delta: in (0, 1).
+
+    Returns:
+        infinity for an event without noise.
+
+    Raises:
+        ValueError: when a parameter is out of range or RDP does not know the event under this relation.
+    """
+    _check_relation(relation)
+    if not 0 < delta < 1:
+        raise ValueError(f"Expected 0 < delta={delta} < 1.")
+    parts = _parts(event)
+    if not parts:
+        return 0.0
+    found = math.inf if any(_is_unprotected(part) for part, _ in parts) else _epsilon_rdp(parts, delta, relation)
+    if found is None:
+        raise ValueError(f"Expected an event that RDP knows under {relation}, got {event}.")
+    return found
+
+
 def rdp(event: DpEvent, orders: Sequence[float], *, relation: Relation = "add_remove") -> Vector:
     """Computes the Renyi divergence of an event at each order.
 
@@ -307,6 +331,13 @@ class TradeOff:
             return 1.0
         return float(min(1.0, max(fpr, 1.0 - float(get_beta_from_pld(self._pld, alpha=fpr)))))
 
+    def tprs(self, fprs: Sequence[float] | Vector) -> Vector:
+        """Returns `tpr` of many rates at once, in the time of one."""
+        rates = np.asarray(fprs, dtype=np.float64)
+        if not ((rates >= 0) & (rates <= 1)).all():
+            raise ValueError("Expected every false positive rate in [0, 1].")
+        return np.ones_like(rates) if self._pld is None else np.clip(1.0 - np.asarray(get_beta_from_pld(self._pld, alpha=rates)), rates, 1.0)
+
     def epsilons(self, deltas: Sequence[float]) -> list[float]:
         """Returns epsilon for each delta in (0, 1)."""
         return [math.inf if self._pld is None else float(self._pld.get_epsilon_for_delta(delta)) for delta in deltas]
@@ -324,8 +355,7 @@ class TradeOff:
         """
         if self._mu is None:
             fprs = np.geomspace(1e-5, 0.5, 128)
-            tprs = np.ones_like(fprs) if self._pld is None else np.clip(1.0 - np.asarray(get_beta_from_pld(self._pld, alpha=fprs)), fprs, 1.0)
-            self._mu = float(np.max(stats.norm.ppf(tprs) - stats.norm.ppf(fprs)))
+            self._mu = float(np.max(stats.norm.ppf(self.tprs(fprs)) - stats.norm.ppf(fprs)))
         return self._mu
 
 
@@ -610,6 +640,11 @@ def entry_of(event: DpEvent) -> Entry:
     raise ValueError(f"Expected an event that one accountant knows in whole; {sorted(set(kinds))} together are known to none.")
 
 
+def has_pld(event: DpEvent) -> bool:
+    """Says whether PLD knows every kind of mechanism in an event; a relation or a part inside a part may be refused all the same."""
+    return all("pld" in ACCOUNTANTS[_kind_of(part)][0] for part, _ in _parts(event))
+
+
 def event_to_json(event: DpEvent) -> dict[str, Any]:
     """Returns an event as JSON values.
 
@@ -646,6 +681,8 @@ def _field_to_json(value: Any) -> Any:
         return event_to_json(value)
     if isinstance(value, list | tuple):
         return [_field_to_json(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):  # the shape of a Poisson number of tries: JSON has no infinity
+        return None
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -656,6 +693,8 @@ def _field_from_json(field: str, value: Any) -> Any:
         if not isinstance(value, list):
             raise ValueError("Expected events to be a list.")
         return [_event_from_json(item) for item in value]
+    if field == "shape" and value is None:
+        return math.inf
     return [_number(item, field) for item in value] if isinstance(value, list) else _number(value, field)
 
 
@@ -701,6 +740,12 @@ def _is_free(name: str, event: Any) -> bool:
 
 def _canonical(event: Any) -> DpEvent:
     """A hashable form; Poisson sampling with certainty is no sampling."""
+    if isinstance(event, dp_accounting.ComposedDpEvent):
+        return dp_accounting.ComposedDpEvent(tuple(_canonical(inner) for inner in event.events))
+    if isinstance(event, dp_accounting.SelfComposedDpEvent):
+        return dp_accounting.SelfComposedDpEvent(_canonical(event.event), event.count)
+    if isinstance(event, dp_accounting.dp_event.RepeatAndSelectDpEvent):
+        return dp_accounting.dp_event.RepeatAndSelectDpEvent(_canonical(event.event), event.mean, event.shape)
     if isinstance(event, dp_accounting.PoissonSampledDpEvent) and event.sampling_probability == 1:
         return event.event
     if isinstance(event, dp_accounting.dp_event.MixtureOfGaussiansDpEvent):
@@ -839,13 +884,14 @@ def _rdp_of_parts(parts: list[tuple[DpEvent, int]], orders: tuple[float, ...], r
 
 @lru_cache(maxsize=256)
 def _rdp_once(event: DpEvent, orders: tuple[float, ...], relation: Relation) -> Vector:
-    try:
-        vector = RdpAccountant(orders, _RELATIONS[relation]).compose(event).rdp
+    asked = tuple(sorted({*orders, *ORDERS})) if isinstance(event, dp_accounting.dp_event.RepeatAndSelectDpEvent) else orders
+    try:  # the bound of a selection at one order uses the divergence of a run at the best other one
+        vector = RdpAccountant(asked, _RELATIONS[relation]).compose(event).rdp
     except dp_accounting.UnsupportedEventError:
         raise ValueError(f"Expected an event that RDP accounting knows under {relation}, got {type(event).__name__}.") from None
     if np.any(np.isnan(vector)):
         raise ValueError(f"Expected a divergence that can be computed, got NaN for {event}.")
-    result: Vector = np.maximum(vector, 0.0).astype(np.float64)
+    result: Vector = np.maximum(np.asarray(vector)[[asked.index(order) for order in orders]], 0.0).astype(np.float64)
     result.setflags(write=False)
     return result
 

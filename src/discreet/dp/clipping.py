@@ -24,7 +24,11 @@ Sources: Goodfellow 2015 (arXiv 1510.01799); Li et al. 2022, "Large Language Mod
 Also: per-layer and group-wise clipping (`groups`), normalised gradients (`Weighing`), units larger than a micro-batch (`clipped_unit`). A compiled model is run
 eagerly, a reentrant checkpoint as a non-reentrant one.
 
-Does not cover: several devices, fused GPU kernels, compiled speed, custom autograd functions that mix rows without the probe noticing.
+A model sharded by FSDP2 (`fully_shard`): every rank calls with its own units, and each gets its shard of the sum over all ranks. Weights are gathered for the forward and
+the backward as without privacy; norms and sums are made of A and G alone, so nothing is gathered a third time, and each parameter's sum is scattered as soon as it is
+there. A rank without units calls `in_step`. A sharded layer needs a rule: there is no fallback.
+
+Does not cover: tensor parallelism (refused), fused GPU kernels, compiled speed, custom autograd functions that mix rows without the probe noticing.
 
 Legend: B rows of the batch, T tokens of a row, D documents, U units, L tokens of a unit (padded), d and p features in and out, V rows of an embedding.
 """
@@ -69,7 +73,7 @@ class Weighing(Enum):
 class ClippedSum:
     """A sum over privacy units, each contributing a vector of L2 norm at most `clip_norm`.
 
-    How many units it holds is private and is not kept. Built by `clipped_sum` and `zero`; sums over the micro-batches of one step are added with `+`.
+    How many units it holds is private and is not kept. Built by `clipped_sum` and `zero`; sums over the micro-batches of one step are added with `+` or, in place, `+=`.
 
     Attributes:
         gradients: name of every trained parameter -> sum, float32 (float64 for a float64 parameter), the parameter's shape.
@@ -89,12 +93,24 @@ class ClippedSum:
         """
         if not isinstance(other, ClippedSum):
             return NotImplemented
+        self._check_alike(other)
+        gradients = {name: mine + other.gradients[name] for name, mine in self.gradients.items()}
+        return ClippedSum(gradients=gradients, clip_norm=self.clip_norm, votes=self.votes + other.votes)
+
+    def __iadd__(self, other: ClippedSum) -> ClippedSum:
+        """Adds in place, as `+` otherwise: the tensors of the left side are changed."""
+        if not isinstance(other, ClippedSum):
+            return NotImplemented
+        self._check_alike(other)
+        for name, mine in self.gradients.items():
+            mine.add_(other.gradients[name])
+        return ClippedSum(gradients=self.gradients, clip_norm=self.clip_norm, votes=self.votes + other.votes)
+
+    def _check_alike(self, other: ClippedSum) -> None:
         if self.clip_norm != other.clip_norm:
             raise ValueError(f"Expected equal clip norms, got {self.clip_norm} and {other.clip_norm}.")
         if self.gradients.keys() != other.gradients.keys():
             raise ValueError("Expected sums over the same parameters.")
-        gradients = {name: mine + other.gradients[name] for name, mine in self.gradients.items()}
-        return ClippedSum(gradients=gradients, clip_norm=self.clip_norm, votes=self.votes + other.votes)
 
     @staticmethod
     def zero(model: nn.Module, *, clip_norm: float) -> ClippedSum:
@@ -104,7 +120,7 @@ class ClippedSum:
             ValueError: when `clip_norm` is not positive and finite, or no parameter requires grad.
         """
         _check_clip_norm(clip_norm)
-        parameters = _trained(model)
+        parameters = _trained(model)  # zeros of a sharded parameter are its shard's
         return ClippedSum(gradients={name: torch.zeros_like(p, dtype=rules.working(p.dtype)) for name, p in parameters.items()}, clip_norm=clip_norm)
 
 
@@ -146,7 +162,35 @@ def clipped_sum(
     _refuse_mixing_layers(model)
     layout = _Layout.of(units, documents, device=next(iter(parameters.values())).device)
     if layout.num_documents == 0:
+        if _is_sharded(parameters):
+            raise ValueError("Expected a document on every rank of a sharded model; a rank without one calls in_step.")
         return ClippedSum.zero(model, clip_norm=clip_norm)
+    return _clipped(model, loss_fn, batch, layout, how=how, combine=combine)
+
+
+def in_step(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, clip_norm: float) -> ClippedSum:
+    """Takes part in the `clipped_sum` of the other ranks of a sharded model, and contributes nothing.
+
+    Args:
+        batch: of one document that is nobody's, such as two tokens of padding; it is computed so that this rank gathers and scatters when the others do.
+
+    Returns:
+        this rank's shard of the sum over the units of the other ranks.
+
+    Raises:
+        ValueError: as for `clipped_sum`.
+    """
+    parameters = _trained(model)
+    how = _How.of(parameters, clip_norm=clip_norm, weighing=Weighing.CLIP, groups=None)
+    layout = _Layout.of([0], None, device=next(iter(parameters.values())).device)
+    return _clipped(model, loss_fn, batch, layout, how=how, combine=Combine.SUM, counts=False)
+
+
+def _clipped(
+    model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, layout: _Layout, *, how: _How, combine: Combine, counts: bool = True
+) -> ClippedSum:
+    """One forward, one backward, norms and sums; nothing of it is added where the units do not count."""
+    parameters = _trained(model)
     with _Recorder(model, parameters, layout) as recorder:
         with _plain_execution(model):
             losses = loss_fn(model, batch)
@@ -159,7 +203,7 @@ def clipped_sum(
     del losses
     if any(not bool(use.grad_UX.isfinite().all()) for kept in rest.values() for use in kept) and layout.num_units > 1:
         return _isolated(model, loss_fn, batch, layout, how=how, combine=combine)
-    return _clip_and_add(uses, parameters, layout.num_units, how)
+    return _clip_and_add(uses, parameters, layout.num_units, how, counts=counts)
 
 
 def clipped_unit(
@@ -185,6 +229,8 @@ def clipped_unit(
         ValueError: as for `clipped_sum`.
     """
     parameters = _trained(model)
+    if _is_sharded(parameters):
+        raise ValueError("Expected a model that is not sharded; on a sharded one a unit is computed whole, by clipped_sum.")
     how = _How.of(parameters, clip_norm=clip_norm, weighing=weighing, groups=groups)
     _refuse_mixing_layers(model)
     total = {name: torch.zeros_like(p, dtype=rules.working(p.dtype)) for name, p in parameters.items()}
@@ -285,7 +331,9 @@ class _NonReentrant:
 # From uses to the clipped sum
 
 
-def _clip_and_add(uses: dict[str, list[Use]], parameters: Mapping[str, nn.Parameter], num_units: int, how: _How) -> ClippedSum:
+def _clip_and_add(
+    uses: dict[str, list[Use]], parameters: Mapping[str, nn.Parameter], num_units: int, how: _How, *, counts: bool = True
+) -> ClippedSum:
     """Weighs every unit by its norm, in float64 for the norms and in the working precision for the sum."""
     device = next(iter(parameters.values())).device
     margin = MARGIN * max(_rounding(parameter) for parameter in parameters.values())
@@ -299,20 +347,52 @@ def _clip_and_add(uses: dict[str, list[Use]], parameters: Mapping[str, nn.Parame
     norm_U = torch.stack(list(square_by_group.values())).sum(0).sqrt() * (1 + margin)
     finite_U = norm_U.isfinite()
     broken_U = None if bool(finite_U.all()) else ~finite_U
+    weight_by_group = {
+        label: torch.where(finite_U & counts, how.weight(square_U.sqrt() * (1 + margin)), 0.0) for label, square_U in square_by_group.items()
+    }
+    entry_of = {name: each for of in entries.values() for each in of for name in each.names}
+    del entries, uses
     sums: dict[str, Tensor] = {}
-    for label, square_U in square_by_group.items():
-        weight_U = torch.where(finite_U, how.weight(square_U.sqrt() * (1 + margin)), 0.0)
-        while entries[label]:  # each is freed as soon as it is added up
-            each = entries[label].pop()
-            shapes = [parameters[name].shape for name in each.names]
+    for (
+        name,
+        parameter,
+    ) in parameters.items():  # in this order on every rank: each is freed as soon as it is added up, and scattered where it is sharded
+        dtype = rules.working(parameter.dtype)
+        if name in entry_of:
+            each = entry_of[name]
+            shapes = [parameters[other].shape for other in each.names]
             whole = shapes[0] if len(shapes) == 1 else torch.Size([sum(shape.numel() for shape in shapes)])
-            total = rules.weighted_sum(each.uses, whole, weight_U.to(rules.working(parameters[each.names[0]].dtype)), broken_U)
-            parts = total.flatten().split([shape.numel() for shape in shapes])
-            sums |= {name: part.view(shape) for name, part, shape in zip(each.names, parts, shapes, strict=True)}
-    unused = {name: torch.zeros_like(p, dtype=rules.working(p.dtype)) for name, p in parameters.items() if name not in sums}
-    sums = {name: sums[name] if name in sums else unused[name] for name in parameters}
-    votes = float(((norm_U <= how.clip_norm).double() - 0.5).sum())
+            total = rules.weighted_sum(each.uses, whole, weight_by_group[how.label_of(name)].to(dtype), broken_U)
+            parts = torch.split(total.flatten(), [shape.numel() for shape in shapes])
+            for other, part, shape in zip(each.names, parts, shapes, strict=True):
+                sums[other] = part.view(shape)
+                del entry_of[other]
+            del each, total, parts
+        sums[name] = _scattered(sums.get(name), parameter, dtype)
+    sums = {name: sums[name] for name in parameters}
+    votes = float(((norm_U <= how.clip_norm).double() - 0.5).sum()) if counts else 0.0
     return ClippedSum(gradients=sums, clip_norm=how.clip_norm, votes=votes)
+
+
+def _scattered(total: Tensor | None, parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """This rank's part of a parameter's sum: all of it, or its shard of the sum over the ranks; zero where no loss reaches the parameter."""
+    total = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device) if total is None else total
+    if not _is_shard(parameter):
+        return total
+    from torch.distributed.tensor import DTensor, Partial
+
+    sharded: Any = parameter
+    partial = DTensor.from_local(total, sharded.device_mesh, [Partial()] * sharded.device_mesh.ndim)
+    scattered: Tensor = partial.redistribute(placements=sharded.placements)
+    return scattered
+
+
+def _is_shard(parameter: Tensor) -> bool:
+    return hasattr(parameter, "device_mesh")
+
+
+def _is_sharded(parameters: Mapping[str, nn.Parameter]) -> bool:
+    return any(_is_shard(parameter) for parameter in parameters.values())
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------------------
@@ -362,7 +442,14 @@ class _Recorder:
     """Hooks for one forward and its backward; leaves no trace on the model."""
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], layout: _Layout) -> None:
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        self._names = {
+            (module, key): names[id(parameter)]
+            for module in model.modules()
+            for key, parameter in module._parameters.items()
+            if id(parameter) in names
+        }
+        self._sharded, self._whole = _is_sharded(parameters), dict(names)
         self._model, self._parameters = model, parameters
         self._layout = layout
         self._taps: list[_Tap] = []
@@ -408,6 +495,8 @@ class _Recorder:
     def _before(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Lets the layer compute with detached weights when its input is laid out as the batch is; leaves it to autograd otherwise."""
         rule = self._seen.rules[module]
+        if self._sharded:
+            self._note_whole(name, module, rule)
         if not torch.is_grad_enabled() or name in self._seen.shared:
             return
         found = self._row_by_row(name, module, args, kwargs) if rule is _ROW_BY_ROW else self._read(name, module, rule, args, kwargs)
@@ -421,6 +510,18 @@ class _Recorder:
         for key, parameter in trained.items():
             module._parameters[key] = parameter.detach()  # type: ignore[assignment]  # a tensor for the length of one forward: autograd must not see the parameter
         self._pending[module] = (rule, *found)
+
+    def _note_whole(self, name: str, module: nn.Module, rule: Rule) -> None:
+        """Remembers the gathered parameters of a sharded layer, which are other objects than its shards.
+
+        Raises:
+            ValueError: when the layer has no rule, or computes on shards itself (tensor parallelism).
+        """
+        if rule is _ROW_BY_ROW or any(p is not None and p.requires_grad and _is_shard(p) for p in module._parameters.values()):
+            raise ValueError(
+                f"Expected a rule and whole weights for every trained layer of a sharded model, but {name!r} ({type(module).__name__}) has not."
+            )
+        self._whole |= {id(p): self._names[module, key] for key, p in module._parameters.items() if (module, key) in self._names}
 
     def _read(self, name: str, module: nn.Module, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, _Place, None] | None:
         """The input of a layer with a rule and how it lies."""
@@ -468,7 +569,15 @@ class _Recorder:
 
     def without_rule(self, losses: Tensor) -> dict[str, nn.Parameter]:
         """Trained parameters that are left to autograd, one unit at a time; logs their layers once."""
-        found = _reached(losses, self._parameters)
+        reached = _reached(losses)
+        if self._sharded:
+            if any(isinstance(leaf, nn.Parameter) for leaf in reached):
+                named = sorted({self._whole.get(id(leaf), "one that no layer was called with") for leaf in reached if isinstance(leaf, nn.Parameter)})
+                raise ValueError(
+                    f"Expected every trained parameter of a sharded model to be used by its own layer, but this is not so for {named[0]!r}."
+                )
+            return {}
+        found = {self._whole[id(leaf)]: self._parameters[self._whole[id(leaf)]] for leaf in reached if id(leaf) in self._whole}
         for name in found:
             layer = name.rpartition(".")[0]
             self._log(layer, self._model.get_submodule(layer), "takes one backward pass a unit")
@@ -495,6 +604,8 @@ class _Recorder:
         Raises:
             ValueError: when a layer mixes units: the rows of one would carry gradients of another, and no norm would bound what it contributes.
         """
+        if self._sharded:
+            return  # a backward of one rank alone would wait for the others: `sharded` in `train/parallel.py` probes the model before it shards it
         new = [tap for tap in self._taps if self._seen.probes_left.get(tap.name, _PROBES) > 0]
         if not new or self._layout.num_units < 2 or not losses.requires_grad:
             return
@@ -530,12 +641,12 @@ class _Recorder:
             held = {key: p.detach() for key, p in tap.module._parameters.items() if p is not None}
             for key, grad_BX in rules.row_gradients(tap.module, held, *tap.call, grad).items():
                 grad_UX = self._layout.group(rules.wide(grad_BX).flatten(1), (held[key].numel(),)).sum(1)
-                uses.setdefault(self._names[id(tap.module._parameters[key])], []).append(Kept(grad_UX))
+                uses.setdefault(self._names[tap.module, key], []).append(Kept(grad_UX))
             return
         inputs_ULd = self._layout.group(self._layout.spread(tap.inputs, tap.place), tap.rule.features_in(tap.module))
         grad_ULp = self._layout.group(grad, tap.rule.features_out(tap.module))
         for key, use in tap.rule.uses(tap.module, inputs_ULd, grad_ULp):
-            uses.setdefault(self._names[id(tap.module._parameters[key])], []).append(use)
+            uses.setdefault(self._names[tap.module, key], []).append(use)
 
 
 def _has_signal(grad: Tensor) -> bool:
@@ -644,10 +755,9 @@ def _table(owner_N: Tensor, num_owners: int) -> Tensor:
 # What has no rule
 
 
-def _reached(losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Trained parameters that the graph of the losses still leads to: those that no rule has taken out of it."""
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    found: dict[str, nn.Parameter] = {}
+def _reached(losses: Tensor) -> list[Tensor]:
+    """Leaves that the graph of the losses still leads to: parameters that no rule has taken out of it, and inputs that require grad."""
+    found: dict[int, Tensor] = {}
     seen: set[Any] = set()
     open_nodes: list[Any] = [losses.grad_fn]
     while open_nodes:
@@ -655,11 +765,11 @@ def _reached(losses: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str
         if node is None or node in seen:
             continue
         seen.add(node)
-        name = names.get(id(getattr(node, "variable", None)))
-        if name is not None:
-            found[name] = parameters[name]
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[id(leaf)] = leaf
         open_nodes.extend(following for following, _ in node.next_functions)
-    return found
+    return list(found.values())
 
 
 def _one_unit_at_a_time(losses: Tensor, rest: Mapping[str, nn.Parameter], layout: _Layout) -> dict[str, list[Kept]]:
@@ -718,6 +828,11 @@ def _rounding(parameter: Tensor) -> float:
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    for module in model.modules() if hasattr(model, "reshard") else ():
+        if hasattr(
+            module, "reshard"
+        ):  # a forward without a backward leaves the weights of the root gathered: other objects than the shards that are trained
+            module.reshard()
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
         raise ValueError("Expected a model with at least one parameter that requires grad.")

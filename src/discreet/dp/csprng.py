@@ -1,4 +1,4 @@
-"""Samplers on the stream cipher of `keys.Stream`: uniform, Bernoulli and Gaussian tensors that nobody without the key can regenerate.
+"""Samplers on the stream cipher of `keys.Stream`: uniform, Bernoulli, Gaussian and Laplace tensors that nobody without the key can regenerate.
 
 Why not `torch.randn`: its Mersenne Twister or Philox seed is guessable and 64 bits wide, and whoever knows the seed subtracts the noise. Here every bit comes
 from ChaCha20 (RFC 8439) under a 256-bit key, so that a resumed run replays the same draws from the same key and nobody else can.
@@ -70,14 +70,49 @@ def normal(stream: Stream, shape: Sequence[int], *, dtype: torch.dtype = torch.f
     Returns:
         `dtype` [*shape].
     """
-    count = math.prod(shape)
-    if device.type != "cpu":
-        return _normal_on(device, stream.fork("device").bytes(KEY_BYTES), count, dtype).reshape(tuple(shape))
-    values = torch.empty(count, dtype=dtype)
-    for start in range(0, count, 2 * _CHUNK):
-        part = values[start : start + 2 * _CHUNK]
-        part.copy_(_box_muller(stream, (len(part) + 1) // 2)[: len(part)])
-    return values.reshape(tuple(shape))
+    return normal_part(stream, shape, first=0, count=math.prod(shape), dtype=dtype, device=device).reshape(tuple(shape))
+
+
+def normal_part(
+    stream: Stream, shape: Sequence[int], *, first: int, count: int, dtype: torch.dtype = torch.float32, device: torch.device = _CPU
+) -> torch.Tensor:
+    """Draws a part of what `normal` draws for the whole shape: for a rank that holds a shard. Only chunks that the part touches are computed.
+
+    Args:
+        shape: of the whole.
+        first, count: the part in the flattened whole.
+
+    Returns:
+        `dtype` [count].
+
+    Raises:
+        ValueError: when the part does not lie in the whole.
+    """
+    whole = math.prod(shape)
+    if not 0 <= first <= first + count <= whole:
+        raise ValueError(f"Expected 0 <= first={first} <= first + count={first + count} <= {whole}.")
+    key = stream.fork("device").bytes(KEY_BYTES) if device.type != "cpu" else b""
+    values = torch.empty(count, dtype=dtype, device=device)
+    for chunk, start in enumerate(range(0, whole, 2 * _CHUNK)):
+        stop = min(start + 2 * _CHUNK, whole)
+        pairs = (stop - start + 1) // 2
+        low, high = max(start, first), min(stop, first + count)
+        if low < high:
+            drawn = _box_muller_on(device, key, chunk, pairs) if key else _box_muller(stream, pairs)
+            values[low - first : high - first] = drawn[low - start : high - start]
+        elif not key and start < first:
+            stream.bytes(16 * pairs)  # the cipher alone: what another rank draws
+    return values
+
+
+def laplace(stream: Stream, count: int) -> torch.Tensor:
+    """Draws independent standard Laplace numbers, each the difference of two exponentials; they end at 36.7.
+
+    Returns:
+        float64 [count].
+    """
+    logarithms = (uniform(stream, 2 * count).view(2, count) + _UNIT).log_()
+    return logarithms[1] - logarithms[0]
 
 
 def _integers(stream: Stream, count: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
@@ -102,16 +137,11 @@ def _gaussians(uniforms: torch.Tensor) -> torch.Tensor:
 # The same on another device
 
 
-def _normal_on(device: torch.device, key: bytes, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Standard Gaussians from the cipher run on `device`; each chunk has a nonce of its own, so no counter wraps."""
-    values = torch.empty(count, dtype=dtype, device=device)
-    for chunk, start in enumerate(range(0, count, 2 * _CHUNK)):
-        part = values[start : start + 2 * _CHUNK]
-        pairs = (len(part) + 1) // 2
-        words = keystream(key, nonce=chunk, num_blocks=-(-4 * pairs // _WORDS_A_BLOCK), device=device).view(-1, 2)[: 2 * pairs]
-        integers = ((words[:, 1].long() & 0xFFFFFFFF) << 21) | ((words[:, 0].long() & 0xFFFFFFFF) >> 11)
-        part.copy_(_gaussians((integers.double() * _UNIT).view(2, pairs))[: len(part)])
-    return values
+def _box_muller_on(device: torch.device, key: bytes, chunk: int, pairs: int) -> torch.Tensor:
+    """As `_box_muller` from the cipher run on `device`; each chunk has a nonce of its own, so no counter wraps."""
+    words = keystream(key, nonce=chunk, num_blocks=-(-4 * pairs // _WORDS_A_BLOCK), device=device).view(-1, 2)[: 2 * pairs]
+    integers = ((words[:, 1].long() & 0xFFFFFFFF) << 21) | ((words[:, 0].long() & 0xFFFFFFFF) >> 11)
+    return _gaussians((integers.double() * _UNIT).view(2, pairs))
 
 
 def keystream(key: bytes, *, nonce: int, num_blocks: int, device: torch.device) -> torch.Tensor:

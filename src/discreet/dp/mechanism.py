@@ -42,11 +42,13 @@ from discreet.dp.accounting import (
     entry_of,
     event_to_json,
     guarantee,
+    has_pld,
     mixture,
     pld_epsilon,
     rdp,
 )
 from discreet.dp.combine import Combine
+from discreet.dp.selection import Search
 from discreet.record import Digest
 
 if TYPE_CHECKING:
@@ -195,6 +197,7 @@ class Plan:
         guarantee: the PLD epsilon at `delta`: what the finished run may claim, standing alone.
         filter_epsilon: the epsilon that the budget's RDP filter would need for this plan alone; None when calibrated without a budget.
         allow_large_delta: the recorded reason for delta >= 1/population; empty when it is below.
+        search: how several runs of the mechanism are tried and the best is chosen: then `guarantee` and `event` are those of the whole search; None for one run.
     """
 
     mechanism: Mechanism
@@ -205,6 +208,7 @@ class Plan:
     guarantee: Guarantee
     filter_epsilon: float | None
     allow_large_delta: str = ""
+    search: Search | None = None
 
     @property
     def sampling_probability(self) -> float:
@@ -292,8 +296,9 @@ class Plan:
         }
 
     def extras(self) -> dict[str, Any]:
-        """Returns, as JSON values, the fields of the mechanism that most plans leave out: `batch_limit`, `bands`, `adaptive`."""
+        """Returns, as JSON values, the fields that most plans leave out: `batch_limit`, `bands`, `adaptive`, `search`."""
         return {
+            **({"search": self.search.to_json()} if self.search else {}),
             **({"batch_limit": self.mechanism.batch_limit} if self.mechanism.batch_limit else {}),
             **({"bands": list(self.bands)} if self.bands else {}),
             **({"adaptive": self.adaptive.to_json()} if self.adaptive else {}),
@@ -432,6 +437,7 @@ def calibrate(
     combine: Combine = Combine.SUM,
     bands: int = 0,
     adaptive: Adaptive | None = None,
+    search: Search | None = None,
 ) -> Plan:
     """Finds the least noise that keeps the promise.
 
@@ -451,6 +457,7 @@ def calibrate(
         combine: whether the documents of a unit are added or averaged before they are clipped as one.
         bands: over how many steps the noise is correlated, for CYCLIC_POISSON only; from 1 to `steps` and to population / expected_batch.
         adaptive: how the clip norm moves.
+        search: how several runs are tried; epsilon and delta are then those of the whole search.
 
     Returns:
         the plan with the smallest noise multiplier, to 0.02 %.
@@ -478,7 +485,7 @@ def calibrate(
     fixed["sampling_probability"] = _probability(sampling, expected_batch, population, cap=cap, bands=bands)
 
     def event(noise_multiplier: float) -> DpEvent:
-        return Mechanism(noise_multiplier=noise_multiplier, **fixed).event
+        return _searched(Mechanism(noise_multiplier=noise_multiplier, **fixed), search)
 
     noise_multiplier = (
         _noise_for_target(event, epsilon=epsilon, delta=delta) if budget is None else _noise_for_budget(budget, event, epsilon=epsilon, delta=delta)
@@ -490,7 +497,13 @@ def calibrate(
         delta=delta,
         filter_epsilon=None if budget is None else budget.epsilon_of(event(noise_multiplier)),
         allow_large_delta=allow_large_delta if delta >= 1 / population else "",
+        search=search,
     )
+
+
+def _searched(mechanism: Mechanism, search: Search | None) -> DpEvent:
+    """The event of one run, or of the search that it belongs to."""
+    return mechanism.event if search is None else search.event(mechanism.event)
 
 
 def _probability(sampling: Sampling, expected_batch: int, population: int, *, cap: int, bands: int) -> float:
@@ -526,6 +539,8 @@ def _noise_for_target(event: Callable[[float], DpEvent], *, epsilon: float, delt
             return pld_epsilon(event(noise), delta=delta, grid=min(_ROUGH, epsilon / 100))
         return min(_rdp_epsilon(event(noise), delta), _pld_if_tiny(event(noise), epsilon, delta))
 
+    if not has_pld(event(1.0)):
+        return _smallest(lambda noise: _rdp_epsilon(event(noise), delta) <= epsilon)
     bracket = _smallest(lambda noise: quick(noise) <= epsilon, tolerance=1e-2)
     noise_multiplier = _least_noise(lambda noise: pld_epsilon(event(noise), delta=delta, grid=grid), epsilon, low=0.85 * bracket, high=bracket)
     while (
@@ -564,6 +579,7 @@ def plan_from_json(value: Mapping[str, Any]) -> Plan:
     try:
         plan = _plan(
             mechanism_from_json(value),
+            search=Search.from_json(value["search"]) if "search" in value else None,
             **{key: value[key] for key in ("expected_batch", "unit", "delta", "filter_epsilon", "allow_large_delta")},
         )
     except (KeyError, TypeError) as error:
@@ -607,6 +623,7 @@ def _plan(
     delta: float,
     filter_epsilon: float | None,
     allow_large_delta: str,
+    search: Search | None,
 ) -> Plan:
     """The only place where a Plan is built."""
     population, cap = mechanism.population, mechanism.cap
@@ -623,9 +640,10 @@ def _plan(
         expected_batch=expected_batch,
         unit=unit,
         cap=cap,
-        guarantee=guarantee(mechanism.event, delta=delta, relation=_RELATION, unit=unit),
+        guarantee=guarantee(_searched(mechanism, search), delta=delta, relation=_RELATION, unit=unit),
         filter_epsilon=filter_epsilon,
         allow_large_delta=allow_large_delta,
+        search=search,
     )
 
 

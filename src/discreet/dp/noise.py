@@ -9,7 +9,9 @@ step; that is row t of C^-1 z. A step takes back part of what the steps before a
 
 Guarantees: the input is a `ClippedSum`, hence bounded; noise is added before anything is divided; the same stream gives the same noise (resume).
 
-Does not cover: discrete noise for federation, one draw across ranks.
+A sharded sum (FSDP2) is noised in shards, each with its own part of the one draw.
+
+Does not cover: discrete noise for federation.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 
@@ -89,5 +91,22 @@ def add(clipped: ClippedSum, *, noise_multiplier: float, key: Stream, memory: Me
 
 
 def _noised(name: str, sum_: torch.Tensor, std: float, key: Stream, memory: Memory | None) -> torch.Tensor:
-    noise = csprng.normal(key.fork("noise", name), sum_.shape, dtype=sum_.dtype, device=sum_.device)
+    noise = _drawn(key.fork("noise", name), sum_)
     return (noise if memory is None else memory.correlated(name, noise)).mul_(std).add_(sum_)
+
+
+def _drawn(key: Stream, like: Any) -> torch.Tensor:
+    """Standard Gaussians for a sum; for a shard its part of them, so shards share no coordinate and the draw does not depend on the number of ranks."""
+    if not hasattr(like, "device_mesh"):
+        return csprng.normal(key, like.shape, dtype=like.dtype, device=like.device)
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    mesh, local = like.device_mesh, like.to_local()
+    axes = [axis for axis, placement in enumerate(like.placements) if not isinstance(placement, Replicate)]
+    if len(axes) > 1 or any(like.placements[axis] != Shard(0) for axis in axes):
+        raise ValueError("Expected sums that are sharded once, along their first dimension.")
+    rows = -(-like.shape[0] // mesh.size(axes[0])) if axes else like.shape[0]
+    first = min(mesh.get_local_rank(axes[0]) * rows, like.shape[0]) * math.prod(like.shape[1:]) if axes else 0
+    part = csprng.normal_part(key, like.shape, first=first, count=local.numel(), dtype=local.dtype, device=local.device)
+    drawn: torch.Tensor = DTensor.from_local(part.view(local.shape), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+    return drawn

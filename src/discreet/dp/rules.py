@@ -207,6 +207,7 @@ def _outer_norm(uses: Sequence[Outer]) -> tuple[Tensor, Tensor]:
         left_USs = None
         for use in uses:
             left_USs = _products(use.left_ULp[:, :stop], use.left_ULp[:, start:stop], left_USs)
+        assert left_USs is not None
         product_USs.mul_(left_USs)
         block_Uss = product_USs[:, start:]
         columns.append(product_USs.sum(1))
@@ -355,10 +356,17 @@ def _rms_norm(module: Any, inputs_ULd: Tensor, grad_ULd: Tensor) -> Uses:
 
 def _scale_norm(module: nn.Module, inputs_ULd: Tensor, grad_ULd: Tensor) -> Uses:
     """Any layer that is linear in its one weight, such as a library's RMS norm, w or 1 + w: what it gives for weight 1 less what it gives for 0."""
-    weight = module.get_parameter("weight")
+    weight, inputs_ULd = module.get_parameter("weight"), wide(inputs_ULd)
+    one, nothing = (
+        torch.full(weight.shape, value, dtype=weight.dtype, device=inputs_ULd.device) for value in (1.0, 0.0)
+    )  # whole, also where the weight is a shard
     with torch.no_grad():
-        one_ULd, zero_ULd = (_forward(module, {"weight": torch.full_like(weight, value)}, wide(inputs_ULd)) for value in (1.0, 0.0))
-    yield "weight", Kept(wide(one_ULd - zero_ULd).mul_(grad_ULd).sum(1))
+        derivative_ULd = _forward(module, {"weight": one}, inputs_ULd)
+        if bool(
+            (_forward(module, {"weight": nothing}, inputs_ULd[:1, :1]) != 0).any()
+        ):  # one token tells w * x, which is 0 for every token, from (1 + w) * x
+            derivative_ULd = derivative_ULd - _forward(module, {"weight": nothing}, inputs_ULd)
+    yield "weight", Kept(wide(derivative_ULd).mul_(grad_ULd).sum(1))
 
 
 def _token_sum(grad_ULp: Tensor) -> Tensor:

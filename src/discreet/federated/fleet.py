@@ -46,7 +46,7 @@ from torch import nn
 
 from discreet.config import ModelSection, digest_of
 from discreet.dp import adaptive, csprng, discrete
-from discreet.dp.accounting import RdpFilter, guarantee
+from discreet.dp.accounting import RdpFilter, rdp_epsilon
 from discreet.dp.discrete import Encoding
 from discreet.dp.mechanism import Plan, calibrate, event_of
 from discreet.errors import ConfigInvalid, EvidenceInvalid, PlanInvalid, SourceMissing, TermsRefused
@@ -179,7 +179,7 @@ class Agreement:
         """
         q = self.plan.sampling_probability
         event = event_of(sampling_probability=1 - (1 - q) ** count, noise_multiplier=self.plan.noise_multiplier / count, steps=self.plan.steps)
-        return _rdp_epsilon(event, self.plan.delta, self.unit)
+        return rdp_epsilon(event, delta=self.plan.delta)
 
     def guarantee(self) -> dict[str, Any]:
         """Returns the promise as public JSON values. The accountant is RDP: the noise is discrete (dp/discrete.py)."""
@@ -270,11 +270,6 @@ def agree(fleet: FleetFile, *, dimension: int, layout: str = "") -> Agreement:
     if encoding.renyi_slack * fleet.rounds > 1e-12:
         raise PlanInvalid("noise of each client wide enough to be as good as Gaussian", value=encoding.local_std, remedy="Use 32 bits.")
     return Agreement(fleet=fleet, plan=plan, encoding=encoding, layout=layout)
-
-
-def _rdp_epsilon(event: Any, delta: float, unit: str) -> float:
-    found = guarantee(event, delta=delta, unit=unit).epsilon_rdp
-    return math.inf if found is None else found
 
 
 # The model on the wire

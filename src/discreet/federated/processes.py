@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, Listener
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
@@ -40,10 +40,11 @@ from cryptography.x509.oid import NameOID
 
 from discreet.errors import DiscreetError, OperationFailed
 from discreet.federated.app import HELLO, missing_flwr, pack, unpack
-from discreet.federated.site import Observer, Site
 from discreet.store import write_atomically
 
-STAGE_TIMEOUT_S = 600.0
+if TYPE_CHECKING:
+    from discreet.federated.site import Observer, Site
+
 START_S = 300.0
 LINGER_S = 15.0
 """How long a site stays after it has answered the end of the session: its answer is still on the way through Flower."""

@@ -14,6 +14,10 @@ follows from the survivor set that it signed, never from what the server asks fo
 Terms (session, round, roster, members, model digest, plan) are hashed into every signature and every derived key: a client that is shown another model computes another
 digest, and its peers refuse its keys. Clients may drop out at every stage; below the threshold or the planned minimum the round aborts and nothing is opened.
 
+Every client shares with every other and verifies every other, so the threshold is exact: whoever is corrupt, fewer than `threshold` clients open nothing. (A random k-regular graph,
+Bell et al. 2020, costs k instead of n and holds with a probability over the graph.) Verdicts on signatures are kept, because a good one depends on its bytes alone: in a simulation
+of all clients each signature is verified once.
+
 Sources: Bonawitz et al. 2017, eprint 2017/281 (double masking, consistency check, Fig. 4); Bell et al. 2020; Pasquini et al. 2022 (why masks bind the model).
 
 Does not cover: a client that uploads nonsense: under masking its norm cannot be verified, only honest clients keep to it; a denial of service by server or clients;

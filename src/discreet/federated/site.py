@@ -10,15 +10,18 @@ spends the plan in its own ledger before its first contribution. A process that 
 Guarantees: the coordinator's files hold nothing that was not released; a killed coordinator continues with the next round number, and no client opens more rounds
 than the plan paid for; at the end each site has verified the transcript against its own receipts, or says what is wrong.
 
-Does not cover: distributing fleet.toml and roster.json (the controllers agree on them outside), attested coordinators (`Agreement.digest` is what evidence would bind to).
+Does not cover: distributing fleet.toml and roster.json (the controllers agree on them outside); judging attestation evidence itself (an outside verifier does,
+`Site.check_attestation`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import subprocess
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,11 +31,11 @@ from typing import Any, Protocol, final
 from discreet import config, corpus
 from discreet import model as models
 from discreet.config import ModelSection, digest_of
-from discreet.dp.accounting import guarantee
+from discreet.dp.accounting import rdp_epsilon
 from discreet.dp.mechanism import event_of
 from discreet.errors import DiscreetError, EvidenceInvalid, MessageReplayed, NotFound, RoundAborted, SourceMissing, TermsRefused
 from discreet.evidence.log import Log
-from discreet.evidence.statement import Predicate, Statement
+from discreet.evidence.statement import Predicate, Statement, canonical_json
 from discreet.federated import fleet as fleets
 from discreet.federated import secagg, transcript
 from discreet.federated.fleet import Agreement, Correlated, FleetFile, Noise, Reals, Trainer, Worker
@@ -52,6 +55,7 @@ RETRIES = 10
 
 AGREEMENT_TRIES = 3
 """How often the last stage of a round is asked of those who have not answered: a share that was revealed to nobody's use would still have been paid for."""
+ATTESTATION_S = 60.0
 WAIT_S = 3600.0
 """How long a round waits for as many sites as it needs."""
 
@@ -105,6 +109,12 @@ class Session:
         write_atomically(folder / ROSTER, (json.dumps(fields, indent=2) + "\n").encode())
 
 
+def binding(session: Session, agreement: Agreement) -> str:
+    """Returns what a coordinator's attestation must carry as its report data: the session, the coordinator's key, the roster and the plan, as 64 hex digits."""
+    said = {"session": session.id, "server": session.roster.server.hex(), "roster": session.roster.digest, "plan": agreement.digest}
+    return hashlib.sha256(b"discreet attestation/1" + canonical_json(said)).hexdigest()
+
+
 # A site
 
 
@@ -147,6 +157,24 @@ class Site:
     def close(self) -> None:
         self._store.close()
 
+    def check_attestation(self, evidence: bytes, *, verifier: Sequence[str]) -> None:
+        """Has an outside program judge what the coordinator says of itself, before this site answers anything. It can refuse and do nothing else.
+
+        Args:
+            evidence: as the coordinator gave it out; goes to the program's standard input.
+            verifier: its command line; the binding (64 hex digits) is appended. Exit code 0 accepts.
+
+        Raises:
+            TermsRefused: when it does not accept.
+        """
+        bound = binding(self.session, self.worker.agreement)
+        try:
+            accepted = subprocess.run([*verifier, bound], input=evidence, capture_output=True, timeout=ATTESTATION_S, check=False).returncode == 0
+        except (OSError, subprocess.TimeoutExpired):
+            accepted = False
+        if not accepted:
+            raise TermsRefused("a coordinator whose attestation the verifier accepts", value=bound, remedy="Nothing left this site.")
+
     def answer(self, request: bytes) -> bytes:
         """Answers one message of the coordinator.
 
@@ -161,13 +189,7 @@ class Site:
             self._member = self._new_member()
         elif self._member is None:
             self._member = self._taken_up(kind)
-        try:
-            reply = self._member.send(request)
-        except (DiscreetError, StopIteration) as error:
-            self._member = None  # a refused message ends the generator, not the round: the right one is answered from the journal's state
-            if isinstance(error, StopIteration):
-                raise MessageReplayed("a message of a stage that is still open", value=kind if kind in STAGES else None) from None
-            raise
+        reply = self._sent(kind, request)
         write_atomically(self.place / f"{kind}.request", request)
         self.said = f"{self.name}: answered {kind}"
         if kind == STAGES[-1]:
@@ -192,6 +214,19 @@ class Site:
         if self._ledger.has_run(run) and (held := self._ledger.of_run(run)).state.value != "closed":
             self._ledger.close(held, CloseReason.CRASH, executed_steps=self._spent_steps)
         self._keyring.close_run(run)
+
+    def _sent(self, kind: str, request: bytes) -> bytes:
+        """The member's answer. A stage that was answered before is asked again by a coordinator that was killed: the round is taken up anew and the journal answers."""
+        try:
+            with suppress(DiscreetError, StopIteration):
+                return self._member.send(request) if self._member is not None else b""
+            self._member = self._taken_up(kind)
+            return self._member.send(request)
+        except (DiscreetError, StopIteration) as error:
+            self._member = None  # a refused message ends the generator, not the round
+            if isinstance(error, StopIteration):
+                raise MessageReplayed("a message of a stage that is still open", value=kind if kind in STAGES else None) from None
+            raise
 
     @property
     def _spent_steps(self) -> int:
@@ -320,7 +355,7 @@ def agreement_for(fleet: FleetFile, base: Base, section: ModelSection) -> Agreem
 @final
 class Replay:
     """The replies to the stages of a round under way, kept until it is applied: a coordinator that was killed takes the round up where it stopped, and the sites answer the
-    same from their journals. What lies here is what the coordinator was sent: sealed shares, masked vectors, and at the end shares that open the sum alone."""
+    same from their journals. What lies here is sealed or masked; the shares of the last stage, which open the sum, are not kept but asked for again."""
 
     def __init__(self, place: Path) -> None:
         self._place = place
@@ -334,6 +369,8 @@ class Replay:
 
     def of(self, stage: str, ask: Callable[[], Mapping[str, bytes]]) -> dict[str, bytes]:
         """Returns the kept replies of a stage, or asks and keeps them."""
+        if stage == STAGES[-1]:
+            return dict(ask())
         path = self._place / stage
         if not path.is_file():
             write_atomically(path, secagg.join(piece for name, body in ask().items() for piece in (name.encode(), body)))
@@ -406,8 +443,9 @@ class Coordinator:
             except RoundAborted as error:
                 self.observer.note(f"round {number}: {error}")
                 continue
-            entries.append(transcript.entry(opened, terms, entries=entries, signer=self.keyring.signer("federation")))
             totals.append(self._noised(opened, terms))
+            released = totals[-1].tobytes()
+            entries.append(transcript.entry(opened, terms, released=released, entries=entries, signer=self.keyring.signer("federation")))
             survivors += len(opened.uploads)
         if totals:
             self.trainer.apply(totals, self.agreement)
@@ -514,7 +552,7 @@ class Coordinator:
         event = event_of(
             sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=self.agreement.spent_steps(done)
         )
-        spent = guarantee(event, delta=plan.delta, unit=plan.unit).epsilon_rdp
+        spent = rdp_epsilon(event, delta=plan.delta)
         figures = {"clients": survivors, "epsilon": f"{spent:.2f}", "up": f"{self.received / 1e6:.1f} MB", "down": f"{self.sent / 1e6:.1f} MB"}
         self.observer.progress("rounds", done, self.agreement.fleet.rounds, figures)
 

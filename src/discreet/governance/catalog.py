@@ -45,6 +45,7 @@ from discreet.errors import (
     SourceMissing,
     SourceNotText,
     TrackRefused,
+    missing_extra,
 )
 from discreet.evidence.log import Log
 from discreet.evidence.statement import JSON, Predicate, Statement
@@ -593,8 +594,10 @@ def _nothing_there() -> NoReturn:
 
 def _read_remote(section: SourceSection) -> list[_File]:
     """Reads objects through fsspec; a folder of texts would need listing rights, so it stays local."""
-    from fsspec.core import url_to_fs  # 0.1 s to import; only projects with an object store pay
-
+    try:
+        from fsspec.core import url_to_fs  # 0.1 s to import; only projects with an object store pay
+    except ImportError:
+        raise missing_extra("governance", "fsspec") from None
     if section.format == "text":
         raise ConfigInvalid("a local folder for format = 'text'", value=f"source {section.name}")
     try:

@@ -33,7 +33,7 @@ from discreet.evidence.log import Log
 from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.governance import catalog, erasure, lineage
 from discreet.governance.catalog import BATCH, RegisteredSource
-from discreet.keys import Keyring
+from discreet.keys import Key, Keyring
 from discreet.record import Admitted, Basis, Digest, Purpose, Record, SubjectId
 from discreet.store import Store, metadata, now
 
@@ -250,8 +250,8 @@ class Consent:
                 return
             self._say(tx, [subject], purpose=purpose, basis=basis)
             fields = {"change": "granted" if basis else "objected", "purpose": purpose}
-            # The subject's records, or, when there are none, the request: never both, for the log would then tie the request to the records after an erasure.
-            about = catalog.digests_of(tx, subject) or [erasure.request_digest(self._keyring, subject)]
+            # The subject's records, whose salt is their key's; of somebody without any, a digest of nothing: no leaf is to link to them once they are erased.
+            about = catalog.digests_of(tx, subject) or [Digest("sha256:" + Key.random().stream("consent").bytes(32).hex())]
             for batch in lineage.chunks(about, BATCH):
                 self._log.append(tx, Statement(predicate=Predicate.CONSENT_CHANGED, subjects=tuple(batch), fields=fields))
 

@@ -78,6 +78,7 @@ class Answer:
         self._tools = tools
         self._growing: dict[tuple[object, ...], Growing] = {}
         self._templates: dict[tuple[object, ...], dict[str, Any]] = {}
+        self._bare: dict[str, Any] = {}
         self._number = 0
         self.ended = False
 
@@ -125,16 +126,34 @@ class Answer:
     def chat(self, event: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns the events that stand for one chunk of a chat completion."""
         events: list[dict[str, Any]] = []
+        self._bare = {key: value for key, value in event.items() if key not in ("usage", "choices")}
         for choice in event.get("choices") or []:
-            choice["delta"] = self._delta(choice["index"], choice.get("delta") or {})
+            index = choice.get("index", 0)
+            choice["delta"] = self._delta(index, choice.get("delta") or {})
             choice["logprobs"] = None
             if choice.get("finish_reason") is not None:
                 self.ended = True
-                rest = self._rest(choice["index"])
-                if rest:
-                    bare = {key: value for key, value in event.items() if key != "usage"}
-                    events.append({**bare, "choices": [{"index": choice["index"], "delta": rest, "logprobs": None, "finish_reason": None}]})
+                events += self._chat_rest(index)
         return [*events, self._usage(event)]
+
+    def _chat_rest(self, index: int) -> list[dict[str, Any]]:
+        rest = self._rest(index)
+        return [{**self._bare, "choices": [{"index": index, "delta": rest, "logprobs": None, "finish_reason": None}]}] if rest else []
+
+    def done(self) -> list[dict[str, Any]]:
+        """Returns what is held back where a server says that the answer has ended, but gave no choice a reason: small servers do."""
+        if self.ended:
+            return []
+        self.ended = True
+        events = [
+            event
+            for index in dict.fromkeys(int(str(place[0])) for place in self._growing if place[1] != "completion")
+            for event in self._chat_rest(index)
+        ]
+        for place in [place for place in self._growing if place[1] == "completion"]:
+            if rest := self._close(place):
+                events.append({**self._bare, "choices": [{"index": place[0], "text": rest, "logprobs": None, "finish_reason": None}]})
+        return events
 
     def _delta(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         grown: dict[str, Any] = {}
@@ -142,17 +161,17 @@ class Answer:
             if key == "role":
                 grown[key] = value
             elif key == "tool_calls" and value is not None:
-                grown[key] = [self._tool_call(index, call) for call in value]
+                grown[key] = [self._tool_call(index, call, place) for place, call in enumerate(value)]
             else:
                 grown[key] = self._grow((index, key), value) if isinstance(value, str) else self.whole(value)
         return grown
 
-    def _tool_call(self, index: int, call: dict[str, Any]) -> dict[str, Any]:
+    def _tool_call(self, index: int, call: dict[str, Any], place: int) -> dict[str, Any]:
         function = dict(call.get("function") or {})
         if isinstance(function.get("name"), str):
             function["name"] = self._conversation.restore(function["name"])
         if isinstance(function.get("arguments"), str):
-            function["arguments"] = self._grow((index, "tool_calls", call["index"]), function["arguments"], arguments=True)
+            function["arguments"] = self._grow((index, "tool_calls", call.get("index", place)), function["arguments"], arguments=True)
         return {**call, "function": function}
 
     def _rest(self, index: int) -> dict[str, Any]:
@@ -170,8 +189,9 @@ class Answer:
     def completion(self, event: dict[str, Any]) -> list[dict[str, Any]]:
         """Returns the events that stand for one chunk of a completion."""
         events: list[dict[str, Any]] = []
+        self._bare = {key: value for key, value in event.items() if key not in ("usage", "choices")}
         for choice in event.get("choices") or []:
-            place = (choice.get("index", 0), "text")
+            place = (choice.get("index", 0), "completion")
             choice["text"] = self._grow(place, choice.get("text") or "")
             choice["logprobs"] = None
             if choice.get("finish_reason") is not None:

@@ -74,7 +74,7 @@ class Conversation:
             guard: what the model may not say of its own.
         """
         self._name = Key.random().mac(b"conversation").hex()
-        self._vault = Vault(key, self._name)
+        self._vault = Vault(key, self._name, policy=policy.name)
         self._policy, self._guard = policy, guard
         self._known: Sensitive[Mapping[str, Sequence[str]]] = Sensitive({})
         self._sought: Sensitive[Mapping[str, Label]] = Sensitive({})

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, final
 
 from discreet import model
+from discreet.deid.policy import Policy
 from discreet.errors import AccessDenied, DigestMismatch, DiscreetError, NotFound, NotReleased, RequestInvalid, missing_extra
 from discreet.evidence import note, statement
 from discreet.evidence.statement import Entry, Predicate
@@ -172,7 +173,15 @@ def serve(
 
 
 def app(
-    engine: Engine, *, model_name: str, adapter: Digest, key: Key, api_key_hash: str, on_served: OnServed, limits: Limits | None = None
+    engine: Engine,
+    *,
+    model_name: str,
+    adapter: Digest,
+    key: Key,
+    api_key_hash: str,
+    on_served: OnServed,
+    limits: Limits | None = None,
+    policy: Policy = filters.POLICY,
 ) -> Starlette:
     """Returns the ASGI application.
 
@@ -184,8 +193,9 @@ def app(
         api_key_hash: of the one key that opens the gateway (`hash_api_key`).
         on_served: counts what was served.
         limits: of one request.
+        policy: of the channel prompt.
     """
-    gateway = _Gateway(engine, model_name, adapter, key, api_key_hash, on_served, limits or Limits())
+    gateway = _Gateway(engine, model_name, adapter, key, api_key_hash, on_served, limits or Limits(), policy)
     routes = [
         Route("/v1/chat/completions", gateway.endpoint(gateway.chat), methods=["POST"]),
         Route("/v1/models", gateway.endpoint(gateway.models)),
@@ -200,7 +210,9 @@ def app(
 class _Gateway:
     """The routes, and what they share."""
 
-    def __init__(self, engine: Engine, model_name: str, adapter: Digest, key: Key, api_key_hash: str, on_served: OnServed, limits: Limits) -> None:
+    def __init__(
+        self, engine: Engine, model_name: str, adapter: Digest, key: Key, api_key_hash: str, on_served: OnServed, limits: Limits, policy: Policy
+    ) -> None:
         self._engine = engine
         self._model_name = model_name
         self._adapter = adapter
@@ -208,6 +220,7 @@ class _Gateway:
         self._api_key_hash = api_key_hash
         self._on_served = on_served
         self._limits = limits
+        self._policy = policy
         self._started = int(time.time())
 
     def endpoint(self, handle: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -258,7 +271,7 @@ class _Gateway:
 
     async def _answer(self, asked: wire.ChatRequest) -> Response:
         """De-identifies, waits for the first piece (so that a refusal still has its own status), counts, and answers."""
-        conversation = filters.Conversation(self._key)
+        conversation = filters.Conversation(self._key, policy=self._policy)
         prompt = await run_in_threadpool(conversation.deidentify, asked.messages)
         async with AsyncExitStack() as stack:
             pieces = self._pieces(asked, prompt, conversation.restorer())

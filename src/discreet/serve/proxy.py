@@ -297,9 +297,10 @@ class _Proxy:
         await self._check_model(await self._identify(request), {"model": name})
         return _json(_model(name))
 
-    async def openapi(self, _request: Request) -> Response:
-        """`GET /openapi.json`: what the tables accept."""
-        return _json(openapi.document(WIRES))
+    async def openapi(self, request: Request) -> Response:
+        """`GET /openapi.json`: what the tables accept, and for who shows a key the models that they may name."""
+        names = sorted(await self._allowed(await self._identify(request))) if bearer(request.headers) else []
+        return _json(openapi.document(WIRES, models=names))
 
     async def no_route(self, _request: Request, error: Exception) -> Response:
         """Answers what the router refuses: no such path, or another method."""
@@ -344,7 +345,7 @@ class _Proxy:
         asked.found = sum(conversation.counts.values())
         self._metrics.filtered(tenant.name, route.path, time.perf_counter() - began, conversation.counts)
         sent = self._completed(sent, route, key)
-        headers = {POLICY_HEADER: tenant.policy.digest}
+        headers = {POLICY_HEADER: tenant.policy_digest}
         answer = Answer(conversation, tenant.tools)
         stack.callback(self._count, asked, body["model"], conversation)
         if sent.get("stream") and route.events is not None:
@@ -365,7 +366,7 @@ class _Proxy:
         self._metrics.stopped(asked.tenant.name, conversation.stopped)
         if self._trail is None:
             return
-        group = asked.tenant.name, asked.tenant.policy.digest, model
+        group = asked.tenant.name, asked.tenant.policy_digest, model
         due = self._trail.count(
             group,
             route=asked.route.path,
@@ -424,6 +425,8 @@ class _Proxy:
                     event = wire.parse_json(text.encode(), max_bytes=answers.MAX_EVENT_BYTES, max_depth=MAX_DEPTH)
                     for each in _events(route, answer, event):
                         frames.append(frame(wire.to_json(each), event=str(each["type"]) if route.named_events else None))
+                if route.done is not None and texts is not None and "[DONE]" in texts:
+                    frames += [frame(wire.to_json(each)) for each in answer.done()]
                 if frames:
                     yield "".join(frames)
         if not answer.ended:

@@ -26,6 +26,7 @@ from discreet.deid.operators import Operator
 from discreet.deid.patterns import Label
 from discreet.deid.policy import Names, Policy
 from discreet.errors import AccessDenied, ConfigInvalid, Overloaded, RequestInvalid
+from discreet.record import Digest
 from discreet.serve.answers import ToolArguments
 from discreet.serve.asgi import hash_api_key
 from discreet.serve.filters import GUARD, POLICY
@@ -61,6 +62,11 @@ class Tenant:
     tools: ToolArguments = ToolArguments.RESTORE
     guard: Guard = GUARD
     claim_values: frozenset[str] = frozenset()
+    policy_digest: Digest = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Computes the policy's digest once: it reads the weights of the name model."""
+        object.__setattr__(self, "policy_digest", self.policy.digest)
 
 
 @final

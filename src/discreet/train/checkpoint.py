@@ -9,7 +9,7 @@ Parameters after a noised step are the mechanism's output, but Adam's state of a
 Guarantees: a checkpoint is the state before or after a step, never between (written beside, synced, renamed); one of another run, plan or base model does not
 open; what `restore` puts back is bit for bit what `save` took.
 
-Several ranks (`train/parallel.py`): rank 0 writes the file, all read it; nothing in it depends on their number, so a run goes on with another number of ranks: the same
+Several ranks (`train/parallel.py`): rank 0 writes the file, all read it, whole also where weights are sharded; nothing in it depends on their number, so a run goes on with another number of ranks: the same
 draws, sums that differ by rounding.
 
 Erasure (`CheckpointStore`): the state of a run that was killed is a function of the subject's documents whose noise the run key can still take away. Every such state
@@ -40,6 +40,7 @@ from discreet.keys import Key, Keyring
 from discreet.model import trained_parameters
 from discreet.record import Digest, SubjectId
 from discreet.store import storage_full
+from discreet.train.parallel import gathered, split_like
 
 PURPOSE = "checkpoint"
 """Name of the key that seals the state of DP runs."""
@@ -84,6 +85,7 @@ class Checkpoints:
         curve: tuple[tuple[int, float], ...],
         subject: Mapping[str, str],
         course: bytes = b"",
+        writes: bool = True,
     ) -> None:
         """Writes the state after `step`, in place of the one before.
 
@@ -93,12 +95,17 @@ class Checkpoints:
             subject: digests of what is trained (plan, base model, snapshot): `restore` asks for the same.
             course: what a private run carries beside, sealed under its run key (`course.Course.sealed`).
 
+            writes: whether this rank writes; the others lend their shards, where weights are sharded.
+
         Raises:
             StorageFull: when the disk is full; the state before stays.
         """
+        state = _state(model, optimizer)
+        if not writes:
+            return
         header = json.dumps({"step": step, "curve": curve, "subject": dict(sorted(subject.items()))})
         carried = {_COURSE: torch.frombuffer(bytearray(course), dtype=torch.uint8)} if course else {}
-        content = safetensors.torch.save(_state(model, optimizer) | carried, metadata={_HEADER: header})
+        content = safetensors.torch.save(state | carried, metadata={_HEADER: header})
         _write(self.folder / _FILE, self.key.seal(content, context=self._context))
 
     def restore(
@@ -194,16 +201,16 @@ def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     """Parameters as `parameter/NAME`, optimiser state as `optimizer/KEY/NAME`; every value of torch's own optimisers is a tensor or None."""
     tensors = {}
     for name, parameter in trained_parameters(model).items():
-        tensors[f"parameter/{name}"] = parameter.detach().contiguous().clone()
+        tensors[f"parameter/{name}"] = gathered(parameter.detach()).contiguous().clone()
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
-                tensors[f"optimizer/{key}/{name}"] = torch.as_tensor(value).detach().contiguous().clone()
+                tensors[f"optimizer/{key}/{name}"] = gathered(torch.as_tensor(value).detach()).contiguous().clone()
     return tensors
 
 
 def _like(parameter: Tensor, tensor: Tensor, key: str) -> Tensor:
     """Puts a state of the optimiser where its parameter lies; its count of steps stays on the CPU, where torch's optimisers read it."""
-    return tensor if key == "step" else tensor.to(parameter.device)
+    return tensor if key == "step" else split_like(tensor.to(parameter.device), parameter)
 
 
 def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -215,7 +222,7 @@ def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mappin
         kind, _, rest = path.partition("/")
         if kind == "parameter":
             with torch.no_grad():
-                parameters[rest].copy_(tensor)
+                parameters[rest].copy_(split_like(tensor, parameters[rest]))
         else:
             key, _, name = rest.partition("/")
             states.setdefault(parameters[name], {})[key] = _like(parameters[name], tensor, key)

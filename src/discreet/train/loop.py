@@ -148,6 +148,7 @@ class _Run:
     checkpoints: Checkpoints | None
     subject: dict[str, str]
     ranks: Ranks = ALONE
+    is_sharded: bool = False
     plan: Plan | None = None
     run_key: Key | None = None
     course: Course | None = None
@@ -187,7 +188,8 @@ def train(
     """
     _check_paid(plan, snapshot, reservation)
     optimizers.check(setup.train, plan)
-    corpus = PrivateCorpus.of(snapshot, texts, setup.base, max_tokens=setup.model.max_tokens)
+    beta = setup.train.preference_beta if setup.train.objective == "preference" else None
+    corpus = PrivateCorpus.of(snapshot, texts, setup.base, max_tokens=setup.model.max_tokens, beta=beta)
     subject = {"plan": plan.digest, "base": setup.base.digest, "snapshot": snapshot.root, "reservation": reservation.id}
     run = _begin(
         setup,
@@ -197,8 +199,10 @@ def train(
         checkpoints=checkpoints,
         subject=subject,
         noise_std=plan.noise_std_of_mean,
+        ranks=ranks,
     )
-    run.ranks, rows = ranks, Rows(setup.run.rows)
+    corpus = corpus if beta is None else corpus.against(run.module)
+    rows = Rows(setup.run.rows)
     run.plan, run.run_key, run.course = plan, run_key, Course.of(plan)
 
     def step(number: int) -> Work:
@@ -208,8 +212,9 @@ def train(
         )
 
     _go(run, step)
+    whole = _whole(run)
     if ranks.writes:
-        models.save_adapter(run.module, adapter)
+        models.save_adapter(whole, adapter)
     ranks.wait()
     return Trained(
         adapter=adapter,
@@ -284,12 +289,17 @@ def _begin(
     checkpoints: Checkpoints | None,
     subject: dict[str, str],
     noise_std: float = 0.0,
+    ranks: Ranks = ALONE,
 ) -> _Run:
-    torch.set_num_threads(setup.run.threads or os.cpu_count() or 1)
-    module = models.attach(setup.base, setup.model, start=setup.start)
+    torch.set_num_threads(setup.run.threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    module = models.attach(setup.base, setup.model, start=setup.start).to(setup.run.device)
+    is_sharded = ranks.size > 1 and setup.run.weights == "sharded"
+    module = parallel.sharded(module, device=setup.run.device) if is_sharded else module
     return _Run(
         setup=setup,
-        module=module.to(setup.run.device),
+        module=module,
+        ranks=ranks,
+        is_sharded=is_sharded,
         optimizer=optimizers.make(trained_parameters(module).values(), setup.train, noise_std=noise_std),
         held_out=tokenize(setup.held_out.texts, setup.base, max_tokens=setup.model.max_tokens),
         steps=steps,
@@ -319,12 +329,24 @@ def _go(run: _Run, step: Callable[[int], Work]) -> None:
             _measure(run)
         _save(run)
         run.on_step(_report(run, seconds=time.monotonic() - began, taken=run.step - first, done=done))
-    if all(torch.equal(start[name], parameter) for name, parameter in trained_parameters(run.module).items()):
+    if not parallel.any_moved(start, trained_parameters(run.module), run.ranks):
         raise NothingLearned("at least one trained parameter to change", remedy="Check [model] train, the learning rate and the texts.")
+
+
+def _whole(run: _Run) -> nn.Module:
+    """The trained module; where weights are sharded, a whole one with what was learnt. Every rank calls it."""
+    if not run.is_sharded:
+        return run.module
+    module = models.attach(run.setup.base, run.setup.model, start=run.setup.start)
+    with torch.no_grad():
+        for (_, mine), shard in zip(trained_parameters(module).items(), trained_parameters(run.module).values(), strict=True):
+            mine.copy_(parallel.gathered(shard.detach()))
+    return module
 
 
 def _measure(run: _Run) -> None:
     run.curve.append((run.step, mean_loss(run.module, run.held_out, token_budget=run.setup.run.token_budget)))
+    parallel.resharded(run.module)
 
 
 def _save(run: _Run) -> None:
@@ -332,8 +354,9 @@ def _save(run: _Run) -> None:
         carried = b""
         if run.course and run.plan and run.run_key and (run.plan.bands or run.plan.adaptive):
             carried = parallel.whole(run.course, trained_parameters(run.module), run.ranks).sealed(run.run_key)
-        if run.ranks.writes:
-            run.checkpoints.save(run.module, run.optimizer, step=run.step, curve=tuple(run.curve), subject=run.subject, course=carried)
+        if run.ranks.writes or run.is_sharded:
+            writes = run.ranks.writes
+            run.checkpoints.save(run.module, run.optimizer, step=run.step, curve=tuple(run.curve), subject=run.subject, course=carried, writes=writes)
 
 
 def _resume_course(run: _Run) -> None:
@@ -341,7 +364,7 @@ def _resume_course(run: _Run) -> None:
         return
     carried = run.checkpoints.course()
     if carried:
-        run.course = Course.opened(carried, run.plan, run.run_key, device=run.setup.run.device)
+        run.course = parallel.split(Course.opened(carried, run.plan, run.run_key, device=run.setup.run.device), trained_parameters(run.module))
     else:
         run.course = Course.of(run.plan, step=run.step)
 

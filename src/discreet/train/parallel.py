@@ -3,6 +3,8 @@
     draw      every rank makes the same Poisson draw from the run key: one coin a unit, so inclusion is independent across units and ranks by construction, and the
               sample does not depend on the number of ranks
     share     the micro-batches go to the ranks, largest first to the least loaded; a unit is in one micro-batch, hence on one rank
+    shards    with `[run] weights = "sharded"` FSDP2 splits weights, sums, noise and optimiser state over the ranks. Every rank then computes equally many micro-batches, for
+              weights are gathered together: one that runs out takes part with a document of nobody, whatever was drawn
     noise     every parameter has one owner, which adds the parameter's noise to its own partial sum; the all-reduce then gives sum + noise to all
 
 Sensitivity: a unit contributes to the partial sum of exactly one rank, with norm at most clip_norm, so the sum over ranks has sensitivity clip_norm like the sum of
@@ -12,7 +14,7 @@ of a run on one rank, and no two coordinates share one. Partial sums travel betw
 Guarantees: N ranks take the step of one rank, up to the rounding of the order of additions; a rank without a micro-batch takes part with zero, and an empty sample is
 noised and counted, so ranks stay in step whatever was drawn; replicas stay equal to the bit, for an all-reduce gives every rank the same bytes.
 
-Source: Li et al. 2020, "PyTorch Distributed", arXiv 2006.15704. Does not cover: sharded models (FSDP2), ranks that do not trust each other (federated/), ranks that fail:
+Sources: Li et al. 2020, "PyTorch Distributed", arXiv 2006.15704; Zhao et al. 2023, "PyTorch FSDP", arXiv 2304.11277. Does not cover: tensor parallelism, ranks that do not trust each other (federated/), ranks that fail:
 `torchrun` ends the others, and the run resumes from its checkpoint, on any number of ranks.
 """
 
@@ -20,23 +22,41 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import final
+from typing import Any, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from discreet.dp import adaptive, noise
+from discreet.dp import adaptive, clipping, noise
 from discreet.dp.clipping import ClippedSum
 from discreet.dp.mechanism import Plan
 from discreet.dp.noise import Memory, Noised
 from discreet.keys import Key, Stream
 from discreet.train.course import Course
-from discreet.train.step import PrivateCorpus, Rows, Work, arranged, drawn, padded_size, summed, update, work
+from discreet.train.step import (
+    MicroBatch,
+    PrivateCorpus,
+    Rows,
+    Units,
+    Work,
+    arranged,
+    document_losses,
+    drawn,
+    padded,
+    padded_size,
+    summed,
+    update,
+    work,
+)
 
 _PATIENCE = timedelta(hours=24)
 """How long a rank waits for another: the slowest micro-batch, or a checkpoint on a slow disk, not a deadlock."""
@@ -63,6 +83,17 @@ class Ranks:
     def writes(self) -> bool:
         return self.rank == 0
 
+    def announce(self, go: bool) -> None:
+        """Tells the other ranks, who `follow`, whether to train."""
+        if self.size > 1:
+            dist.broadcast(torch.tensor([int(go)]), 0)
+
+    def follow(self) -> bool:
+        """Waits for what rank 0 announces."""
+        told = torch.zeros(1, dtype=torch.long)
+        dist.broadcast(told, 0)
+        return bool(told)
+
     def wait(self) -> None:
         """Returns when every rank has called it."""
         if self.size > 1:
@@ -84,11 +115,68 @@ def joined(device: str) -> Iterator[Ranks]:
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Ranks(rank=dist.get_rank(), size=dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def sharded(model: nn.Module, *, device: str) -> nn.Module:
+    """Splits a model's weights over the ranks, block by block (FSDP2), after looking at its layers while they are whole.
+
+    Args:
+        model: as `clipped_sum` takes it; changed in place.
+
+    Raises:
+        ValueError: when a layer mixes documents, or a trained layer has no rule.
+    """
+    batch = padded([torch.zeros(3, dtype=torch.long), torch.ones(2, dtype=torch.long)])
+    for _ in range(2):
+        clipping.clipped_sum(model, document_losses, batch, [0, 1], clip_norm=1.0)
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    for name in lists:
+        if not any(name.startswith(f"{other}.") for other in lists):
+            for block in model.get_submodule(name).children():
+                fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def resharded(model: nn.Module) -> None:
+    """Puts the shards back that a forward without a backward has left gathered; nothing for a model that is not sharded."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def gathered(tensor: Any) -> Tensor:
+    """The whole of a tensor that may be a shard; every rank calls it."""
+    found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return found
+
+
+def split_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The shard of a whole tensor that lies where a parameter's does."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)  # every rank has the whole
+
+
+def any_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], ranks: Ranks) -> bool:
+    """Says whether a parameter differs on any rank; every rank calls it."""
+    moved = any(not torch.equal(_local(before[name]), _local(parameter)) for name, parameter in after.items())
+    if ranks.size == 1:
+        return moved
+    told = torch.tensor([int(moved)])
+    dist.all_reduce(told)
+    return bool(told)
+
+
+def _local(tensor: Any) -> Tensor:
+    found: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return found
 
 
 def private_step(
@@ -120,9 +208,12 @@ def private_step(
     course.take(step)
     units = drawn(corpus, plan, run_key=run_key, step=step)
     batches = arranged(units, token_budget, rows)
-    mine = shares([padded_size(units, batch) for batch in batches], ranks.size)[ranks.rank]
-    chosen = [batches[index] for index in mine]
-    total = summed(model, units, chosen, clip_norm=course.clip_norm, token_budget=token_budget, combine=plan.combine)
+    dealt = shares([padded_size(units, batch) for batch in batches], ranks.size)
+    chosen = [batches[index] for index in dealt[ranks.rank]]
+    if isinstance(model, FSDPModule):
+        total = _summed_in_step(model, units, chosen, plan, clip_norm=course.clip_norm, rounds=max(map(len, dealt)))
+    else:
+        total = summed(model, units, chosen, clip_norm=course.clip_norm, token_budget=token_budget, combine=plan.combine)
     noised = add_noise(total, noise_multiplier=plan.noise_multiplier, key=run_key.stream("noise", step), ranks=ranks, memory=course.memory)
     if plan.adaptive is not None:
         moving, votes = plan.adaptive, run_key.stream("votes", step)
@@ -137,6 +228,18 @@ def private_step(
         )
     update(model, optimizer, noised.gradients, divisor=plan.expected_batch)
     return work(units, batches)
+
+
+def _summed_in_step(model: nn.Module, units: Units, chosen: Sequence[MicroBatch], plan: Plan, *, clip_norm: float, rounds: int) -> ClippedSum:
+    """This rank's shard of the sum over all ranks. A unit above the token budget is computed whole."""
+    total = ClippedSum.zero(model, clip_norm=clip_norm)
+    nobody = padded([torch.zeros(2, dtype=torch.long)])
+    for number in range(rounds):
+        if number < len(chosen):
+            total += summed(model, units, [chosen[number]], clip_norm=clip_norm, token_budget=sys.maxsize, combine=plan.combine)
+        else:
+            total += clipping.in_step(model, document_losses, nobody, clip_norm=clip_norm)
+    return total
 
 
 def shares(costs: Sequence[int], size: int) -> list[list[int]]:
@@ -166,6 +269,8 @@ def add_noise(partial: ClippedSum, *, noise_multiplier: float, key: Stream, rank
     Raises:
         ValueError: as `noise.add`.
     """
+    if any(isinstance(part, DTensor) for part in partial.gradients.values()):
+        return noise.add(partial, noise_multiplier=noise_multiplier, key=key, memory=memory)  # the sum of all ranks, in shards
     own = dataclasses.replace(partial, gradients={name: partial.gradients[name] for name in _owned(partial.gradients, ranks)})
     noised = noise.add(own, noise_multiplier=noise_multiplier, key=key, memory=memory)
     return dataclasses.replace(noised, gradients=_all_reduced({**partial.gradients, **noised.gradients}, ranks))
@@ -185,6 +290,9 @@ def whole(course: Course, parameters: Mapping[str, Tensor], ranks: Ranks) -> Cou
     """
     if course.memory is None or ranks.size == 1:
         return course
+    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        in_whole = {name: [gathered(noise_) for noise_ in past] for name, past in course.memory.past.items()}
+        return dataclasses.replace(course, memory=Memory(bands=course.memory.bands, past=in_whole))
     owned, lags = _owned(parameters, ranks), min(course.step, len(course.memory.bands) - 1)
     past: dict[str, list[Tensor]] = {name: [] for name in parameters}
     for lag in range(lags):
@@ -193,6 +301,14 @@ def whole(course: Course, parameters: Mapping[str, Tensor], ranks: Ranks) -> Cou
         }
         for name, noise_ in _all_reduced(mine, ranks).items():
             past[name].append(noise_.clone())
+    return dataclasses.replace(course, memory=Memory(bands=course.memory.bands, past=past))
+
+
+def split(course: Course, parameters: Mapping[str, Tensor]) -> Course:
+    """Gives a whole course, as a checkpoint holds it, the shards of this rank."""
+    if course.memory is None:
+        return course
+    past = {name: [split_like(noise_, parameters[name]) for noise_ in of_name] for name, of_name in course.memory.past.items()}
     return dataclasses.replace(course, memory=Memory(bands=course.memory.bands, past=past))
 
 

@@ -1,0 +1,92 @@
+"""The model as it will be deployed: merged into one set of weights, rounded to what its file holds, and audited again.
+
+A child of a private model costs nothing more (post-processing), so a correct one cannot beat the curve; what is found here is a child of another model, an adapter merged twice, or
+one that rounding swallowed: its scores do not differ any more, and nothing was audited (INCONCLUSIVE).
+
+| kind | weights |
+|---|---|
+| bfloat16 | every weight with 8 bits of significand |
+| q8_0, q4_0 | GGUF's blocks of 32 in rows of matrices, by the `gguf` package: what a file of that type gives back; vectors stay as they are |
+
+Arithmetic stays in float32, so that a score differs by the rounding of the weights alone.
+
+Does not cover: rounded activations; kinds whose tables depend on data (K-quants with an importance matrix).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from peft import PeftModel
+from torch import Tensor, nn
+
+from discreet.audit.bounds import Layer, TradeOff, Verdict, curve_test
+from discreet.errors import missing_extra
+
+KINDS = ("bfloat16", "q8_0", "q4_0")
+
+_BLOCK = 32
+
+
+def children(module: nn.Module, kinds: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yields each kind with a merged and rounded copy of the module, one at a time.
+
+    Args:
+        kinds: of `KINDS`.
+
+    Raises:
+        ValueError: when a kind is not known.
+        MissingExtra: when `gguf` is not installed.
+    """
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown:
+        raise ValueError(f"Expected kinds among {', '.join(KINDS)}, got {', '.join(unknown)}.")
+    for kind in kinds:
+        yield kind, rounded(merged(module), kind)
+
+
+def merged(module: nn.Module) -> nn.Module:
+    """Returns a copy that owns its weights, adapters added to them; the module is left as it is."""
+    own = copy.deepcopy(module)
+    whole: Any = own.merge_and_unload() if isinstance(own, PeftModel) else own
+    result: nn.Module = whole.eval()
+    return result
+
+
+def rounded(module: nn.Module, kind: str) -> nn.Module:
+    """Rounds the weights of a module in place and returns it."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(_as_stored(parameter, kind))
+    return module
+
+
+def _as_stored(weight: Tensor, kind: str) -> Tensor:
+    if kind == "bfloat16":
+        return weight.bfloat16().to(weight.dtype)
+    if weight.dim() != 2 or weight.shape[1] % _BLOCK:
+        return weight
+    try:
+        import gguf
+    except ImportError as error:
+        raise missing_extra("train", "gguf") from error
+    stored = gguf.GGMLQuantizationType[kind.upper()]
+    values = gguf.quants.dequantize(gguf.quants.quantize(weight.detach().float().cpu().numpy(), stored), stored)
+    return torch.from_numpy(values).to(weight)
+
+
+def layer(kind: str, scores: ArrayLike, included: ArrayLike, *, trade_off: TradeOff, fpr: float, level: float) -> Layer:
+    """Tests a child's canaries against the curve: FAIL when it is beaten, INCONCLUSIVE when all scores are alike, else PASS.
+
+    Args:
+        scores, included, trade_off, fpr, level: as `bounds.curve_test`.
+    """
+    found = curve_test(scores, included, trade_off=trade_off, fpr=fpr, level=level)
+    alike = float(np.ptp(np.asarray(scores, dtype=np.float64))) == 0
+    verdict = Verdict.FAIL if found.rejected else Verdict.INCONCLUSIVE if alike else Verdict.PASS
+    return Layer(name=f"deployed: {kind}", verdict=verdict, figures=found.figures())

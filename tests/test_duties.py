@@ -1,0 +1,185 @@
+"""Who may open, raise, spend and read budgets, rotate the log's key, export evidence, and go on after a rollback: deny by default, two people for a raise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+from discreet import duties, pipeline
+from discreet.errors import AccessDenied, BudgetExhausted, EvidenceInvalid, NotFound, PlanInvalid
+from discreet.evidence.log import verify_bundle, verify_certificate
+from discreet.evidence.statement import Predicate
+from discreet.governance.access import Action, Principal
+from discreet.ledger import Kind
+from discreet.pipeline import House
+
+TOML = """
+[project]
+name = "ward"
+controller = "General Hospital"
+purpose = "note-assistant"
+[access]
+owner = ["olga"]
+engineer = ["emil"]
+privacy_officer = ["petra"]
+auditor = ["axel"]
+product = ["pia"]
+[[source]]
+name = "held-out"
+path = "held.jsonl"
+owner = "us"
+sensitivity = "public"
+purposes = ["note-assistant"]
+basis = "generated"
+role = "evaluation"
+"""
+
+As = Callable[[str], AbstractContextManager[House]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "discreet.toml").write_text(TOML)
+    (tmp_path / "held.jsonl").write_text('{"id": "1", "text": "The patient was seen for a cough."}\n')
+    return tmp_path
+
+
+@pytest.fixture
+def acting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> As:
+    @contextmanager
+    def as_(name: str) -> Iterator[House]:
+        for module in (duties, pipeline):
+            monkeypatch.setattr(module, "current_user", lambda: Principal(name))
+        with pipeline.open_house(folder) as house:
+            yield house
+
+    return as_
+
+
+def budget(house: House, name: str = "queries", epsilon: float = 1.0) -> None:
+    duties.open_budget(house, name, epsilon=epsilon, delta=1e-6, unit="patient", query_delta=0.0, period=None)
+
+
+DUTIES: dict[str, tuple[Callable[[House, Path], object], set[str]]] = {
+    "open": (lambda house, _: budget(house, "other"), {"olga"}),
+    "reserve": (lambda house, _: duties.reserve(house, "queries", epsilon=0.01, delta=0.0, kind=Kind.STATISTICS), {"emil"}),
+    "show": (lambda house, _: duties.show_budgets(house, None), {"olga", "emil", "petra", "axel"}),
+    "plan": (lambda house, _: duties.plan(house, "queries", sampling_probability=0.01, noise_multiplier=2.0), {"olga", "emil", "petra", "axel"}),
+    "rotate": (lambda house, out: duties.rotate_key(house, out / "log.pub"), {"olga"}),
+    "tiles": (lambda house, out: duties.tiles(house, out / "tiles"), {"olga", "emil", "petra", "axel"}),
+    "export": (lambda house, out: pipeline.export_evidence(house, out / "bundle", public=True), {"olga", "emil", "petra", "axel"}),
+    "erase": (lambda house, _: pipeline.erase(house, "nobody"), {"petra"}),
+}
+
+
+@pytest.mark.parametrize("duty", DUTIES)
+def test_each_duty_is_somebodys_and_nobody_elses(acting: As, tmp_path: Path, duty: str) -> None:
+    do, may = DUTIES[duty]
+    with acting("olga") as house:
+        budget(house)
+    for name in ("olga", "emil", "petra", "axel", "pia", "stranger"):
+        with acting(name) as house:
+            if name in may:
+                do(house, tmp_path)
+            else:
+                with pytest.raises(AccessDenied):
+                    do(house, tmp_path)
+
+
+def test_a_raise_needs_its_owner_and_a_second_person_for_exactly_that(acting: As) -> None:
+    with acting("olga") as house:
+        budget(house)
+        with pytest.raises(AccessDenied, match="approve"):
+            duties.raise_budget(house, "queries", epsilon=2.0, reason="the board decided")
+        house.access.propose(Action.RAISE_BUDGET, who=Principal("olga"), about="queries to 2")
+        with pytest.raises(AccessDenied):
+            house.access.approve(Action.RAISE_BUDGET, who=Principal("olga"), about="queries to 2")
+        house.access.approve(Action.RAISE_BUDGET, who=Principal("petra"), about="queries to 2")
+        with pytest.raises(AccessDenied):
+            duties.raise_budget(house, "queries", epsilon=20.0, reason="the board decided")
+        with pytest.raises(PlanInvalid):
+            duties.raise_budget(house, "queries", epsilon=2.0, reason=" ")
+        assert duties.raise_budget(house, "queries", epsilon=2.0, reason="the board decided")["epsilon"] == 2.0
+        with pytest.raises(AccessDenied):
+            duties.raise_budget(house, "queries", epsilon=2.0, reason="again")
+    with acting("emil") as house, pytest.raises(AccessDenied):
+        duties.raise_budget(house, "queries", epsilon=3.0, reason="an engineer")
+
+
+def test_a_run_opens_no_budget_for_whoever_may_not(acting: As, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training opens the budget of discreet.toml the first time: that stays the owner's."""
+    monkeypatch.setattr(pipeline, "_calibrate", lambda house, snapshot: _Planned)
+    monkeypatch.setattr(pipeline, "_close_abandoned", lambda house, run: None)
+    with acting("emil") as house, pytest.raises(AccessDenied, match="open budget"):
+        pipeline._reserve(house, _Frozen)  # type: ignore[arg-type]
+
+
+class _Planned:
+    delta, unit, digest = 1e-6, "patient", "sha256:" + "0" * 64
+
+
+class _Frozen:
+    root = "sha256:" + "1" * 64
+
+
+def test_a_restored_database_is_refused_until_the_officer_accepts_the_loss(acting: As, folder: Path) -> None:
+    with acting("olga") as house:
+        budget(house)
+    for part in folder.glob(".discreet/discreet.db*"):
+        shutil.copy(part, folder / f"backup-{part.name}")
+    with acting("emil") as house:
+        duties.reserve(house, "queries", epsilon=0.9, delta=0.0, kind=Kind.STATISTICS)
+        with pytest.raises(BudgetExhausted):
+            duties.reserve(house, "queries", epsilon=0.9, delta=0.0, kind=Kind.STATISTICS)
+    for part in folder.glob(".discreet/discreet.db*"):
+        part.unlink()
+    for part in folder.glob("backup-discreet.db*"):
+        shutil.copy(part, folder / ".discreet" / part.name.removeprefix("backup-"))
+    with pytest.raises(EvidenceInvalid, match="accept-rollback"), acting("emil"):
+        pytest.fail("a spent budget came back")
+    with pytest.raises(AccessDenied):
+        duties.accept_rollback(folder, by="Emil", reason="I need the budget")
+    with pytest.raises(EvidenceInvalid), acting("petra"):
+        pytest.fail("still refused")
+    with pytest.raises(PlanInvalid):
+        duties.accept_rollback(folder, by="", reason="")
+    duties.accept_rollback(folder, by="Petra", reason="the disk broke; the budget is retired")
+    with acting("axel") as house:
+        [said] = house.log.select(Predicate.OVERRIDDEN)
+        assert said.fields["by"] == "Petra"
+
+
+def test_a_certificate_is_checked_with_the_key_alone(acting: As, folder: Path, tmp_path: Path) -> None:
+    with acting("petra") as house:
+        done = pipeline.erase(house, "somebody")
+        key = house.log.public_key()
+    path = tmp_path / "certificate.json"
+    path.write_text(json.dumps(done))
+    entry, _ = verify_certificate(path, public_key=key)
+    assert (entry.predicate, entry.subjects) == (Predicate.ERASED, (done["subject"],))
+    with acting("olga") as house:
+        keys = str(duties.rotate_key(house, tmp_path / "log.pub")["keys"][0])
+        bundle, _ = pipeline.export_evidence(house, tmp_path / "bundle", public=False)
+    assert keys == key
+    verify_certificate(path, public_key=(tmp_path / "log.pub").read_text())
+    verify_bundle(bundle, public_key=key)
+    for broken in (
+        json.dumps(done | {"proof": done["proof"].replace("index 0", "index 1")}),
+        json.dumps(done | {"statement": done["statement"].replace("A", "B", 1)}),
+        json.dumps(done)[:-1] + ', "proof": ""}',
+        "[]",
+        "{",
+    ):
+        path.write_text(broken)
+        with pytest.raises(EvidenceInvalid):
+            verify_certificate(path, public_key=key)
+
+
+def test_an_unknown_budget_is_not_raised(acting: As) -> None:
+    with acting("olga") as house, pytest.raises(NotFound):
+        duties.raise_budget(house, "nothing", epsilon=2.0, reason="none")
