@@ -68,7 +68,11 @@ def test_what_stands_far_away_does_not_change_what_patterns_find(one: str, other
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.one_of(texts, st.sampled_from(["\x00", "\ud800", "A" * 300, "Ann Lee", "12 Main St, Boston, MA 02118", "[" * 40])), max_size=4).map(" ".join))
+@given(
+    st.lists(st.one_of(texts, st.sampled_from(["\x00", "\ud800", "A" * 300, "Ann Lee", "12 Main St, Boston, MA 02118", "[" * 40])), max_size=4).map(
+        " ".join
+    )
+)
 def test_the_model_keeps_to_the_text_as_well(text: str) -> None:
     at = 0
     for span in find(text):
