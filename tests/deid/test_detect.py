@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from discreet.deid import detect as module
 from discreet.deid.detect import MAX_CHARS, Span, detect, fold, normalise
 from discreet.deid.patterns import PATTERNS, Label
+from discreet.deid.policy import find
 from discreet.errors import RequestInvalid
 
 EXAMPLES = [example.replace("«", "").replace("»", "") for row in PATTERNS for example in row.matches]
@@ -52,6 +53,32 @@ def test_nothing_is_left_to_find_behind_the_labels(text: str) -> None:
     for span in reversed(detect(text)):
         left = left[: span.start] + f"[{span.label}]" + left[span.end :]
     assert detect(left) == []
+
+
+FAR = "\n\n" + "nothing to see in this part of the text, which goes on for a while " * 8 + "\n\n"
+PATTERNS_ONLY = [label for label in Label if label not in (Label.PERSON, Label.LOCATION, Label.ORG)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(texts, texts)
+def test_what_stands_far_away_does_not_change_what_patterns_find(one: str, other: str) -> None:
+    far = len(one) + len(FAR)
+    apart = [*detect(one, labels=PATTERNS_ONLY), *(Span(s.start + far, s.end + far, s.label, s.score) for s in detect(other, labels=PATTERNS_ONLY))]
+    assert detect(one + FAR + other, labels=PATTERNS_ONLY) == apart
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.one_of(texts, st.sampled_from(["\x00", "\ud800", "A" * 300, "Ann Lee", "12 Main St, Boston, MA 02118", "[" * 40])), max_size=4).map(
+        " ".join
+    )
+)
+def test_the_model_keeps_to_the_text_as_well(text: str) -> None:
+    at = 0
+    for span in find(text):
+        assert at <= span.start < span.end <= len(text)
+        at = span.end
+    assert find(text) == find(text)
 
 
 @settings(max_examples=60, deadline=None)

@@ -106,6 +106,7 @@ def test_many_threads_may_scan_at_once() -> None:
 def test_the_stored_automaton_is_taken_only_from_this_users_hands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("hyperscan")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(scan, "WORTH_KEEPING", 1)
     sought = [Sought(re.compile("stored[0-9]"))]
     windows(sought, Engine.HYPERSCAN)
     (kept,) = (tmp_path / "discreet").iterdir()
@@ -117,10 +118,14 @@ def test_the_stored_automaton_is_taken_only_from_this_users_hands(tmp_path: Path
     assert scan._trusted(kept) is None
     assert windows(sought, Engine.HYPERSCAN)("a stored7 b", [(0, 11)])[0]
     assert scan._trusted(kept) is not None, "built anew"
+    for number in range(5):
+        windows([Sought(re.compile(f"stored{number}"))], Engine.HYPERSCAN)
+    assert len(list((tmp_path / "discreet").iterdir())) == scan.KEPT
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("hyperscan")
+    monkeypatch.setattr(scan, "WORTH_KEEPING", 1)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert windows([Sought(re.compile("kept[0-9]"))], Engine.HYPERSCAN)("kept1", [(0, 5)])

@@ -189,8 +189,15 @@ def _is_ssn(value: str) -> bool:
     return len(number) == 9 and number[:3] != "000" and number[3:5] != "00" and number[5:] != "0000"
 
 
+_IS_CODE = re.compile(
+    r"\$?[A-Za-z_]\w*(?:\.[A-Za-z_]\w*){0,6}(?:\(|\[)|\$[A-Za-z_{(]|\{\{|%\(|[a-z]+(?:[._-][a-z]+)*\Z|[A-Z]+(?:_[A-Z]+)*\Z|self\.|process\.env"
+)
+
+
 def _is_secret(value: str) -> bool:
-    """A password or token, not a word: it mixes digits or marks with letters, or both cases."""
+    """A password or token, not a word and not code: it mixes digits or marks with letters, or both cases."""
+    if _IS_CODE.match(value):
+        return False
     kinds = sum(
         (
             any(c.islower() for c in value),
@@ -507,19 +514,60 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         label=Label.SECRET,
         expression=(
-            r"(?<![a-z])(?:password|passwd|pwd|passphrase|secret(?:[_ -]?key)?|api[_ -]?key|(?:access|auth|bearer|refresh)[_ -]?(?:token|key)|client[_-]?secret|private[_-]?key|token)"
-            r"[\"']?\s{0,3}(?::=|=>|[:=])\s{0,3}[\"']?(?P<value>[^\s\"',;<>￼]{6,200})"
+            r"(?<![a-z])(?:password|passwd|pwd|pass(?:phrase|code)?|secret(?:[_ -]?key)?|(?:api|encryption|signing)[_ -]?key|(?:access|auth|bearer|refresh)[_ -]?(?:token|key)|client[_-]?secret|"
+            r"private[_-]?(?:key|token)|token)[\"']?(?:\s{0,3}(?::=|=>|[:=])\s{0,3}[\"']?|>)(?P<value>[^\s\"',;<>￼]{6,200})"
         ),
         digits=False,
         score=STRONG,
         validator=_is_secret,
-        anchors=("passw", "pwd", "passphrase", "secret", "key", "token"),
-        matches=('password = "«hunter2!x»"', "API_KEY: «9f8e7d6c5b4a»"),
-        rejects=("password: walrus", "the secret: be kind", "token = identifier"),
+        anchors=("pass", "pwd", "secret", "key", "token"),
+        matches=('password = "«hunter2!x»"', "API_KEY: «9f8e7d6c5b4a»", "<db_password>«Sell8186#»</db_password>", "SMTP_PASS=«%h8SIno!DPhyI»"),
+        rejects=(
+            "password: walrus",
+            "the secret: be kind",
+            "token = identifier",
+            "token = next(tokens)",
+            "password = os.environ['PW']",
+            "bypass=On2Off3x",
+            'password: "${DB_PASSWORD}"',
+        ),
     ),
     Pattern(
         label=Label.SECRET,
-        expression=r"(?<![\w])(?:authorization:\s{0,3})?(?:bearer|basic)\s{1,3}(?P<value>[\w.~+/-]{16,2000}={0,2})",
+        expression=r"(?<![\w-])--?(?:password|passwd|pass|pw|token|secret|api-?key|auth)(?: {1,2}|=)[\"']?(?P<value>[^\s\"'<>|&;￼-][^\s\"'<>|&;￼]{5,200})",
+        digits=False,
+        score=STRONG,
+        validator=_is_secret,
+        anchors=("-pass", "-pw", "-token", "-secret", "-api", "-auth"),
+        source="command lines",
+        matches=("mysql --password «these6436$» -u app", "--token=«L7d1nWMIrNCR»"),
+        rejects=("--password --user", "--token $TOKEN9x", "--pass through"),
+    ),
+    Pattern(
+        label=Label.SECRET,
+        expression=r"(?<![\w])(?:connect|login|sign_?in|auth\w{0,12}|credentials?)\(\s{0,3}[\"'][^\"'\n￼]{1,64}[\"'],\s{0,3}[\"'](?P<value>[^\s\"'￼]{6,200})[\"']",
+        digits=False,
+        score=STRONG,
+        validator=_is_secret,
+        anchors=("(",),
+        source="calls with a user and a password",
+        matches=("db = connect('app', '«realize3793$»')",),
+        rejects=("connect('host', 'primary')", "login('ann')"),
+    ),
+    Pattern(
+        label=Label.SECRET,
+        expression=r"(?<![\w/.:@-])[\w.-]{2,64}:(?P<value>[^\s:@/\"'￼]{6,128})@[\w-]{1,63}(?:\.[\w-]{1,63}){1,6}(?![\w@])",
+        digits=False,
+        score=STRONG,
+        validator=_is_secret,
+        anchors=("@",),
+        source="user:password@host",
+        matches=("app:«fMZZn6uQK»@ftp.internal",),
+        rejects=("mailto:ann@mail.example", "git@github.com:user/repo"),
+    ),
+    Pattern(
+        label=Label.SECRET,
+        expression=r"(?<![\w])(?:authorization:\s{0,3})?(?:bearer|basic)\s{1,3}(?P<value>[\w.~+/!#$@%^*-]{8,2000}={0,2})",
         digits=False,
         score=STRONG,
         validator=_is_secret,
@@ -1354,6 +1402,16 @@ PATTERNS: tuple[Pattern, ...] = (
         ),
         matches=("«Koskikatu 25»", "«Friedhofstrasse 33»", "«Villacher Strasse 89»"),
         rejects=("weg 2", "Tylenol 500"),
+    ),
+    Pattern(
+        label=Label.ID,
+        expression=r"(?<![\w./-])\d{4,6}/\d{2}(?:\d{2})?(?![\w/-]|\.\d)",
+        score=STRONG,
+        context=("no", "nos", "case no", "application no", "application nos", "docket", "case", "docket no", "file no", "case number", "ref"),
+        anchors=("no", "docket", "case", "ref"),
+        source="dockets of courts",
+        matches=("(application no. «36244/06»)", "case no. «8805/17»."),
+        rejects=("no. 120/80 was measured", "ratio 300/20"),
     ),
     Pattern(
         label=Label.ZIP,

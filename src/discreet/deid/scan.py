@@ -344,6 +344,13 @@ _BUILDERS: dict[Engine, Callable[[Sequence[Sought]], Windows]] = {Engine.HYPERSC
 # The stored automaton ---------------------------------------------------------------------------------------------------------------------------------------
 
 
+WORTH_KEEPING = 50
+"""Expressions from which on an automaton takes so long to build that it is stored."""
+
+KEPT = 3
+"""Automata that the cache holds at most: those of the versions used last."""
+
+
 def _database(sources: Sequence[str]) -> Any:
     """Returns the automaton of the sources, from the cache where it is there."""
     import hyperscan
@@ -360,7 +367,8 @@ def _database(sources: Sequence[str]) -> Any:
     database.compile(
         expressions=[source.encode() for source in sources], ids=list(range(len(sources))), elements=len(sources), flags=[0] * len(sources)
     )
-    _keep(path, hyperscan.dumpb(database))
+    if len(sources) >= WORTH_KEEPING:
+        _keep(path, hyperscan.dumpb(database))
     return database
 
 
@@ -396,5 +404,7 @@ def _keep(path: Path, content: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(content).digest() + content)
         Path(name).replace(path)
+        for old in sorted(path.parent.glob("scan-*.hs"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
+            old.unlink()
     except OSError:
         return
