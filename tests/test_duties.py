@@ -114,7 +114,7 @@ def test_a_raise_needs_its_owner_and_a_second_person_for_exactly_that(acting: As
 def test_a_run_opens_no_budget_for_whoever_may_not(acting: As, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training opens the budget of discreet.toml the first time: that stays the owner's."""
     monkeypatch.setattr(pipeline, "_calibrate", lambda house, snapshot: _Planned)
-    monkeypatch.setattr(pipeline, "_close_abandoned", lambda house, run: None)
+    monkeypatch.setattr(pipeline, "_refuse_unaffordable", lambda house, plan, snapshot: None)
     with acting("emil") as house, pytest.raises(AccessDenied, match="open budget"):
         pipeline._reserve(house, _Frozen)  # type: ignore[arg-type]
 
