@@ -1512,6 +1512,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "pipeline": "digests, parameters and curves on public text; releases are weights",
     "redaction": "text that the operator asked to have redacted, where they said",
     "report": "computed from the log",
+    "serve.learning": "rows of the project's own source files: `sources` is their store",
     "serve.trail": "roll-ups of a gateway: digests and counts by label, never text or users",
     "serve.gateway": "a private copy of released weights while it serves",
     "store": "the database itself: compacted by the machine, with its write-ahead log",
