@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-from discreet.plot import curve_svg
+from discreet import report
+from discreet.errors import ConfigInvalid
+from discreet.plot import curve_svg, save
 
 
 def test_every_point_stands_where_its_figures_say() -> None:
@@ -22,3 +25,17 @@ def test_every_point_stands_where_its_figures_say() -> None:
 def test_what_cannot_be_drawn_is_refused(points: list[tuple[float, float]]) -> None:
     with pytest.raises(ValueError, match="two points"):
         curve_svg(points, title="", x_title="", y_title="")
+
+
+def test_a_chart_of_the_report_becomes_a_picture_of_either_kind(tmp_path: Path) -> None:
+    lines = [("claim", "claim", [[0, 0], [0.2, 0.9], [1, 1]]), ("found", "private", [[0.1, 0.2]])]
+    chart = report._chart("Attack", "false", "true", lines, unit_square=True)
+    assert chart is not None
+    for name in ("a.png", "a.svg"):
+        save(chart, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "a.svg").read_text()
+    assert ElementTree.fromstring(drawn.split("?>", 1)[1].split(">", 1)[1]) is not None
+    assert "Attack" in drawn
+    with pytest.raises(ConfigInvalid, match="ends in"):
+        save(chart, tmp_path / "a.pdf")

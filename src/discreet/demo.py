@@ -65,6 +65,11 @@ _FAST_SETTINGS = {
     "audit.canaries": "300",
     "audit.control_epochs": "16",
     "audit.control_learning_rate": "3e-3",
+    "audit.people": "40",
+    "audit.references": "2",
+    "audit.neighbours": "1",
+    "audit.answers": "32",
+    "audit.deployed": '["bfloat16", "q8_0"]',
     "train.learning_rate": "3e-2",
     "run.threads": "1",
 }

@@ -99,6 +99,8 @@ OF_RECORDS, OF_CHILDREN = 0.1, 0.1
 """Shares of an audit's level for real records and for deployed children; the rest is the canaries'."""
 RECITED = 40
 """Planted canaries that both models are asked to recite."""
+RELEARNT = 16
+"""Public texts that a model relearns from after an erasure."""
 SERVED_BATCH = 100
 """Requests in one statement of what was served."""
 
@@ -913,7 +915,7 @@ def _rounded(curve: loop.Curve) -> list[list[float]]:
 
 def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Reservation]:
     """Lines 5 and 6. A run is its configuration on its snapshot; its plan is fixed when it is first reserved."""
-    run = "run-" + digest_of([_run_config(house), snapshot.root]).removeprefix("sha256:")[:12]
+    run = _run_id(house, snapshot)
     _close_abandoned(house, run)
     known = _result(house, f"plan/{run}", "") if house.ledger.has_run(run) else None
     plan = mechanism.plan_from_json(known) if known else _calibrate(house, snapshot)
@@ -933,6 +935,21 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
     return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run, kind=kind)
 
 
+def _run_id(house: House, snapshot: Snapshot) -> str:
+    """The same configuration on the same snapshot is the same run. Its name is public, so it comes from the configuration and a count, never from the snapshot (PITFALLS 41)."""
+    made = digest_of([_run_config(house), snapshot.root]).removeprefix("sha256:")
+    if house.ledger.has_run(earlier := f"run-{made[:12]}"):  # named before names stopped depending on the snapshot
+        return earlier
+    key = f"run/{made[:24]}"
+    known = _result(house, key, "")
+    if known is None:
+        with house.store.transaction() as tx:
+            number = len(tx.execute(select(_stages.c.name).where(_stages.c.name.startswith("run/"))).all())
+            known = {"run": "run-" + digest_of([_run_config(house), number]).removeprefix("sha256:")[:12]}
+            _record(tx, key, "", known)
+    return str(known["run"])
+
+
 def _refuse_unaffordable(house: House, plan: mechanism.Plan, snapshot: Snapshot) -> None:
     """A statement and a filter are two accountants (PITFALLS 43): a plan made for a PLD epsilon may cost more than the budget has."""
     budget, told = _filter(house, plan.delta, snapshot)
@@ -948,6 +965,7 @@ def _record_training(house: House, result: Mapping[str, Any], reservation: Reser
     """Logs the trained model. The snapshot's root stays inside: the statement is public (PITFALLS 41)."""
     fields = {name: result[name] for name in ("run", "base", "adapter", "plan", "guarantee", "steps", "parameters")}
     fields |= {"track": "dp", "reservation": reservation.id, "public_loss": result["curve"]}
+    fields |= {"kind": "preference tuning"} if house.project.train.objective == "preference" else {}
     fields |= {"kind": "winner of a search", "chosen": result["chosen"]} if "chosen" in result else {}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(Digest(result["adapter"]),), fields=fields))
@@ -1191,7 +1209,7 @@ def _references(house: House, base: Base, held_out: Sequence[str], key: Key, obs
     for number in range(house.project.audit.references if text else 0):
         coins = key.stream("half", number).bytes(len(text))
         half = PublicText.of(
-            [each for each, coin in zip(text, coins, strict=True) if coin & 1][:256], sensitivity=Sensitivity.PUBLIC, basis=Basis.CONSENT
+            [each for each, coin in zip(text, coins, strict=True) if coin & 1][:128], sensitivity=Sensitivity.PUBLIC, basis=Basis.CONSENT
         )
         setup = _setup(house, base, held_out=PublicText(tuple(held_out[:1])), evaluations=1)
         steps = -(-len(half.texts) // CONTROL_BATCH)
@@ -1494,8 +1512,10 @@ NO_SUBJECTS: Mapping[str, str] = {
     "cohorts": "HMACs of pseudonyms under a key of their own, which have to outlive the erasure: a budget is not refunded",
     "cli": "text that the operator asked to have redacted, where they said",
     "config": "parameters that the operator wrote",
+    "deid.scan": "compiled patterns, in the user's cache",
     "demo": "generated people, written as the project's sources: `sources` is their store",
     "dossier": "computed from the log",
+    "derived": "text that a released model wrote: a node of the lineage below the model, decided with it",
     "duties": "public keys, where the operator said",
     "federate": "the rosters and terms of a fleet",
     "federated.processes": "certificates, keys of nodes, the relay app",
@@ -1515,6 +1535,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "serve.learning": "rows of the project's own source files: `sources` is their store",
     "serve.trail": "roll-ups of a gateway: digests and counts by label, never text or users",
     "serve.gateway": "a private copy of released weights while it serves",
+    "train.search": "which settings were tried and their scores, sealed under the run's key and gone when it closes",
     "store": "the database itself: compacted by the machine, with its write-ahead log",
 }
 """Modules that write files or tables and are no store of the tuple below, each with the reason. An architecture test holds that there is no third kind."""
@@ -1585,7 +1606,7 @@ class _ProjectModels:
 
     def test(self, subject: SubjectId, digest: Digest) -> Finding:
         """Compares the subject's frozen text with the same text under other stand-ins, which nobody trained on: under the null they are exchangeable, so the rank is an
-        exact test. 39 twins first; only a text that beats them all is looked at again among 999, so that one erasure in five hundred is a false alarm."""
+        exact test. 39 twins first; only a text that beats them all is looked at again among 999, so that one test in five hundred is a false alarm. What is not exposed is tested once more after a few steps on public text: relearning brings back what is merely covered."""
         adapter = next(
             (p for p in sorted((self._house.project.state / "runs").glob("*/adapter")) if _adapter_digest(p) == digest),
             None,
@@ -1597,9 +1618,13 @@ class _ProjectModels:
             base = load_base(self._house, None, Silent())
         except NotFound:  # the weights are there, what they were trained on is not: nobody can be asked
             return Finding.NO_POWER
-        private = model.load_adapter(base, adapter)
+        found = self._ranked(subject, own, base, model.load_adapter(base, adapter))
+        relearnt = _relearnt(self._house, base, adapter) if found is Finding.NOT_EXPOSED else None
+        return found if relearnt is None else self._ranked(subject, own, base, relearnt)
+
+    def _ranked(self, subject: SubjectId, own: Sequence[_Own], base: Base, module: nn.Module) -> Finding:
         for twins in (39, 999):
-            rank = _rank_among_twins(self._house, subject, own, base, private, twins=twins)
+            rank = _rank_among_twins(self._house, subject, own, base, module, twins=twins)
             if rank is None:
                 return Finding.NO_POWER
             if rank > 0:
@@ -1648,6 +1673,17 @@ def _own_texts(house: House, subject: SubjectId) -> list[_Own]:
         return []
     policies = [_policy(house, section) for section in sections]
     return [(text.reveal(), known.reveal(), policy) for of_source, policy in zip(found, policies, strict=True) for _, text, known in of_source]
+
+
+def _relearnt(house: House, base: Base, adapter: Path) -> nn.Module | None:
+    """The adapter after a few steps on the project's public text, in memory only; None where there is none. No sensitive record is read (PITFALLS 38)."""
+    texts = _frozen_public(house, "public")[:RELEARNT]
+    if not texts:
+        return None
+    public = PublicText.of(texts, sensitivity=Sensitivity.PUBLIC, basis=Basis.CONSENT)
+    setup = _setup(house, base, held_out=PublicText(public.texts[:1]), start=adapter, evaluations=1)
+    order = house.keyring.purpose("relearning").stream("order")
+    return loop.fit(public, setup=setup, steps=-(-len(texts) // 4), batch=4, order=order).module
 
 
 def _rank_among_twins(
@@ -1869,7 +1905,7 @@ def update(house: House, observer: Observer) -> dict[str, Any]:
     """Takes in what became of the sources: new records, the same ledger, training, audit and release anew; warns when the audit sees more than before.
 
     Raises:
-        BudgetExhausted, NotReleased: as the stages do.
+        BudgetExhausted, NotReleased: as the stages do. What was released before is served on when no new model came to be.
     """
     house.access.require(Action.RUN, who=current_user())
     before = house.log.select(Predicate.AUDITED)
@@ -1877,11 +1913,20 @@ def update(house: House, observer: Observer) -> dict[str, Any]:
     for section in house.project.source:
         if section.name in again:
             house.catalog.register_again(house.project, section)
-    if again:
-        with house.store.transaction() as tx:
-            for name in STAGES[1:]:
-                tx.execute(delete(_stages).where(_stages.c.name == name, _stages.c.config == _config_of(house, name)))
-    outcome = run(house, until=None, observer=observer)
+    configs = {name: _config_of(house, name) for name in STAGES[1:]} if again else {}
+    with house.store.transaction() as tx:
+        done = [tx.execute(select(_stages).where(_stages.c.name == name, _stages.c.config == made)).one_or_none() for name, made in configs.items()]
+        for name, made in configs.items():
+            tx.execute(delete(_stages).where(_stages.c.name == name, _stages.c.config == made))
+    try:
+        outcome = run(house, until=None, observer=observer)
+    except BaseException:
+        if _result(house, "train", configs.get("train", "")) is None:
+            with house.store.transaction() as tx:
+                for row in done:
+                    if row is not None:
+                        tx.execute(insert(_stages).values(**row._mapping))
+        raise
     bound = outcome["audit"]["epsilon_lower"]
     earlier = before[-1].fields["epsilon_lower"] if before else None
     rising = earlier is not None and bound > earlier

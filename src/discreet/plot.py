@@ -1,6 +1,8 @@
-"""One curve as one SVG file: points -> text, with no library, script or font of its own, so that it opens wherever a person looks.
+"""Pictures as files: one curve as SVG text with no library, and the report's charts as PNG or SVG for slides and papers (extra: report).
 
-Source: SVG 1.1 (W3C). Does not cover: charts of the report, which are part of its page (`report.py`).
+`curve_svg` opens wherever a person looks. `save` draws a chart that `report.charts` has laid out already, line for line what its page shows.
+
+Source: SVG 1.1 (W3C). Does not cover: what is in a chart (`report.py`).
 """
 
 from __future__ import annotations
@@ -8,6 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import Protocol
+
+from discreet.errors import ConfigInvalid, missing_extra
+from discreet.store import write_atomically
+
+_STYLES = {"private": ("#0a6b62", "-"), "control": ("#b4481c", "-"), "claim": ("#1d2730", "--"), "chance": ("#8a979f", ":")}
+_BOX = (560.0, 276.0)
+_FORBIDDEN = "#a31621"
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 548, 24, 300
 
@@ -45,3 +57,91 @@ def curve_svg(points: Sequence[tuple[float, float]], *, title: str, x_title: str
         "</svg>",
     ]
     return "\n".join(lines) + "\n"
+
+
+class Series(Protocol):
+    """A line of a chart: its label, its style, and "x,y x,y" in the chart's box; without a path, its dots."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def style(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def dots(self) -> Sequence[tuple[float, float]]: ...
+
+
+class Chart(Protocol):
+    """A chart as `report.charts` lays it out, in a box of 560 x 252 with y downwards."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def x_title(self) -> str: ...
+    @property
+    def y_title(self) -> str: ...
+    @property
+    def series(self) -> Sequence[Series]: ...
+    @property
+    def x_ticks(self) -> Sequence[tuple[float, str]]: ...
+    @property
+    def y_ticks(self) -> Sequence[tuple[float, str]]: ...
+    @property
+    def forbidden(self) -> str: ...
+
+
+def save(chart: Chart, path: Path) -> None:
+    """Writes a chart as one picture.
+
+    Args:
+        path: ends in .png or .svg.
+
+    Raises:
+        MissingExtra: when matplotlib is not installed.
+        ConfigInvalid: when the suffix is another one.
+        StorageFull: when the disk is full.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise ConfigInvalid("a picture that ends in .png or .svg", value=path.suffix)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("report", "matplotlib") from error
+    figure = Figure(figsize=(_BOX[0] / 72, _BOX[1] / 72), dpi=150)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, _BOX[0]), ylim=(_BOX[1] - 24, -24))
+    axes.axis("off")
+    axes.text(_BOX[0] / 2, -10, chart.title, ha="center", fontsize=9)
+    for y, label in chart.y_ticks:
+        axes.plot([56, 548], [y, y], color="#d5dce1", linewidth=0.6)
+        axes.text(50, y, label, ha="right", va="center", fontsize=7)
+    for x, label in chart.x_ticks:
+        axes.text(x, 230, label, ha="center", fontsize=7)
+    if chart.forbidden:
+        axes.fill(*zip(*_points(chart.forbidden), strict=True), color=_FORBIDDEN, alpha=0.08, linewidth=0)
+    for series in chart.series:
+        colour, dashes = _STYLES[series.style]
+        if series.path:
+            marker = "o" if len(series.dots) == 2 and series.style == "private" else ""
+            axes.plot(
+                *zip(*_points(series.path), strict=True),
+                color=colour,
+                linestyle=dashes,
+                linewidth=1.3,
+                marker=marker,
+                markersize=4,
+                label=series.label,
+            )
+        else:
+            axes.plot(*zip(*series.dots, strict=True), "o", color=colour, markersize=4, label=series.label)
+    axes.text(302, 246, chart.x_title, ha="center", fontsize=8)
+    axes.text(12, 114, chart.y_title, rotation=90, ha="center", va="center", fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(0.98, 0.16), fontsize=7, framealpha=0.9)
+    drawn = BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg" else None)
+    write_atomically(path, drawn.getvalue())
+
+
+def _points(path: str) -> list[tuple[float, float]]:
+    """The corners of "x,y x,y"."""
+    return [(float(x), float(y)) for x, y in (corner.split(",") for corner in path.split())]

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from discreet.audit import bounds
 from discreet.audit.bounds import Chance, GaussianTradeOff, Verdict
@@ -89,6 +90,47 @@ def test_one_run_bounds_agree_with_an_independent_implementation(
     assert plain.epsilon == pytest.approx(steinke, abs=1e-5)
     assert curve.epsilon == pytest.approx(mahloujifar, abs=1e-4)
     assert plain.epsilon <= steinke + 1e-9  # bisection ends on the safe side
+
+
+# jax_privacy, auditing_test.py (Apache-2.0), test_epsilon_one_run_close: 10,000 scores on each side at the quantiles of N(0, 1) and N(shift, 1), level 0.05, delta 1e-6, one-sided
+# guesses at the best threshold, the level shared by the thresholds that are corners of the ROC curve's hull.
+JAX = [(1, 1.13346, 2.164749), (2, 2.311945, 4.7218075), (4, 4.395568, 9.133752)]
+
+
+def _corners(shift: float, n: int = 10_000) -> list[tuple[int, int]]:
+    """(false, true positives) at the corners of the hull, from (0, 0) to (n, n)."""
+    held_out = stats.norm.ppf((np.arange(n) + 0.5) / n)
+    planted = held_out + shift
+    thresholds = np.concatenate([held_out, planted])
+    points = {(0, 0), *zip((n - np.searchsorted(held_out, thresholds)).tolist(), (n - np.searchsorted(planted, thresholds)).tolist(), strict=True)}
+    hull: list[tuple[int, int]] = []
+    for x, y in sorted(points):
+        while len(hull) > 1 and (hull[-1][0] - hull[-2][0]) * (y - hull[-2][1]) >= (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]):
+            hull.pop()
+        hull.append((x, y))
+    return hull
+
+
+@pytest.mark.parametrize(("shift", "steinke", "mahloujifar"), [*(pytest.param(*each, marks=pytest.mark.slow) for each in JAX[:2]), JAX[2]])
+def test_one_run_bounds_are_the_published_figures_of_jax_privacy(shift: float, steinke: float, mahloujifar: float) -> None:
+    corners = _corners(shift)
+    level, m = 0.05 / len(corners), 20_000
+
+    def best(rejects) -> float:
+        found = 0.0
+        for false, true in corners[1:]:
+            if rejects(found + 1e-9, false + true, true):
+                low, high = found, 20.0
+                while high - low > 1e-7:
+                    middle = (low + high) / 2
+                    low, high = (middle, high) if rejects(middle, false + true, true) else (low, middle)
+                found = low
+        return found
+
+    plain = best(lambda epsilon, r, v: bounds._one_run_p_value(epsilon, m=m, r=r, v=v, delta=1e-6) < level)
+    assert plain == pytest.approx(steinke, rel=1e-5)
+    mu = best(lambda mu, r, v: bounds._f_dp_rejects(mu, m=m, r=r, v=v, level=level))
+    assert bounds.gdp_epsilon(mu, delta=1e-6) == pytest.approx(mahloujifar, rel=1e-5)
 
 
 @pytest.mark.parametrize(("epsilon", "mu"), MU.items())

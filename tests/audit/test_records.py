@@ -143,7 +143,10 @@ def test_who_is_withheld_is_in_no_training_snapshot_and_depends_on_nobody_else(p
         assert 5 <= len(outside) <= 35  # of 60 patients three in ten
         source = house.catalog.register(house.project, house.project.source[0])
         admitted, _ = house.consent.admit_all(house.catalog.collect(source), house.project.purpose)
-        documents = [pipeline.deid.deidentify(each, pipeline._policy(house), house.keyring.subject(each.record.subject)) for each in admitted]
+        documents = [
+            pipeline.deid.deidentify(each, pipeline._policy(house, house.project.source[0]), house.keyring.subject(each.record.subject))
+            for each in admitted
+        ]
         for document in documents[:20]:
             _, out = pipeline._by_coin(house, [document])
             assert bool(out) == (document.subject in outside)
