@@ -13,7 +13,8 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, cast
 
@@ -472,6 +473,10 @@ def serve(
     no_trail: Annotated[bool, typer.Option("--no-trail", help="Keep no signed log of what was served.")] = False,
     traces: Annotated[str | None, typer.Option(help="URL of an OTLP collector for traces, such as http://127.0.0.1:4318/v1/traces.")] = None,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running answers may take after a signal to stop.")] = 10,
+    learn: Annotated[
+        str | None,
+        typer.Option(help="Source of the project (-C) that takes the prompts of people who granted its purpose; left out, nothing is kept."),
+    ] = None,
     new_key: Annotated[bool, typer.Option("--new-key", help="Print a fresh API key and its hash for the tenants file, and stop.")] = False,
 ) -> None:
     """Starts the gateway and the dashboard from the verified release, or the privacy gateway alone in front of another server."""
@@ -498,7 +503,18 @@ def serve(
             traces=traces,
             grace_s=grace,
         )
-        alone.run(options, say=lambda line: stderr.print(line, markup=False, soft_wrap=True))
+        with ExitStack() as stack:
+            learner = None if learn is None else stack.enter_context(_learner(project, learn))
+            alone.run(options, say=lambda line: stderr.print(line, markup=False, soft_wrap=True), learner=learner)
+
+
+@contextmanager
+def _learner(project: Path, source: str) -> Iterator[Any]:
+    from discreet import pipeline
+    from discreet.serve.learning import Learner
+
+    with pipeline.open_house(project, exclusive=False) as house:
+        yield Learner(house.project, source, keyring=house.keyring, consent=house.consent)
 
 
 def _new_key() -> None:

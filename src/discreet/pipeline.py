@@ -1533,6 +1533,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "redaction": "text that the operator asked to have redacted, where they said",
     "plot": "charts of the report",
     "report": "computed from the log",
+    "serve.learning": "rows of the project's own source files: `sources` is their store",
     "serve.trail": "roll-ups of a gateway: digests and counts by label, never text or users",
     "serve.gateway": "a private copy of released weights while it serves",
     "train.search": "which settings were tried and their scores, sealed under the run's key and gone when it closes",

@@ -908,3 +908,23 @@ def test_a_server_that_gives_no_index_and_no_reason_is_understood(gate, fake, mo
     events = [json.loads(line[6:])["choices"][0] for line in text.splitlines() if line.startswith("data: {")]
     assert "".join(event.get("text") or event["delta"]["content"] for event in events if event.get("text") or event.get("delta")) == f"Call {NAME}"
     assert text.rstrip().endswith("[DONE]")
+
+
+def test_prompts_are_offered_to_a_learner_and_its_failure_ends_the_request(fake):
+    class Offered:
+        taken: list = []
+
+        def offer(self, person, texts):
+            self.taken.append((person, texts))
+            if person == "full":
+                raise OSError(PROMPT)
+
+    with serving(fake, learner=Offered()) as gate:
+        asked = {"model": "m", "messages": [{"role": "user", "content": PROMPT}], "user": "ann"}
+        assert gate.post("chat/completions", asked).status_code == 200
+        fake.seen.clear()
+        refused = gate.post("chat/completions", {**asked, "user": "full"})
+    assert refused.status_code == 500
+    assert [secret for secret in SECRETS if secret in refused.text] == []
+    assert not any("POST" in request for request in fake.seen)
+    assert Offered.taken == [("ann", [PROMPT]), ("full", [PROMPT])]

@@ -17,6 +17,7 @@ from typing import Any, final
 from discreet.errors import DiscreetError, missing_extra
 from discreet.keys import Key
 from discreet.serve import asgi, proxy
+from discreet.serve.learning import Learner
 from discreet.serve.tenants import Settings, Tenant, load
 from discreet.serve.trail import opened
 from discreet.serve.upstream import Upstream, resolve
@@ -55,11 +56,12 @@ class Options:
     grace_s: int = asgi.GRACE_S
 
 
-def run(options: Options, *, say: Say) -> None:
+def run(options: Options, *, say: Say, learner: Learner | None = None) -> None:
     """Serves until SIGINT or SIGTERM.
 
     Args:
         options: of the command line.
+        learner: keeps the prompts of those who opted in; None keeps nothing.
         say: prints a line for the operator; gets the fresh key where there is no tenants file.
 
     Raises:
@@ -77,7 +79,7 @@ def run(options: Options, *, say: Say) -> None:
         say(f"trail      {'none' if trail is None else f'{options.trail} (discreet evidence export --trail {options.trail})'}")
         tracer = None if options.traces is None else _tracer(options.traces, stack)
         application = proxy.app(
-            server, settings, key=Key.random(), cache_salt=options.cache_salt, trail=trail, tracer=tracer, private=options.private
+            server, settings, key=Key.random(), cache_salt=options.cache_salt, trail=trail, tracer=tracer, private=options.private, learner=learner
         )
         reload = None if options.tenants is None else _reloader(application, options.tenants, say)
         asgi.run(application, host=options.host, port=options.port, tls=options.tls, grace_s=options.grace_s, on_hangup=reload)

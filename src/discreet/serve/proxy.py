@@ -36,6 +36,7 @@ from discreet.serve import answers, fields, oidc, openapi, upstream, wire
 from discreet.serve.answers import Answer
 from discreet.serve.asgi import EventStream, frame, hash_api_key, read_body, unexpected, unless_gone
 from discreet.serve.filters import Conversation
+from discreet.serve.learning import Learner, person_of, texts_of
 from discreet.serve.oidc import Verifier
 from discreet.serve.tenants import Limits, Quotas, Settings, Tenant, bearer, claimed, identify
 from discreet.serve.trail import Trail
@@ -163,6 +164,7 @@ def app(
     trail: Trail | None = None,
     tracer: Tracer | None = None,
     private: frozenset[str] = frozenset(),
+    learner: Learner | None = None,
 ) -> Gateway:
     """Returns the ASGI application.
 
@@ -174,8 +176,9 @@ def app(
         trail: where roll-ups of what was served are signed; None for nowhere.
         tracer: of OpenTelemetry; None for no traces.
         private: hosts of an identity provider that may be private.
+        learner: keeps the prompts of those who opted in; None keeps nothing.
     """
-    proxy = _Proxy(server, settings, key, cache_salt=cache_salt, trail=trail, tracer=tracer, private=private)
+    proxy = _Proxy(server, settings, key, cache_salt=cache_salt, trail=trail, tracer=tracer, private=private, learner=learner)
     routes = [Route(each.path, proxy.endpoint(each.path, proxy.exchange(each)), methods=["POST"]) for each in WIRES]
     others = {
         "/v1/models": proxy.models,
@@ -207,10 +210,19 @@ class _Proxy:
     """The routes, and what they share."""
 
     def __init__(
-        self, server: Upstream, settings: Settings, key: Key, *, cache_salt: bool, trail: Trail | None, tracer: Tracer | None, private: frozenset[str]
+        self,
+        server: Upstream,
+        settings: Settings,
+        key: Key,
+        *,
+        cache_salt: bool,
+        trail: Trail | None,
+        tracer: Tracer | None,
+        private: frozenset[str],
+        learner: Learner | None,
     ) -> None:
         self._server, self._key, self._cache_salt, self._private = server, key, cache_salt, private
-        self._trail, self._tracer = trail, tracer
+        self._trail, self._tracer, self._learner = trail, tracer, learner
         self._quotas, self._metrics = Quotas(), Metrics()
         self._listed: tuple[float, frozenset[str]] | None = None
         self._writing: set[asyncio.Task[None]] = set()
@@ -345,6 +357,8 @@ class _Proxy:
         asked.found = sum(conversation.counts.values())
         self._metrics.filtered(tenant.name, route.path, time.perf_counter() - began, conversation.counts)
         sent = self._completed(sent, route, key)
+        if self._learner is not None:
+            await run_in_threadpool(self._learner.offer, person_of(body), texts_of(body))
         headers = {POLICY_HEADER: tenant.policy_digest}
         answer = Answer(conversation, tenant.tools)
         stack.callback(self._count, asked, body["model"], conversation)

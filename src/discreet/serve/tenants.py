@@ -120,7 +120,7 @@ class _TenantTable(BaseModel):
     key_sha256: list[_Hash] = []
     claim_values: list[str] = []
     keep: list[Label] = []
-    names: Names = Names.RULES
+    names: Names = POLICY.names
     answers: OwnIdentifiers = OwnIdentifiers.MASK
     answer_labels: list[Label] | None = None
     requests_per_minute: _Quota = 600
