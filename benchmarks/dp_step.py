@@ -1,7 +1,7 @@
 """Cost of exact per-unit clipping: CPU time and memory of the clipped sum beside the plain gradient of the same batch, and beside other libraries.
 
     python benchmarks/dp_step.py CASE... [--alternations 30] [--fastdp FOLDER]
-    python benchmarks/dp_step.py --list
+    python benchmarks/dp_step.py CASE --memory | CASE --lengths FILE | --list
 
 All contenders (`peers.py`) take turns in one process on the same model, weights and batch; a figure is the median of the ratios of neighbours, with its 95 % interval, of
 process CPU time, which a busy machine disturbs less than the clock. Weights are random (speed does not depend on them), so nothing is downloaded. `agreement` is each
@@ -13,12 +13,13 @@ Full models are a few blocks of the real width with a vocabulary cut in the same
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,16 +55,15 @@ class Case(NamedTuple):
 RAGGED = (16, 24, 40, 48, 64, 96, 128, 128)
 PAIR = ("plain", "ours")
 CASES = {
-    "full-128": Case("pythia", 2, 4096, None, (128,) * 8, ALL),
-    "full-512": Case("pythia", 2, 4096, None, (512,) * 2, ALL),
-    "full-ragged": Case("pythia", 2, 4096, None, RAGGED, ALL),
-    "smollm2-full-64": Case("smollm2", 3, 4915, None, (64,) * 16, PAIR),
-    "smollm2-full-128": Case("smollm2", 3, 4915, None, (128,) * 8, PAIR),
-    "smollm2-full-512": Case("smollm2", 3, 4915, None, (512,) * 2, PAIR),
-    "lora-128": Case("smollm2", 30, 49152, 8, (128,) * 4, PAIR),
-    "lora-512": Case("smollm2", 30, 49152, 8, (512,) * 1, PAIR),
-    "lora-128-peers": Case("smollm2", 4, 6554, 8, (128,) * 4, ALL),
-    "lora-ragged-peers": Case("smollm2", 4, 6554, 8, RAGGED, ALL),
+    "full-128": Case("pythia", 1, 2048, None, (128,) * 4, ALL),
+    "full-512": Case("pythia", 1, 2048, None, (512,), ALL),
+    "full-ragged": Case("pythia", 1, 2048, None, RAGGED, ALL),
+    "smollm2-full-64": Case("smollm2", 2, 3277, None, (64,) * 8, PAIR),
+    "smollm2-full-128": Case("smollm2", 2, 3277, None, (128,) * 4, PAIR),
+    "smollm2-full-512": Case("smollm2", 2, 3277, None, (512,), PAIR),
+    "lora-128": Case("smollm2", 4, 6554, 8, (128,) * 4, PAIR),
+    "lora-whole-128": Case("smollm2", 30, 49152, 8, (128,) * 4, PAIR),
+    "lora-128-peers": Case("smollm2", 2, 3277, 8, (128,) * 4, ALL),
 }
 
 
@@ -115,6 +115,45 @@ def measure(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def ragged(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Batches of 16 documents with the lengths of real text: ours in micro-batches by length, the others on padded rows; CPU time a batch over ours."""
+    from discreet.train.step import Rows, arranged, laid_out
+
+    torch.manual_seed(1)
+    names = tuple(name for name in ALL if name != "plain")
+    runs = peers.contenders(model_of(case), language_loss, clip_norm=CLIP_NORM, names=names, fastdp_source=arguments.fastdp)
+    ours_on = runs.pop("ours")
+
+    def ours(units: list[tuple[Tensor, ...]]) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for rows in arranged(units, 2048, Rows.PADDED):
+            for name, part in ours_on(laid_out([[units[unit][0] for unit, _ in row] for row in rows])).items():
+                total[name] = total[name].add_(part) if name in total else part
+        return total
+
+    lengths = [min(512, max(2, int(line))) for line in arguments.lengths.read_text().split()]
+    order = torch.randperm(len(lengths)).tolist()
+    found: dict[str, list[float]] = {name: [] for name in (*runs, "ours")}
+    tokens = padded_tokens = 0
+    for start in range(0, 16 * arguments.alternations, 16):
+        of_batch = [lengths[i] for i in order[start : start + 16]]
+        batch = batch_of(case._replace(lengths=tuple(of_batch)))
+        units = [(batch["input_ids"][row, :length],) for row, length in enumerate(of_batch)]
+        steps: dict[str, Callable[[], object]] = {name: functools.partial(run, batch) for name, run in runs.items()}
+        steps["ours"] = functools.partial(ours, units)
+        if start == 0:
+            peers.in_turn(steps, 1)
+        for name, seconds in peers.in_turn(steps, 1).items():
+            found[name] += seconds
+        tokens, padded_tokens = tokens + sum(of_batch), padded_tokens + 16 * max(of_batch)
+    return {
+        "batches": arguments.alternations,
+        "padded_over_real": round(padded_tokens / tokens, 2),
+        "over_ours": {name: peers.ratio(found[name], found["ours"]) for name in runs},
+        "ours_tokens_per_cpu_s": round(tokens / sum(found["ours"])),
+    }
+
+
 def memory(name: str, case: Case, arguments: argparse.Namespace) -> dict[str, float]:
     """Peak bytes of each contender, in a process of its own, over those of the plain gradient."""
     peak = {}
@@ -147,6 +186,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--alternations", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fastdp", type=Path, help="folder that holds fastDP/, the source of awslabs/fast-differential-privacy")
+    parser.add_argument("--lengths", type=Path, help="file of document lengths in tokens: batches of 16 of them instead of the case's own")
     parser.add_argument("--memory", action="store_true", help="peak memory instead of time")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args(given)
@@ -157,7 +197,7 @@ def main(given: Sequence[str] | None = None) -> None:
         elif arguments.peak_of:
             print(peak_of(arguments.peak_of, CASES[name], arguments))
         else:
-            found = (memory(name, CASES[name], arguments)) if arguments.memory else measure(CASES[name], arguments)
+            found = memory(name, CASES[name], arguments) if arguments.memory else (ragged if arguments.lengths else measure)(CASES[name], arguments)
             print(json.dumps({"case": name, **found}), flush=True)
 
 

@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -54,11 +54,23 @@ SITES = 30
 ROUNDS = 20
 EPSILON = 8.0
 MAX_TOKENS = 64
-CAP = 2
 CLIP = 0.5
 LEARNING_RATE = 1e-2
 BUDGET = 2048
-SECTION = ModelSection(base="tiny", train=("lora_B",), lora_rank=2, lora_targets=("q_proj", "v_proj", "o_proj"), max_tokens=MAX_TOKENS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What is adapted and how much of the corpus a round reads: rank and targets of LoRA, units of which one in `share` is expected in a round, documents of one."""
+
+    rank: int
+    targets: tuple[str, ...]
+    share: int
+    cap: int
+
+    @property
+    def section(self) -> ModelSection:
+        return ModelSection(base="tiny", train=("lora_B",), lora_rank=self.rank, lora_targets=self.targets, max_tokens=MAX_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ def hospital() -> Text:
     """The generated hospital; its public text and held-out text are of other people."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        demo.write_corpus(folder, patients=300, documents=750, public=600, held_out=120)
+        demo.write_corpus(folder, patients=240, documents=480, public=600, held_out=120)
         units: dict[str, list[str]] = defaultdict(list)
         for line in (folder / "notes.jsonl").read_text(encoding="utf-8").splitlines():
             units[json.loads(line)["patient"]].append(json.loads(line)["text"])
@@ -106,16 +118,16 @@ def corpus_of(units: dict[str, list[str]], base: Base) -> PrivateCorpus:
     return PrivateCorpus(units=Sensitive(tuple(tuple(steps.tokenize(units[n], base, max_tokens=MAX_TOKENS)) for n in names)), names=tuple(names))
 
 
-def fleet_file(text: Text, noise: str) -> FleetFile:
+def fleet_file(text: Text, setting: Setting, noise: str) -> FleetFile:
     population, names = len(text.units), tuple(f"site-{i:02d}" for i in range(SITES))
-    promise: dict[str, Any] = {"population": population, "expected_batch": population // 2, "epsilon": EPSILON, "delta": 0.5 / population}
-    # A site holds a thirtieth of the units; its sum is bounded by twice as many clip norms, four times what it expects to draw.
-    bound = max(4, 2 * population // SITES)
+    promise: dict[str, Any] = {"population": population, "expected_batch": population // setting.share, "epsilon": EPSILON, "delta": 0.5 / population}
+    # A site holds a thirtieth of the units; its sum is bounded by four times what it expects to draw.
+    bound = max(4, 4 * population // setting.share // SITES)
     return FleetFile(
         name="utility",
         sites=names,
         rounds=ROUNDS,
-        cap=CAP,
+        cap=setting.cap,
         clip_norm=CLIP,
         site_bound=bound,
         minimum=27,
@@ -125,10 +137,10 @@ def fleet_file(text: Text, noise: str) -> FleetFile:
     )
 
 
-def federated(text: Text, base: Base, seed: int, *, noisy: bool) -> tuple[torch.nn.Module, Agreement]:
-    module = models.attach(base, SECTION)
+def federated(text: Text, setting: Setting, base: Base, seed: int, *, noisy: bool) -> tuple[torch.nn.Module, Agreement]:
+    module = models.attach(base, setting.section)
     dimension = sum(p.numel() for p in models.trained_parameters(module).values())
-    agreed = fleets.agree(fleet_file(text, "distributed" if noisy else "central"), dimension=dimension, layout=fleets.layout_of(module))
+    agreed = fleets.agree(fleet_file(text, setting, "distributed" if noisy else "central"), dimension=dimension, layout=fleets.layout_of(module))
     names = agreed.fleet.sites
     ordered = sorted(text.units, key=lambda unit: hashlib.sha256(f"{seed} {unit}".encode()).digest())
     root = Key(hashlib.sha256(f"utility {seed}".encode()).digest())
@@ -192,9 +204,9 @@ class Unrecorded:
         return 0
 
 
-def central(text: Text, base: Base, seed: int, *, private: bool) -> tuple[torch.nn.Module, float]:
-    module = models.attach(base, SECTION)
-    file, corpus = fleet_file(text, "central"), corpus_of(text.units, base)
+def central(text: Text, setting: Setting, base: Base, seed: int, *, private: bool) -> tuple[torch.nn.Module, float]:
+    module = models.attach(base, setting.section)
+    file, corpus = fleet_file(text, setting, "central"), corpus_of(text.units, base)
     key = Key(hashlib.sha256(f"central {seed}".encode()).digest())
     optimizer = torch.optim.Adam(models.trained_parameters(module).values(), lr=LEARNING_RATE)
     plan = calibrate(
@@ -205,7 +217,7 @@ def central(text: Text, base: Base, seed: int, *, private: bool) -> tuple[torch.
         steps=ROUNDS,
         clip_norm=CLIP,
         unit=text.unit,
-        cap=CAP,
+        cap=setting.cap,
     )
     for number in range(1, ROUNDS + 1):
         if private:
@@ -221,8 +233,13 @@ def main() -> None:
     parser.add_argument("corpus", choices=["roles", "hospital"])
     parser.add_argument("--data", type=Path, help="folder of utterances.jsonl, for roles")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=2)
+    parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj", "o_proj"])
+    parser.add_argument("--share", type=int, default=2)
+    parser.add_argument("--cap", type=int, default=2)
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
+    setting = Setting(rank=asked.rank, targets=tuple(asked.targets), share=asked.share, cap=asked.cap)
     torch.set_num_threads(1)
     text = roles(asked.data) if asked.corpus == "roles" else hospital()
     began = time.process_time()
@@ -234,15 +251,15 @@ def main() -> None:
         def loss(module: torch.nn.Module) -> float:
             return steps.mean_loss(module, held_out, token_budget=BUDGET)
 
-        start = loss(models.attach(base, SECTION))
+        start = loss(models.attach(base, setting.section))
         found: dict[str, list[float]] = defaultdict(list)
         for seed in range(asked.seeds):
-            module, agreed = federated(text, base, seed, noisy=True)
+            module, agreed = federated(text, setting, base, seed, noisy=True)
             found["federated DP"].append(loss(module))
-            found["federated"].append(loss(federated(text, base, seed, noisy=False)[0]))
-            module, multiplier = central(text, base, seed, private=True)
+            found["federated"].append(loss(federated(text, setting, base, seed, noisy=False)[0]))
+            module, multiplier = central(text, setting, base, seed, private=True)
             found["central DP"].append(loss(module))
-            found["central"].append(loss(central(text, base, seed, private=False)[0]))
+            found["central"].append(loss(central(text, setting, base, seed, private=False)[0]))
             print({name: round(values[-1], 4) for name, values in found.items()}, flush=True)
     said = agreed.guarantee()
     result = {
@@ -251,6 +268,7 @@ def main() -> None:
         "units": len(text.units),
         "unit": text.unit,
         "rounds": ROUNDS,
+        "setting": asdict(setting),
         "parameters": agreed.encoding.dimension,
         "epsilon": {"federated DP": said["epsilon"], "central DP": EPSILON},
         "epsilon_at_sites": said["epsilon_at_sites"],

@@ -116,6 +116,11 @@ def conversation(fake: Faker, rng: random.Random) -> tuple[str, dict[str, object
     return "/v1/chat/completions", {"model": "m", "messages": messages, "stream": kind == 3}, planted, texts[-1]
 
 
+def resident_mb() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return round(int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024, 1)
+
+
 async def drive(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     rng, fake = random.Random(options.seed), Faker("en_US")
     Faker.seed(options.seed)
@@ -126,14 +131,16 @@ async def drive(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     echo = Echo(rng)
     address = Address(base="http://192.0.2.1:80", host="upstream.test", authority="upstream.test")
     planted_at_all, leaked, sinks, wrong = Counter(), Counter(), Counter(), 0
-    began = time.process_time()
+    began, memory = time.process_time(), []
     with trail.opened(folder, server="upstream.test") as kept:
         application = proxy.app(Upstream(address=address, transport=echo), Settings(tenants=(tenant,)), key=Key.random(), trail=kept)
         async with application.router.lifespan_context(application):
             transport = httpx.ASGITransport(app=application)
             async with httpx.AsyncClient(transport=transport, base_url="http://g", headers={"authorization": f"Bearer {key}"}) as client:
                 everything: set[str] = set()
-                for _ in range(options.conversations):
+                for number in range(options.conversations):
+                    if number % max(1, options.conversations // 5) == 0:
+                        memory.append(resident_mb())
                     path, body, planted, expected = conversation(fake, rng)
                     echo.seen.clear()
                     answer = await client.post(path, json=body)
@@ -159,6 +166,7 @@ async def drive(options: argparse.Namespace, folder: Path) -> dict[str, object]:
         "seen_by_upstream": dict(leaked),
         "in_sinks": dict(sinks),
         "answers_not_restored": wrong,
+        "resident_mb_after_each_fifth": memory,
         "cpu_s": round(time.process_time() - began, 1),
     }
 

@@ -224,6 +224,22 @@ def test_large_delta_needs_a_recorded_reason(run: Run, project: Path):
     assert (code, document("error", out)["error"]["code"]) == (2, "plan.invalid")
 
 
+def test_a_search_is_asked_for_exactly_where_it_is_declared(run: Run, project: Path):
+    code, out, _ = run("train", "--search", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "request.invalid")
+    settings = project / "discreet.toml"
+    settings.write_text(settings.read_text() + "[search]\nlearning_rate = [0.001, 0.004]\n")
+    code, out, _ = run("train", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "request.invalid")
+
+
+def test_nothing_is_synthesized_before_a_release_or_counted_for_nothing(run: Run, project: Path):
+    code, out, _ = run("synthesize", "out.jsonl", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "not_found")
+    code, out, _ = run("statistics", "--epsilon", "0", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "plan.invalid")
+
+
 def test_a_model_folder_with_a_pickle_is_refused(run: Run, project: Path):
     (project / "base").mkdir()
     (project / "base" / "pytorch_model.bin").write_bytes(b"\x80\x04")
@@ -365,3 +381,123 @@ def test_serve_upstream_refuses_private_hosts_and_bad_tenants(run, tmp_path, mon
     assert (code, "dk-" in err) == (0, False)
     tenants.write_text("[tenant.ward]\n")
     assert run(*here)[0] == 2
+
+
+def test_redact_review_writes_a_private_page(run: Run, tmp_path: Path):
+    (tmp_path / "note.txt").write_text("Call Dr. Ann Lee.")
+    code, _, err = run("redact", str(tmp_path / "note.txt"), "--review", "--out", str(tmp_path / "page.html"))
+    assert code == 0, err
+    page = (tmp_path / "page.html").read_text()
+    assert '"text": "Call Dr. Ann Lee."' in page
+    assert (tmp_path / "page.html").stat().st_mode & 0o077 == 0
+    code, out, _ = run("redact", "-", "--lines", "--review", stdin=b'{"text": "Call Dr. Ann Lee."}\n{"text": "b"}\n')
+    assert code == 0
+    assert out.count('"spans"') == 2
+    assert run("redact", "-", "--lines", "--review", stdin=b'{"text": 7, "x": "Ann Lee"}\n')[0] == 2
+    assert run("redact", "-", "--review", stdin=b"")[0] == 2
+
+
+def test_redact_code_by_its_name_and_json_keeps_its_shape(run: Run, tmp_path: Path):
+    (tmp_path / "a.json").write_text('{"patient_name": "Xqzz", "n": [1, 2]}')
+    code, out, _ = run("redact", str(tmp_path / "a.json"))
+    assert (code, json.loads(out)) == (0, {"patient_name": "[PERSON]", "n": [1, 2]})
+    code, out, _ = run("redact", "-", "--syntax", "python", stdin=b'x = "Dr. Ann Lee"')
+    assert (code, out) == (0, 'x = "Dr. [PERSON]"')
+    code, out, _ = run("redact", str(tmp_path / "a.json"), "--json")
+    assert document("redact", out)["spans"][0]["label"] == "PERSON"
+
+
+def test_redact_risk_and_k(run: Run):
+    note = b"A 45-year-old man from Vermont with Huntington disease."
+    code, out, _ = run("redact", "risk", "--json", stdin=note)
+    assert code == 0
+    found = document("redact-risk", out)
+    assert found["expected"] < 5
+    code, out, _ = run("redact", "-", "--k", "1000", "--json", stdin=note)
+    assert code == 0
+    assert document("redact", out)["expected"] >= 1000
+    assert "Huntington" not in out
+    assert run("redact", "risk", "--population", "0", stdin=note)[0] == 2
+    assert run("redact", "-", "--k", "-1", stdin=note)[0] == 2
+
+
+def test_redact_table(run: Run, tmp_path: Path):
+    (tmp_path / "t.csv").write_text("age,zip\n" + "".join(f"{20 + n % 40},0564{n % 3}\n" for n in range(90)))
+    here = ("redact", "table", str(tmp_path / "t.csv"), "--column", "age", "--column", "zip", "--k", "10")
+    code, out, _ = run(*here, "--out", str(tmp_path / "out.csv"), "--json")
+    assert code == 0
+    assert document("redact-table", out)["smallest"] >= 10
+    assert run(*here)[1] == (tmp_path / "out.csv").read_text()
+    assert run(*here, "--out", str(tmp_path / "out.csv"))[0] == 2
+    code, out, _ = run("redact", "table", str(tmp_path / "t.csv"), "--column", "agee", "--json")
+    assert (code, document("error", out)["error"]["remedy"]) == (2, "Did you mean 'age'?")
+    assert run("redact", "table", str(tmp_path / "t.csv"), "--column", "age", "--k", "91")[0] == 2
+
+
+def test_calibrated_thresholds_go_into_the_project_and_are_used(run: Run, project: Path):
+    rows = "".join(
+        json.dumps({"text": f"to a{i}@b.example.org", "spans": [{"start": 3, "end": 17 + len(str(i)), "label": "EMAIL"}]}) + "\n" for i in range(60)
+    )
+    settings = project / "discreet.toml"
+    settings.write_text(settings.read_text() + "[deid.thresholds]\nPHONE = 0.5\n[audit.x]\n".replace("[audit.x]\n", "[train]\nwarmup_steps = 1\n"))
+    code, _, err = run("redact", "calibrate", "-C", str(project), "--miss-rate", "0.2", "--write", "--json", stdin=rows.encode())
+    assert code == 0, err
+    from discreet import config
+    from discreet.deid import policy
+
+    stored = config.load(project)
+    chosen = policy.configured(stored.deid)
+    assert stored.train.warmup_steps == 1, "the rest of the file stays"
+    assert list(chosen.thresholds) == ["EMAIL"]
+    assert chosen.misses["EMAIL"][1] <= 0.2
+    assert policy.redact("to a@b.example.org", chosen).spans
+    assert run("redact", "calibrate", "--write", stdin=rows.encode())[0] == 2
+    before = settings.read_text()
+    settings.write_text(before.replace("[deid.thresholds]", "[deid]\nthresholds = { EMAIL = 0.5 }\n[deid_thresholds]"))
+    assert run("redact", "calibrate", "-C", str(project), "--write", stdin=rows.encode())[0] == 2
+
+
+def test_tokens_come_back_for_the_entitled_until_the_person_is_forgotten(run: Run, project: Path):
+    settings = project / "discreet.toml"
+    note = f"{SECRET} called from 212-555-0147.".encode()
+    here = ("-C", str(project), "--subject", "p3")
+    code, sealed, err = run("redact", "-", *here, "--channel", "archive", stdin=note)
+    assert code == 0, err
+    assert "PHONE_" in sealed
+    assert "0147" not in sealed
+    assert run("redact", "-", *here, "--channel", "archive", stdin=note)[1] == sealed
+    assert run("redact", "-", "-C", str(project), "--subject", "p4", "--channel", "archive", stdin=note)[1] != sealed
+    code, out, _ = run("redact", "restore", *here, "--json", stdin=sealed.encode())
+    assert code == 0
+    assert document("redact-restore", out)["text"] == note.decode()
+    assert run("redact", "restore", "-C", str(project), "--subject", "p4", stdin=sealed.encode())[1] == sealed, "another person's key opens nothing"
+    code, out, _ = run("redact", "restore", "-C", str(project), "--subject", "nobody", "--json", stdin=sealed.encode())
+    assert (code, document("error", out)["error"]["code"]) == (2, "not_found")
+    assert run("redact", "-", "--subject", "p3", stdin=note)[0] == 2
+    from discreet import pipeline
+    from discreet.evidence.statement import Predicate
+
+    with pipeline.open_house(project) as house:
+        granted = [e.fields for e in house.log.select(Predicate.ACCESS_GRANTED) if e.fields.get("kind") == "re-identification"]
+        assert [fields["values"] for fields in granted] == [
+            document("redact-restore", json.dumps({"text": "", "restored": granted[0]["values"]}))["restored"],
+            0,
+        ]
+        house.keyring.forget(pipeline.subject_of(house, "p3"))
+    code, out, _ = run("redact", "restore", *here, "--json", stdin=sealed.encode())
+    assert (code, document("error", out)["error"]["code"]) == (3, "keys.forgotten")
+    settings.write_text(settings.read_text() + "[access]\nauditor = ['root']\nengineer = ['somebody']\n")
+    code, out, _ = run("redact", "restore", "-C", str(project), "--subject", "p4", "--json", stdin=sealed.encode())
+    assert (code, document("error", out)["error"]["code"]) == (3, "access.denied")
+    assert SECRET.encode() not in b"".join(path.read_bytes() for path in (project / ".discreet").rglob("*") if path.is_file())
+
+
+def test_reasons_are_logged_without_identifiers(run: Run, project: Path):
+    code, _, err = run("access", "break-glass", "erase", "--reason", "Dr. Ann Lee called from 212-555-0147 about a fire", "-C", str(project))
+    assert code == 0, err
+    from discreet import pipeline
+    from discreet.evidence.statement import Predicate
+
+    with pipeline.open_house(project) as house:
+        (reason,) = [e.fields["reason"] for e in house.log.select(Predicate.ACCESS_GRANTED) if e.fields.get("kind") == "break-glass"]
+    assert reason == "Dr. [REDACTED] called from [REDACTED] about a fire"

@@ -12,7 +12,9 @@ import pytest
 
 from discreet import dossier
 from discreet.dp import accounting
+from discreet.dp.banded import coefficients
 from discreet.dp.mechanism import event_of
+from discreet.dp.selection import Search, Tries
 from discreet.errors import EvidenceInvalid, NotReleased, OperationFailed
 from discreet.evidence import note, witness
 from discreet.evidence.log import Log
@@ -138,6 +140,32 @@ def test_a_claim_that_disagrees_is_refused(claim: dict[str, Any], field: str, va
     rows[6][2]["guarantee"][field] = value
     with pytest.raises(NotReleased, match=says):
         compiled(rows)
+
+
+SEARCH = Search(tries=Tries.NEGATIVE_BINOMIAL, mean=4.0)
+
+
+def test_a_search_is_accounted_as_a_whole(claim: dict[str, Any]) -> None:
+    """The same run, claimed as the winner of a search: its epsilon is that of the selection, and the run's own is refused."""
+    price = accounting.guarantee(SEARCH.event(event_of(sampling_probability=Q, noise_multiplier=SIGMA, steps=STEPS)), delta=DELTA)
+    searched = claim | {"epsilon": price.epsilon, "accountant": "rdp", "search": SEARCH.to_json()}
+    assert facts(compiled(statements(searched, people=5)))["dp_statement.recomputed_epsilon"][0] == pytest.approx(price.epsilon)
+    with pytest.raises(NotReleased, match="accounted"):
+        compiled(statements(searched | {"epsilon": claim["epsilon"]}, people=5))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"sampler": "cyclic_poisson", "bands": list(coefficients(3, STEPS))}, {"adaptive": {"quantile": 0.5, "rate": 0.2, "votes_multiplier": 1.0}}],
+)
+def test_correlated_noise_and_a_moving_clip_are_accounted(claim: dict[str, Any], more: dict[str, Any]) -> None:
+    claimed = claim | more
+    price = accounting.guarantee(dossier._mechanism(claimed).event, delta=DELTA)
+    assert price.epsilon != claim["epsilon"]
+    rows = statements(claimed | {"epsilon": price.epsilon}, people=5)
+    assert facts(compiled(rows))["dp_statement.recomputed_epsilon"][0] == pytest.approx(price.epsilon)
+    with pytest.raises(NotReleased, match="accounted"):
+        compiled(statements(claimed | {"epsilon": 0.9 * price.epsilon}, people=5))
 
 
 def test_a_run_that_nobody_paid_for_is_refused(claim: dict[str, Any]) -> None:

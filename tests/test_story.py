@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from sqlalchemy import text
 
-from discreet import corpus, demo, model, pipeline
+from discreet import corpus, demo, derived, model, pipeline
 from discreet.config import load
 from discreet.deid import policy as deid
 from discreet.errors import (
@@ -28,14 +29,15 @@ from discreet.errors import (
     NotReleased,
     PlanInvalid,
     RecordInvalid,
+    RequestInvalid,
     RunInProgress,
     SourceChanged,
     SourceMissing,
     TrackRefused,
 )
 from discreet.evidence.log import verify_bundle, verify_proof
-from discreet.evidence.statement import Predicate
-from discreet.governance import residue
+from discreet.evidence.statement import Exposure, Predicate, exposure
+from discreet.governance import lineage, residue
 from discreet.governance.consent import Reason
 from discreet.pipeline import House, Silent
 from discreet.record import Basis, Digest, Sensitivity
@@ -446,12 +448,41 @@ def test_a_person_sees_what_is_held_and_what_was_made_of_it(copied: House):
 
 
 def test_a_model_of_unknown_origin_is_not_served(copied: House):
-    from sqlalchemy import text
-
     with copied.store.transaction() as tx:
         tx.execute(text("DELETE FROM derivations"))
     with pytest.raises(NotReleased, match="parents"):
         pipeline.gateway_app(copied, pipeline.Served(copied), api_key_hash="0" * 64)
+
+
+def test_statistics_are_charged_and_said(copied: House):
+    pytest.importorskip("opendp")
+    before = copied.ledger.show(copied.project.budget.name).remaining_epsilon
+    with pytest.raises(BudgetExhausted):
+        derived.statistics(copied, epsilon=9.0, observer=Silent())
+    assert not copied.log.select(Predicate.MEASURED)
+    found = derived.statistics(copied, epsilon=1e-4, observer=Silent())
+    assert found["remaining"] < before
+    assert [len(found["values"]["documents_by_length"]), found["unit"]] == [8, "patient"]
+    [said] = copied.log.select(Predicate.MEASURED)
+    assert said.fields["values"] == found["values"]
+    with pytest.raises(PlanInvalid, match="an epsilon > 0"):
+        derived.statistics(copied, epsilon=0.0, observer=Silent())
+
+
+def test_synthetic_text_is_below_its_model_in_the_lineage(copied: House, tmp_path: Path):
+    out = tmp_path / "synthetic.jsonl"
+    before = copied.ledger.show(copied.project.budget.name).remaining_epsilon
+    made = derived.synthesize(copied, count=3, out=out, max_tokens=8)
+    assert [json.loads(line)["id"] for line in out.read_text().splitlines()] == ["synthetic-0", "synthetic-1", "synthetic-2"]
+    assert copied.ledger.show(copied.project.budget.name).remaining_epsilon == before
+    with copied.store.transaction() as tx:
+        [node] = [each for each in lineage.descendants(tx, [Digest(made["adapter"])]) if each.kind is lineage.Kind.SYNTHETIC]
+    assert (node.digest, node.protects) == (made["digest"], "patient")
+    [said] = copied.log.select(Predicate.SYNTHESIZED)
+    assert said.fields["reservation"] == copied.ledger.of_run(pipeline._needed(copied, "train")["run"]).id
+    for wrong in ({"count": 0}, {"max_tokens": 0}, {"temperature": 0.0}):
+        with pytest.raises(RequestInvalid):
+            derived.synthesize(copied, **{"count": 1, "out": out, **wrong})
 
 
 def test_two_runs_at_once_are_refused(project: Path):
@@ -469,3 +500,92 @@ def test_a_sensitive_source_never_reaches_a_track_without_privacy(copied: House)
     opened = corpus.open_snapshot(_root(copied), keyring=copied.keyring, folder=copied.snapshots)
     with pytest.raises(TrackRefused):
         model.PublicText.of(["text"], sensitivity=opened.sensitivity, basis=Basis.CONSENT)
+
+
+def _shown(folder: Path, out: Path) -> list[tuple[str, dict[str, Any]]]:
+    """What the public bundle of a project says, without what is DP-released, and without the commitment to the canaries, whose salt is fresh in each project."""
+    with pipeline.open_house(folder) as opened:
+        bundle, key = pipeline.export_evidence(opened, out, public=True)
+    said = []
+    for entry in verify_bundle(bundle, public_key=key.read_text()).entries:
+        plain = {name: value for name, value in entry.fields.items() if exposure(entry.predicate, name) is Exposure.PUBLIC}
+        fresh = plain.pop("commitment", None)
+        about = {} if fresh or exposure(entry.predicate, "subject") is Exposure.DP_RELEASED else {"subject": entry.subjects}
+        said.append((entry.predicate.value, plain | about))
+    return said
+
+
+@pytest.mark.slow
+def test_public_bundles_of_two_corpora_that_differ_in_one_person_differ_only_in_what_is_released(told: Path, tmp_path: Path, new_project: NewProject):
+    """The whole pipeline twice, under one master key: with everybody, and without one patient."""
+    without = new_project(tmp_path / "hospital")
+    rows = [json.loads(line) for line in (without / "notes.jsonl").read_text().splitlines()]
+    opted_out = set((without / "opt_outs.txt").read_text().split())
+    gone = next(row["patient"] for row in rows if row["patient"] not in opted_out)
+    (without / "notes.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["patient"] != gone))
+    (without / ".discreet").mkdir(mode=0o700, exist_ok=True)
+    shutil.copy(told / ".discreet" / "master.key", without / ".discreet" / "master.key")
+    with pipeline.open_house(without) as opened:
+        pipeline.run(opened, until=None, observer=Silent())
+    one, other = _shown(told, tmp_path / "one"), _shown(without, tmp_path / "other")
+    assert [kind for kind, _ in one][:6] == [kind for kind, _ in other][:6]
+    assert one == other
+    assert (tmp_path / "one" / "entries.jsonl").read_bytes() != (tmp_path / "other" / "entries.jsonl").read_bytes()
+
+
+class _Heard(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
+
+
+def _add_a_note(house: House) -> None:
+    path = house.project.root / "notes.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join([*rows, json.dumps(json.loads(rows[0]) | {"id": "new-1", "text": "Seen again, better."})]) + "\n")
+
+
+def test_an_update_takes_new_records_and_warns_when_the_risk_rises(copied: House, monkeypatch: pytest.MonkeyPatch):
+    """The stages themselves are replaced: what they are called for, and what becomes of their answers, is what is tested."""
+    assert pipeline.update(copied, Silent())["changed"] == [], "nothing changed: nothing is done again"
+    _add_a_note(copied)
+    finished = []
+
+    def rerun(house: House, *, until: str | None, observer: object) -> dict[str, Any]:
+        finished.append(pipeline.finished(house))
+        records = house.catalog.collect(house.catalog.register(house.project, house.project.source[0]))
+        assert any(record.text.reveal() == "Seen again, better." for record in records)
+        return {"train": {"run": "run-x"}, "audit": {"epsilon_lower": 99.0, "verdict": "PASS"}}
+
+    monkeypatch.setattr(pipeline, "run", rerun)
+    heard = _Heard()
+    done = pipeline.update(copied, heard)
+    assert (done["changed"], done["rising"], done["epsilon_lower"]) == (["notes"], True, 99.0)
+    assert finished == [set()], "every stage is done again"
+    assert any("ALERT" in note for note in heard.notes)
+
+
+def test_an_update_that_the_budget_refuses_leaves_the_release_where_it_was(copied: House):
+    """The same ledger: what was spent stays spent, nothing new is trained, and what was released is still served."""
+    served, spent = pipeline.released_name(copied), copied.ledger.budgets()[0]
+    _add_a_note(copied)
+    with pytest.raises(BudgetExhausted):
+        pipeline.update(copied, Silent())
+    assert copied.ledger.budgets()[0] == spent
+    assert pipeline.released_name(copied) == served
+
+
+def test_whoever_is_past_retention_is_erased_on_the_timer(copied: House, monkeypatch: pytest.MonkeyPatch):
+    """One person is due: they alone are erased, with a certificate; nobody else, and nobody twice."""
+    rows = [json.loads(line) for line in (copied.project.root / "notes.jsonl").read_text().splitlines()]
+    opted_out = set((copied.project.root / "opt_outs.txt").read_text().split())
+    subject = pipeline.subject_of(copied, next(row["patient"] for row in rows if row["patient"] not in opted_out))
+    before = copied.keyring.known_subjects()
+    with copied.store.transaction() as tx:
+        tx.execute(text("UPDATE records SET collected_at = 0 WHERE subject = :s"), {"s": subject})
+    assert pipeline.retention(copied) == {"erased": 1, "closed": 0, "open": []}
+    assert set(before) - set(copied.keyring.known_subjects()) == {subject}
+    assert copied.log.select(Predicate.ERASED)[-1].fields["reason"] == "retention"
+    assert pipeline.retention(copied)["erased"] == 0

@@ -246,6 +246,38 @@ def release(
 
 
 @app.command()
+def statistics(
+    epsilon: Annotated[float, typer.Option("--epsilon", help="Price of the answer, charged to the budget before anything is counted; delta 0.")],
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Releases how many units the corpus has and how long their documents are, under differential privacy."""
+    from discreet import derived, pipeline
+
+    with pipeline.open_house(project) as house:
+        found = derived.statistics(house, epsilon=epsilon, observer=_Bars())
+    _print(as_json, found, [f"{key}: {value}" for key, value in _flat(found)])
+
+
+@app.command()
+def synthesize(
+    out: Annotated[Path, typer.Argument(help="File of JSON Lines to write.")],
+    count: Annotated[int, typer.Option("--count", help="Number of texts.")] = 100,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Longest text, in tokens.")] = 96,
+    temperature: Annotated[float, typer.Option("--temperature", help="Below 1 is tamer, above 1 wilder.")] = 1.0,
+    prompt: Annotated[str, typer.Option("--prompt", help="Beginning of every text; public.")] = "",
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Writes text that the released model draws: post-processing of its guarantee, nothing more is charged."""
+    from discreet import derived, pipeline
+
+    with pipeline.open_house(project) as house:
+        made = derived.synthesize(house, count=count, out=out, max_tokens=max_tokens, temperature=temperature, prompt=prompt)
+    _print(as_json, made, [f"{key}: {value}" for key, value in _flat(made)])
+
+
+@app.command()
 def plan(project: Folder = HERE, as_json: Json = False) -> None:
     """Shows the price before any spend: epsilon, time, noise against signal, what is left of the budget."""
     from discreet import pipeline

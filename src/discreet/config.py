@@ -206,6 +206,10 @@ class TrainSection(_Section):
         description="an optimiser of torch.optim in lower case, or adam_corrected (DP-AdamBC: the noise's variance is taken out of the second moment)",
     )
     warmup_steps: int = Field(0, ge=0)
+    objective: Literal["likelihood", "preference"] = Field(
+        "likelihood", description="likelihood: next tokens; preference: DPO on records that are pairs (docs/mechanisms.md), one loss a pair"
+    )
+    preference_beta: Positive = Field(0.1, description="with objective = 'preference': smaller lets the model go farther from where it starts")
     public_steps: int = Field(0, ge=0, description="steps of the non-private track on public sources, before the DP track")
 
 

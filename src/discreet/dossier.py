@@ -39,10 +39,10 @@ from discreet.dp.selection import Search
 from discreet.errors import EvidenceInvalid, NotReleased, OperationFailed
 from discreet.evidence import note, statement
 from discreet.evidence.log import Log, VerifiedBundle, verify_bundle
-from discreet.evidence.statement import canonical_json, parse_json
+from discreet.evidence.statement import Exposure, canonical_json, parse_json
 from discreet.governance import lineage
 from discreet.record import Digest
-from discreet.report import Exposure, Fact, Logged, Report, Section
+from discreet.report import Fact, Logged, Report, Section
 from discreet.store import Store, write_atomically
 
 FORMAT = "discreet-dossier/v1"

@@ -915,7 +915,7 @@ def _rounded(curve: loop.Curve) -> list[list[float]]:
 
 def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Reservation]:
     """Lines 5 and 6. A run is its configuration on its snapshot; its plan is fixed when it is first reserved."""
-    run = "run-" + digest_of([_run_config(house), snapshot.root]).removeprefix("sha256:")[:12]
+    run = _run_id(house, snapshot)
     _close_abandoned(house, run)
     known = _result(house, f"plan/{run}", "") if house.ledger.has_run(run) else None
     plan = mechanism.plan_from_json(known) if known else _calibrate(house, snapshot)
@@ -935,6 +935,21 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
     return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run, kind=kind)
 
 
+def _run_id(house: House, snapshot: Snapshot) -> str:
+    """The same configuration on the same snapshot is the same run. Its name is public, so it comes from the configuration and a count, never from the snapshot (PITFALLS 41)."""
+    made = digest_of([_run_config(house), snapshot.root]).removeprefix("sha256:")
+    if house.ledger.has_run(earlier := f"run-{made[:12]}"):  # named before names stopped depending on the snapshot
+        return earlier
+    key = f"run/{made[:24]}"
+    known = _result(house, key, "")
+    if known is None:
+        with house.store.transaction() as tx:
+            number = len(tx.execute(select(_stages.c.name).where(_stages.c.name.startswith("run/"))).all())
+            known = {"run": "run-" + digest_of([_run_config(house), number]).removeprefix("sha256:")[:12]}
+            _record(tx, key, "", known)
+    return str(known["run"])
+
+
 def _refuse_unaffordable(house: House, plan: mechanism.Plan, snapshot: Snapshot) -> None:
     """A statement and a filter are two accountants (PITFALLS 43): a plan made for a PLD epsilon may cost more than the budget has."""
     budget, told = _filter(house, plan.delta, snapshot)
@@ -950,6 +965,7 @@ def _record_training(house: House, result: Mapping[str, Any], reservation: Reser
     """Logs the trained model. The snapshot's root stays inside: the statement is public (PITFALLS 41)."""
     fields = {name: result[name] for name in ("run", "base", "adapter", "plan", "guarantee", "steps", "parameters")}
     fields |= {"track": "dp", "reservation": reservation.id, "public_loss": result["curve"]}
+    fields |= {"kind": "preference tuning"} if house.project.train.objective == "preference" else {}
     fields |= {"kind": "winner of a search", "chosen": result["chosen"]} if "chosen" in result else {}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(Digest(result["adapter"]),), fields=fields))
@@ -1496,8 +1512,10 @@ NO_SUBJECTS: Mapping[str, str] = {
     "cohorts": "HMACs of pseudonyms under a key of their own, which have to outlive the erasure: a budget is not refunded",
     "cli": "text that the operator asked to have redacted, where they said",
     "config": "parameters that the operator wrote",
+    "deid.scan": "compiled patterns, in the user's cache",
     "demo": "generated people, written as the project's sources: `sources` is their store",
     "dossier": "computed from the log",
+    "derived": "text that a released model wrote: a node of the lineage below the model, decided with it",
     "duties": "public keys, where the operator said",
     "federate": "the rosters and terms of a fleet",
     "federated.processes": "certificates, keys of nodes, the relay app",
@@ -1516,6 +1534,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "report": "computed from the log",
     "serve.trail": "roll-ups of a gateway: digests and counts by label, never text or users",
     "serve.gateway": "a private copy of released weights while it serves",
+    "train.search": "which settings were tried and their scores, sealed under the run's key and gone when it closes",
     "store": "the database itself: compacted by the machine, with its write-ahead log",
 }
 """Modules that write files or tables and are no store of the tuple below, each with the reason. An architecture test holds that there is no third kind."""
@@ -1885,7 +1904,7 @@ def update(house: House, observer: Observer) -> dict[str, Any]:
     """Takes in what became of the sources: new records, the same ledger, training, audit and release anew; warns when the audit sees more than before.
 
     Raises:
-        BudgetExhausted, NotReleased: as the stages do.
+        BudgetExhausted, NotReleased: as the stages do. What was released before is served on when no new model came to be.
     """
     house.access.require(Action.RUN, who=current_user())
     before = house.log.select(Predicate.AUDITED)
@@ -1893,11 +1912,20 @@ def update(house: House, observer: Observer) -> dict[str, Any]:
     for section in house.project.source:
         if section.name in again:
             house.catalog.register_again(house.project, section)
-    if again:
-        with house.store.transaction() as tx:
-            for name in STAGES[1:]:
-                tx.execute(delete(_stages).where(_stages.c.name == name, _stages.c.config == _config_of(house, name)))
-    outcome = run(house, until=None, observer=observer)
+    configs = {name: _config_of(house, name) for name in STAGES[1:]} if again else {}
+    with house.store.transaction() as tx:
+        done = [tx.execute(select(_stages).where(_stages.c.name == name, _stages.c.config == made)).one_or_none() for name, made in configs.items()]
+        for name, made in configs.items():
+            tx.execute(delete(_stages).where(_stages.c.name == name, _stages.c.config == made))
+    try:
+        outcome = run(house, until=None, observer=observer)
+    except BaseException:
+        if _result(house, "train", configs.get("train", "")) is None:
+            with house.store.transaction() as tx:
+                for row in done:
+                    if row is not None:
+                        tx.execute(insert(_stages).values(**row._mapping))
+        raise
     bound = outcome["audit"]["epsilon_lower"]
     earlier = before[-1].fields["epsilon_lower"] if before else None
     rising = earlier is not None and bound > earlier

@@ -22,7 +22,6 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -33,7 +32,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from discreet.evidence.log import Log
-from discreet.evidence.statement import Predicate
+from discreet.evidence.statement import Exposure, Predicate
 from discreet.store import write_atomically
 
 SCHEMA = "urn:discreet:report:v1"
@@ -56,14 +55,6 @@ class Logged(Protocol):
 
     @property
     def time(self) -> str: ...
-
-
-class Exposure(StrEnum):
-    """Who may see a fact."""
-
-    PUBLIC = "public"
-    DP_RELEASED = "dp-released"
-    INTERNAL = "internal"
 
 
 @final
@@ -428,6 +419,10 @@ def _deid(log: _Log) -> Section:
     return Section(name="deidentification", title="What is left of the person before training", facts=facts)
 
 
+def _search(declared: Mapping[str, Any] | None) -> str | None:
+    return None if declared is None else f"{declared['tries']}, {declared['mean']:g}"
+
+
 _SAMPLERS = {
     "poisson": "Poisson: each unit takes part in each step independently",
     "truncated_poisson": "truncated Poisson: each unit independently, and of too many a public number, chosen uniformly",
@@ -460,6 +455,7 @@ def _statement(guarantee: Mapping[str, Any]) -> Section:
         ("sampling_probability", "Sampling probability", get("sampling_probability")),
         ("expected_batch", "Expected units in a step", get("expected_batch")),
         ("steps", "Steps", get("steps")),
+        ("search", "Search for settings, charged as a whole: how the number of tries came about, and its mean", _search(get("search"))),
         ("accountant", "Accountant of the figure above", get("accountant")),
         ("filter_epsilon", "Epsilon that the budget's filter was charged", get("filter_epsilon")),
         (

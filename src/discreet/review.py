@@ -31,7 +31,7 @@ def page(documents: Sequence[tuple[str, Sequence[Span]]]) -> str:
         RequestInvalid: when there is no text, or more than `MAX_CHARS` characters together.
     """
     size = sum(len(text) for text, _ in documents)
-    if not documents or size > MAX_CHARS:
+    if not 0 < size <= MAX_CHARS:
         raise RequestInvalid(f"1 to {MAX_CHARS} characters of text to review", value=size, remedy="Take a sample.")
     data = {
         "labels": [label.value for label in Label if label is not Label.PLACEHOLDER],

@@ -205,3 +205,76 @@ def test_token_is_the_same_for_the_same_value_and_opens_with_the_key_alone() -> 
             open_token(bad, key)
     with pytest.raises(SealBroken):
         open_token(sealed, other)
+
+
+@pytest.mark.parametrize(
+    ("value", "moved"),
+    [
+        ("12 de marzo de 2020", "21 de abril de 2020"), ("3. März 2021", "12. April 2021"), ("le 14 juillet 2019", "le 23 août 2019"), ("1er janvier 2020", "10 février 2020"),
+        ("lunes, 5 de enero", "sábado, 14 de febrero"), ("Montag, 5. Mai 2025", "Samstag, 14. Juni 2025"), ("05.03.2020", "14.04.2020"), ("3. September 2021", "13. Oktober 2021"),
+    ],
+)  # fmt: skip
+def test_forty_days_later_in_other_languages(value: str, moved: str) -> None:
+    assert shift_date(value, 40) == moved
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_names_keep_language_and_gender(number: int) -> None:
+    values = ["María García", "Jürgen Müller", "Kelly Smith", "Robert Jones"]
+    made = {value: stand_ins(number, *((Label.PERSON, each) for each in values)).of(value, Label.PERSON) for value in values}
+    known = {value: [operators.languages.names().get(operators.fold(part).lower()) for part in out.split()] for value, out in made.items()}
+    assert known["María García"] == [("es", "F"), ("es", "L")]
+    assert known["Jürgen Müller"] == [("de", "M"), ("de", "L")]
+    assert known["Kelly Smith"] == [None, None]
+    assert made["Robert Jones"].split()[0].lower() in operators._pool("M")
+
+
+@pytest.mark.parametrize("value", ["Иван Петров", "李明", "محمد علي", "Ελένη", "Αλέξανδρος Παπαδόπουλος"])
+def test_a_name_in_another_script_leaves_no_letter(value: str) -> None:
+    out = stand_ins(2, (Label.PERSON, value)).of(value, Label.PERSON)
+    assert out.replace(" ", "").isascii()
+    assert not set(out.lower()) & set(value.lower()) - set(" ")
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"),
+    [("Hospital Universitario La Paz", "Hospital Universitario"), ("Universität Heidelberg", "Universität"), ("St. Mary's Memorial Hospital", "Memorial Hospital"), ("Acme Widgets", "Group"), ("Howell Memorial Hospital", "Memorial Hospital"), ("GENERAL HOSPITAL", "GENERAL HOSPITAL")],
+)  # fmt: skip
+def test_of_an_organisation_only_its_kind_stays(value: str, kept: str) -> None:
+    out = stand_ins(2, (Label.ORG, value)).of(value, Label.ORG)
+    assert kept in out
+    for word in ("Paz", "Heidelberg", "Mary", "Acme", "Widgets", "Howell"):
+        assert word not in out
+    assert out != value
+
+
+@pytest.mark.parametrize(
+    ("value", "pattern"),
+    [
+        ("Calle Mayor 12, 3º", r"Calle del? .* \d+"), ("Hauptstraße 5", r"\w+(?:weg|straße) \d+"), ("12 rue de Rivoli", r"\d+ rue d\w+ .*"), ("PO Box 442", r"PO Box \d+"),
+        ("123 Main Street, Apt 4B", r"\d+ \w+ \w+, Apt \d+"),
+    ],
+)  # fmt: skip
+def test_an_address_keeps_the_manner_of_its_language(value: str, pattern: str) -> None:
+    assert operators.re.fullmatch(pattern, stand_ins(3, (Label.ADDRESS, value)).of(value, Label.ADDRESS))
+
+
+@pytest.mark.parametrize(
+    ("value", "label", "pattern"),
+    [
+        ("+1 (212) 736-5000", Label.PHONE, r"\+1 \(\d{3}\) 555-01\d\d"), ("+44 7911 123456", Label.PHONE, r"\+44 7700 900\d\d\d"), ("+33 6 12 34 56 78", Label.PHONE, r"\+33 1 99 00 \d\d \d\d"),
+        ("+34 612 345 678", Label.PHONE, r"\+34 \d{3} \d{3} \d{3}"), ("030 1234567", Label.PHONE, r"0[1-9]\d \d{7}"), ("DE89 3704 0044 0532 0130 00", Label.IBAN, r"DE00(?: \d{4}){4} \d\d"), ("2001:db8:7::1", Label.IP, r"2001:db8::[a-f]{4}"),
+    ],
+)  # fmt: skip
+def test_countries_and_ranges_of_nobody(value: str, label: Label, pattern: str) -> None:
+    assert operators.re.fullmatch(pattern, stand_ins(4, (label, value)).of(value, label))
+
+
+def test_tokens_bind_subject_and_policy() -> None:
+    key = Key(bytes(32))
+    sealed = token("x", Label.PERSON, key, subject="S1", policy="token")
+    assert operators.TOKEN.fullmatch(sealed)
+    assert open_token(sealed, key, subject="S1", policy="token") == "x"
+    for other in ({"subject": "S2", "policy": "token"}, {"subject": "S1", "policy": "log"}, {"subject": "S1token", "policy": ""}):
+        with pytest.raises(SealBroken):
+            open_token(sealed, key, **other)

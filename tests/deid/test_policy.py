@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from discreet.config import DeidSection
 from discreet.deid.operators import Operator, date_offset
 from discreet.deid.patterns import PATTERNS, Label
-from discreet.deid.policy import BUILTIN, Channel, Names, Policy, builtin, configured, deidentify, find, protect, redact
+from discreet.deid.policy import BUILTIN, Channel, Names, Policy, builtin, check, configured, deidentify, find, protect, redact, restore
 from discreet.deid.vault import Vault
 from discreet.errors import ConfigInvalid, DiscreetError, RequestInvalid
 from discreet.keys import Key
@@ -212,25 +212,29 @@ def test_the_model_reads_names_that_no_list_has_and_keeps_offsets() -> None:
     assert "Brzezicki" not in {STRANGE[s.start : s.end] for s in less}
 
 
-def test_redact_uses_the_model_where_its_extra_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redact_uses_the_model_unless_told_otherwise() -> None:
     assert "Brzezicki" not in redact(STRANGE).text
     assert "Brzezicki" in redact(STRANGE, names=Names.RULES).text
-    monkeypatch.setattr("discreet.deid.ner.available", lambda: False)
-    assert "Brzezicki" in redact(STRANGE).text
 
 
 def test_the_model_and_its_weights_are_part_of_the_digest(monkeypatch: pytest.MonkeyPatch) -> None:
-    rules, model = configured(DeidSection(policy="label")), configured(DeidSection(policy="label", names="model"))
-    assert rules.digest == BUILTIN["label"].digest
+    rules, model = configured(DeidSection(policy="label", names="rules")), configured(DeidSection(policy="label"))
+    assert model.digest == BUILTIN["label"].digest
     assert model.digest != rules.digest
     before = model.digest
     monkeypatch.setattr("discreet.deid.ner.digest", lambda: "0" * 64)
     assert model.digest != before
 
 
-def test_the_configured_model_is_used_on_the_training_path() -> None:
-    assert "Brzezicki" not in deidentify(admitted(STRANGE), configured(DeidSection(policy="label", names="model")), KEY).text.reveal()
-    assert "Brzezicki" in deidentify(admitted(STRANGE), configured(DeidSection(policy="label")), KEY).text.reveal()
+def test_the_model_is_used_on_the_training_path_unless_told_otherwise() -> None:
+    assert "Brzezicki" not in deidentify(admitted(STRANGE), configured(DeidSection(policy="label")), KEY).text.reveal()
+    assert "Brzezicki" in deidentify(admitted(STRANGE), configured(DeidSection(policy="label", names="rules")), KEY).text.reveal()
+
+
+def test_what_was_read_before_does_not_change_what_the_model_finds() -> None:
+    notes = ["Seen by Brzezicki in Wojcieszow.", "I think Brzezicki wrote that report.", "Zofia Wrzos lives at 12 Long Lane, Wojcieszow."]
+    fresh = [deidentify(admitted(note), BUILTIN["label"], KEY).text.reveal() for note in notes]
+    assert [deidentify(admitted(note), BUILTIN["label"], KEY).text.reveal() for note in reversed(notes)] == fresh[::-1]
 
 
 def test_thresholds_of_zero_and_one_are_taken() -> None:
@@ -240,3 +244,77 @@ def test_thresholds_of_zero_and_one_are_taken() -> None:
     for wrong in (-0.1, 1.1):
         with pytest.raises(ValueError):
             DeidSection.model_validate({"thresholds": {"PERSON": wrong}})
+
+
+def channels(text: str) -> DeidSection:
+    import tomllib
+
+    return DeidSection.model_validate(tomllib.loads(text))
+
+
+def test_operators_by_channel_sensitivity_and_label() -> None:
+    section = channels(
+        "policy = 'label'\n[operators.training.any]\nMRN = 'mask'\n[operators.training.special]\nMRN = 'redact'\nDATE = 'generalise'\n[operators.log.any]\nMRN = 'label'\n"
+    )
+    check(section)
+    said = {
+        sensitivity: redact(NOTE, configured(section, Channel.TRAINING, sensitivity)).text
+        for sensitivity in (Sensitivity.PERSONAL, Sensitivity.SPECIAL)
+    }
+    assert "MRN *********) on [DATE]" in said[Sensitivity.PERSONAL]
+    assert "born 1977, MRN [REDACTED]) on 2022" in said[Sensitivity.SPECIAL]
+    assert "MRN [MRN]) on [REDACTED]" in redact(NOTE, configured(section, Channel.LOG)).text
+    assert "<MRN_" in protect(NOTE, Vault(KEY, "c"), policy=configured(section, Channel.PROMPT)).text
+    digests = {configured(section, channel, sensitivity).digest for channel in Channel for sensitivity in (Sensitivity.PERSONAL, Sensitivity.SPECIAL)}
+    assert len(digests) == 6, "what is changed differs by sensitivity, prompt and archive do not"
+    assert configured(DeidSection()).digest == BUILTIN["surrogate"].digest
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("[operators.trainig.any]\nMRN = 'mask'", "training"), ("[operators.training.speciall]\nMRN = 'mask'", "special"), ("[operators.training.any]\nPERSN = 'mask'", "PERSON"),
+        ("[operators.training.any]\nMRN = 'maks'", "mask"), ("[thresholds]\nPHON = 0.5", "PHONE"),
+    ],
+)  # fmt: skip
+def test_what_is_not_known_is_refused_with_the_nearest(text: str, near: str) -> None:
+    with pytest.raises(ConfigInvalid, match=f"Did you mean '{near}'"):
+        check(channels(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("[operators.log.any]\nMRN = 'mask'", "channel log"), ("[operators.log.any]\nMRN = 'keep'", "training.internal. hides"), ("[operators.prompt.any]\nMRN = 'keep'", "hides"),
+        ("[operators.training.special]\nORG = 'keep'", "training.personal. hides"), ("[operators.training.any]\nMRN = 'token'", "reversible"), ("[operators.training.any]\nMRN = 'vault'", "vault"),
+        ("[operators.archive.any]\nMRN = 'keep'", "hides"), ("[operators.training.any]\nMRN = 'shift'", "shift"),
+    ],
+)  # fmt: skip
+def test_prompts_and_logs_are_never_laxer(text: str, rule: str) -> None:
+    with pytest.raises(ConfigInvalid, match=rule):
+        check(channels(text))
+
+
+def test_what_training_keeps_others_may_keep() -> None:
+    check(channels("[operators.training.any]\nORG = 'keep'\n[operators.prompt.any]\nORG = 'keep'\n[operators.log.any]\nORG = 'keep'\n"))
+
+
+def test_thresholds_with_their_miss_rates_are_in_the_policy() -> None:
+    section = channels("[thresholds]\nPHONE = { least = 0.95, miss_rate = [0.0, 0.04], confidence = 0.95, values = 100 }\nEMAIL = 0.5\n")
+    policy = configured(section)
+    assert policy.thresholds == {Label.PHONE: 0.95, Label.EMAIL: 0.5}
+    assert policy.misses == {Label.PHONE: (0.0, 0.04)}
+    plain = configured(channels("[thresholds]\nPHONE = 0.95\nEMAIL = 0.5\n"))
+    assert plain.thresholds == policy.thresholds
+    assert plain.digest != policy.digest
+
+
+def test_tokens_are_bound_to_subject_label_and_policy_and_open_for_the_entitled_alone() -> None:
+    sealed = redact(NOTE, "token", known=KNOWN, key=KEY, subject="S1", names=Names.RULES).text
+    for original in ("Reed", "Fuller", "E39389873", "1977"):
+        assert original not in sealed
+    assert restore(sealed, KEY, subject="S1") == (NOTE, 7)
+    for key, policy, subject in ((Key(b"1" * 32), "token", "S1"), (KEY, "other", "S1"), (KEY, "token", "S2")):
+        assert restore(sealed, key, policy=policy, subject=subject) == (sealed, 0)
+    moved = sealed.replace("MRN_", "ID_")
+    assert restore(moved, KEY, subject="S1")[1] == 6, "a token under another label does not open"

@@ -126,3 +126,12 @@ def test_vault_and_errors_print_no_value() -> None:
 def test_prose_is_not_taken_for_a_placeholder() -> None:
     assert vault().typed("The ID card and the PERSON named in URL http://a.b, age 45, PHONE 555-0124, ID 12345678") == []
     assert PLACEHOLDER.search("PERSONAL_K7Q2XF3D") is None
+
+
+def test_another_policy_does_not_open_what_was_kept() -> None:
+    one, other = Vault(Key(bytes(32)), "c", policy="prompt"), Vault(Key(bytes(32)), "c", policy="prompt/ward")
+    placeholder = one.issue("PERSON", "Ann Lee")
+    assert other.issue("PERSON", "Ann Lee") == placeholder
+    other._kept.update(one._kept)
+    with pytest.raises(SealBroken):
+        other.restore(placeholder)

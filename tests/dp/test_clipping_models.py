@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from discreet.dp import clipping
+from discreet.dp import clipping, rules
 from discreet.dp.clipping import clipped_sum
 
 VOCABULARY, IGNORED, PADDING = 61, -100, 1
@@ -153,7 +153,7 @@ def without_rule(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch:
     with clipping._Recorder(model, clipping._trained(model), layout) as recorder:
         losses = loss_fn(model, batch)
         recorder.stop()
-        return set(clipping._reached(losses, clipping._trained(model)))
+        return set(recorder.without_rule(losses))
 
 
 @pytest.fixture
@@ -249,3 +249,39 @@ def test_adapters_on_tied_layers() -> None:
         if "lora" in name:
             nn.init.normal_(parameter, std=0.2)
     assert error(model, causal_loss, texts(5, 9), UNITS, 0.5) < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.usefixtures("_float64_throughout")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_oracle_of_adapters(name: str) -> None:
+    model = get_peft_model(build(name), LoraConfig(r=3, target_modules="all-linear", lora_dropout=0.0)).double()
+    for parameter_name, parameter in model.named_parameters():
+        if "lora" in parameter_name:
+            nn.init.normal_(parameter, std=0.2)
+    assert error(model, loss_of(name), texts(5, 9), UNITS, 0.5) < 1e-9
+    assert not without_rule(model, loss_of(name), texts(5, 9), UNITS)
+
+
+@pytest.mark.parametrize("length", [1, 9, 40, 70])
+@pytest.mark.parametrize("forms", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "llama tied"])
+def test_oracle_whichever_way_norms_are_taken(monkeypatch: pytest.MonkeyPatch, name: str, forms: bool, length: int) -> None:
+    """Gram matrices in one strip and in several, of layers with an input of their own and of query, key and value that share one; or kept gradients."""
+    monkeypatch.setattr(rules, "_forming_is_cheaper", lambda _: forms)
+    model, batch = build(name).double(), texts(3, length + 2)
+    assert error(model, causal_loss, batch, [4, 2, 4], 0.5) < 1e-9
+
+
+def test_layers_that_share_an_input_are_not_mistaken_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted defect: inputs that only look alike are taken for one."""
+    monkeypatch.setattr(rules, "_forming_is_cheaper", lambda _: False)
+    monkeypatch.setattr(rules, "_identity", lambda x: tuple(x.shape))
+    assert error(build("llama tied").double(), causal_loss, texts(3, 12), [0, 1, 2], 0.5) > 1e-6
+
+
+def test_large_batches_of_adapters_are_packed_or_not_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(build("llama"), LoraConfig(r=3, target_modules="all-linear", lora_dropout=0.0)).double()
+    for packed in (0, 1 << 20):
+        monkeypatch.setattr(rules, "_PACKED", packed)
+        assert error(model, causal_loss, texts(5, 9), UNITS, 0.05) < 1e-9

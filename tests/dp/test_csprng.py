@@ -124,10 +124,9 @@ def test_the_cipher_on_a_device_is_the_one_of_the_stream() -> None:
     assert not torch.equal(words, other)
 
 
-def test_gaussians_of_a_device_are_gaussians(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gaussians_of_a_device_are_gaussians() -> None:
     """The code that a GPU runs, run on the CPU; the GPU itself is exercised by `test_noise_on_a_gpu`."""
-    monkeypatch.setattr(csprng, "_CHUNK", 1 << 10)
-    drawn = csprng._normal_on(torch.device("cpu"), bytes(32), 20_001, torch.float32)
+    drawn = torch.cat([csprng._box_muller_on(torch.device("cpu"), bytes(32), chunk, 1 << 10) for chunk in range(10)])[:20_001].float()
     assert drawn.shape == (20_001,)
     assert stats.kstest(drawn.double().numpy(), "norm").pvalue > 1e-6
     assert len(torch.unique(drawn)) > 19_900, "no chunk repeats another"
@@ -139,5 +138,18 @@ def test_noise_on_a_gpu() -> None:
     drawn = csprng.normal(Stream(bytes(32)), (1000, 300), device=device)
     assert drawn.device.type == "cuda"
     torch.testing.assert_close(
-        drawn.cpu().flatten(), csprng._normal_on(torch.device("cpu"), Stream(bytes(32)).fork("device").bytes(32), 300_000, torch.float32)
+        drawn.cpu().flatten(), csprng._box_muller_on(torch.device("cpu"), Stream(bytes(32)).fork("device").bytes(32), 0, 150_000).float()
     )
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 90), (1, 3), (37, 20), (63, 27), (90, 0), (0, 0)])
+def test_a_part_is_what_the_whole_holds_there(monkeypatch: pytest.MonkeyPatch, first: int, count: int) -> None:
+    """A shard's noise is its part of the parameter's draw, whatever the number of ranks (PITFALLS 10)."""
+    monkeypatch.setattr(csprng, "_CHUNK", 8)
+    whole = csprng.normal(Stream(bytes(32)), (9, 10)).flatten()
+    assert torch.equal(csprng.normal_part(Stream(bytes(32)), (9, 10), first=first, count=count), whole[first : first + count])
+
+
+def test_a_part_lies_in_the_whole() -> None:
+    with pytest.raises(ValueError, match="first=3 <= first"):
+        csprng.normal_part(Stream(bytes(32)), (5,), first=3, count=3)

@@ -86,6 +86,8 @@ def test_a_plan_pays_for_the_whole_search() -> None:
     assert plan_from_json(stored) == searched
     with pytest.raises(ValueError, match="Expected"):
         plan_from_json({**stored, "search": {**stored["search"], "mean": 2.0}})
+    poisson = calibrate(**COMMON, search=Search(tries=Tries.POISSON, mean=2.0))
+    assert plan_from_json(json.loads(json.dumps(poisson.to_json(), allow_nan=False))) == poisson
     alone = calibrate(**COMMON, search=search)
     assert 3.9 < alone.guarantee.epsilon <= 4.0
     assert alone.guarantee.accountant == "rdp"

@@ -86,6 +86,7 @@ def test_what_depends_on_private_data_is_internal() -> None:
         Predicate.ACCESS_GRANTED,
         Predicate.FROZEN,
         Predicate.RESERVED,
+        Predicate.ATTACKED,
         Predicate.CONSENT_CHANGED,
         Predicate.ERASED,
         Predicate.SERVED,

@@ -226,3 +226,29 @@ def test_the_median_of_noised_group_sums_outvotes_a_poisoned_group(tmp_path: Pat
     assert np.mean(run.trainer.parameters < 0) > 0.9
     assert result["guarantee"]["minimum"] == 2
     assert all(receipt["valid"] for receipt in result["receipts"].values())
+
+
+def test_nothing_on_the_coordinators_disk_or_in_the_transcript_opens_a_noise_free_sum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Central noise: neither the sum nor its digest before the noise, nor a share that opens it, is written or told anybody."""
+    fleet = Fleet(tmp_path)
+    file = fleet.agreement.fleet.model_copy(update={"noise": fleets.Noise.CENTRAL})
+    fleet.agreement = fleets.agree(file, dimension=D)
+    bare: list[bytes] = []
+    open_ = fleets.opened_vector
+
+    def listen(total: Any, *arguments: Any, **more: Any) -> Any:
+        bare.append(total.tobytes())
+        on_disk.extend(path.name for path in run.place.rglob("*") if path.is_file())
+        return open_(total, *arguments, **more)
+
+    on_disk: list[str] = []
+    monkeypatch.setattr(fleets, "opened_vector", listen)
+    run = fleet.coordinator()
+    run.run(fleet)
+    assert len(bare) == 3
+    assert {"delivery", "survivors"} <= set(on_disk)
+    assert "agreement" not in on_disk
+    told = b"".join(run.entries) + b"".join(path.read_bytes() for path in run.place.rglob("*") if path.is_file())
+    for total in bare:
+        assert total not in told
+        assert hashlib.sha256(total).hexdigest().encode() not in told

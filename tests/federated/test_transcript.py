@@ -32,7 +32,7 @@ def chain(*uploads: dict[str, str]) -> tuple[list[bytes], list[Receipt]]:
     receipts = []
     for number, each in enumerate(uploads):
         terms, opened, receipt = round_of(number, each)
-        entries.append(transcript.entry(opened, terms, entries=entries, signer=SIGNER))
+        entries.append(transcript.entry(opened, terms, released=b"", entries=entries, signer=SIGNER))
         receipts.append(receipt)
     return entries, receipts
 

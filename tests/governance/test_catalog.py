@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from discreet.errors import (
+    ConfigInvalid,
     DiscreetError,
     NotFound,
     RecordConflict,
@@ -327,3 +328,55 @@ def test_a_glob_and_a_query_are_sources_too(house):
     for subject in (records[0].subject, records[1].subject):
         with pytest.raises(ErasureIncomplete, match="Records office"):
             files.purge(subject)  # a database is its owner's: the same answer for everybody
+
+
+def test_objects_of_a_store_are_read_and_only_their_owner_can_purge_them(house):
+    """Through fsspec, in memory: one object, and a pattern; a changed object stops the run; an erasure names the owner, for a known and an unknown person alike."""
+    fsspec = pytest.importorskip("fsspec")
+    from discreet.errors import ErasureIncomplete
+    from discreet.governance.catalog import SourceFiles
+
+    memory = fsspec.filesystem("memory")
+    lines = ["".join(json.dumps(line) + "\n" for line in part).encode() for part in (NOTES[:2], NOTES[2:])]
+    for number, content in enumerate(lines):
+        memory.pipe(f"/ward/part-{number}.jsonl", content)
+    base = {"unit": "patient", "owner": "Cloud team", "purposes": ["note-assistant"], "basis": "public_task"}
+    project = house.project({"name": "whole", "path": "memory://ward/part-*.jsonl", **base})
+    source = house.catalog.register(project, project.source[0])
+    assert sorted(record.text.reveal() for record in house.catalog.collect(source)) == sorted(row["text"] for row in NOTES)
+    for who in ("P-1", "nobody"):
+        with pytest.raises(ErasureIncomplete, match="Cloud team"):
+            SourceFiles(project, house.keyring, house.store).purge(subject_id(house.keyring, unit="patient", value=who))
+    memory.pipe("/ward/part-1.jsonl", lines[0])
+    with pytest.raises(SourceChanged):
+        house.catalog.register(project, project.source[0])
+    gone = house.project({"name": "gone", "path": "memory://ward/nothing.jsonl", **base}).source[0]
+    unknown = house.project({"name": "unknown", "path": "nosuch://secret-bucket/nothing.jsonl", **base}).source[0]
+    with pytest.raises(SourceMissing):
+        house.catalog.register(project, gone)
+    with pytest.raises(ConfigInvalid) as caught:
+        house.catalog.register(project, unknown)
+    assert "secret-bucket" not in str(caught.value)
+
+
+def test_a_query_that_fails_says_neither_address_nor_rows(house):
+    base = {"unit": "patient", "owner": "Records office", "purposes": ["note-assistant"], "basis": "public_task", "query": "SELECT * FROM notes"}
+    for path in ("sqlite:///nowhere.db", "postgresql+psycopg://user:hunter2@127.0.0.1:1/x", "nosuch://hunter2", "env:DISCREET_NO_SUCH_VARIABLE"):
+        project = house.project({"name": "table", "path": path, **base})
+        with pytest.raises(SourceMissing) as caught:
+            house.catalog.register(project, project.source[0])
+        assert "hunter2" not in f"{caught.value} {caught.value.__cause__} {caught.value.__context__}"
+
+
+def test_who_is_past_retention_in_every_source_is_due_and_nobody_else(house, monkeypatch):
+    """P-1 is in a source kept for ten days and one kept for a hundred, P-2 only in the first: after eleven days P-2 is due, after a hundred and one P-1 too."""
+    import time
+
+    short, long = house.notes(retention_days=10), house.notes(NOTES[:1], name="letters", path="letters.jsonl", retention_days=100)
+    for project, section in (short, long):
+        house.catalog.collect(house.catalog.register(project, section))
+    first, second = (subject_id(house.keyring, unit="patient", value=who) for who in ("P-1", "P-2"))
+    real = time.time
+    for days, due in ((9, []), (11, [second]), (101, sorted([first, second]))):
+        monkeypatch.setattr(time, "time", lambda days=days: real() + days * 86_400)
+        assert house.catalog.past_retention() == due, days

@@ -46,6 +46,6 @@ def tiny_llama() -> LlamaForCausalLM:
 
 @pytest.fixture
 def local_engine(tiny_llama, tokenizer):
-    engine = LocalEngine(tiny_llama, tokenizer, key=Key(bytes(32)), max_waiting=1)
+    engine = LocalEngine(tiny_llama, tokenizer, key=Key(bytes(32)), max_waiting=1, max_batch=1)
     yield engine
     engine.close()

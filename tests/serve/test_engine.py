@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import threading
 from contextlib import aclosing
 
@@ -234,3 +235,59 @@ def test_stop_takes_the_first_completed_and_the_longest_of_those():
     assert stop_at(["abc", "b"], ["abc"]) == ("a", True)
     assert stop_at(["abc", "c"], ["xabc"]) == ("x", True)
     assert stop_at(["abc"], ["xab"]) == ("xab", False)
+
+
+# --- many at once
+
+
+def prompts() -> list[tuple[Turn, ...]]:
+    return [(Turn(role="user", text="x" * size),) for size in (3, 40, 1, 300, 17)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_answers_in_a_batch_are_those_given_alone(tiny_llama, tokenizer, monkeypatch, temperature):
+    """In float64, where rounding decides nothing: rows of other lengths, prompts that join late and answers that end early change no token."""
+    double = copy.deepcopy(tiny_llama).double()
+    sizes: list[int] = []
+    asked = [(turns, Sampling(max_new_tokens=5 + 9 * n, seed=n, temperature=temperature)) for n, turns in enumerate(prompts())]
+    together = LocalEngine(double, tokenizer, key=Key(bytes(32)), max_batch=4)
+    real = together._forward_all
+    monkeypatch.setattr(together, "_forward_all", lambda batch: sizes.append(len(batch.rows)) or real(batch))
+
+    async def all_at_once() -> list:
+        return await asyncio.gather(*(collect(together, *each) for each in asked))
+
+    alone = LocalEngine(double, tokenizer, key=Key(bytes(32)), max_batch=1)
+    assert asyncio.run(all_at_once()) == [asyncio.run(collect(alone, *each)) for each in asked]
+    assert max(sizes) >= 3
+    together.close()
+    alone.close()
+
+
+def test_one_who_leaves_a_batch_takes_nobody_along(tiny_llama, tokenizer):
+    engine = LocalEngine(copy.deepcopy(tiny_llama).double(), tokenizer, key=Key(bytes(32)), max_batch=4)
+
+    async def leave() -> tuple:
+        others = [asyncio.create_task(collect(engine, turns, Sampling(max_new_tokens=40))) for turns in prompts()[:2]]
+        async with aclosing(engine.generate(prompts()[2], Sampling(max_new_tokens=300))) as pieces:
+            await anext(pieces)
+        return tuple(await asyncio.gather(*others))
+
+    both = asyncio.run(leave())
+    assert both == tuple(asyncio.run(collect(engine, turns, Sampling(max_new_tokens=40))) for turns in prompts()[:2])
+    assert engine._in_flight == 0
+    engine.close()
+
+
+def test_a_fault_in_a_batch_ends_every_answer_and_hides_its_words(tiny_llama, tokenizer, monkeypatch):
+    engine = LocalEngine(tiny_llama, tokenizer, key=Key(bytes(32)), max_batch=4)
+    monkeypatch.setattr(engine, "_forward_all", lambda _batch: (_ for _ in ()).throw(RuntimeError(SECRET)))
+
+    async def both() -> list:
+        return await asyncio.gather(*(collect(engine, turns, Sampling(max_new_tokens=40)) for turns in prompts()[:2]), return_exceptions=True)
+
+    errors = asyncio.run(both())
+    assert [type(error) for error in errors] == [OperationFailed, OperationFailed]
+    assert SECRET not in str(errors)
+    assert run(engine, prompts()[0])
+    engine.close()

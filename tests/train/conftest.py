@@ -51,6 +51,11 @@ def plan() -> Plan:
 
 @pytest.fixture
 def paid(base: Base, plan: Plan, tmp_path: Path) -> Paid:
+    return made_up(base, plan, tmp_path)
+
+
+def made_up(base: Base, plan: Plan, tmp_path: Path) -> Paid:
+    """A paid run; the same for every process that asks."""
     units = {SubjectId(f"S{n:02d}"): (2 * n, 2 * n + 1) for n in range(20)}
     root = Digest("sha256:" + "ab" * 32)
     snapshot = Snapshot(root=root, name="notes", sensitivity=Sensitivity.SPECIAL, path=tmp_path, units=Sensitive(units))

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional
 
-from discreet.train import parallel
+from discreet import pipeline
+from discreet.dp import clipping, noise
+from discreet.dp.mechanism import Plan
+from discreet.evidence.statement import Predicate
+from discreet.keys import Key
+from discreet.model import Base
+from discreet.train import loop, parallel
 from discreet.train.parallel import ALONE, Ranks
+
+from .conftest import NOTES, made_up
 
 _WORKER = """
 import os, sys, torch, torch.distributed as dist
@@ -72,16 +90,174 @@ def _on_two_ranks(script: str, *arguments: str) -> None:
         )
         for rank in range(2)
     ]
-    for process in started:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err[-2000:]
-        assert "SAME" in out
+    ended = [(*process.communicate(timeout=400), process.returncode) for process in started]
+    assert all(code == 0 for *_, code in ended), "\n".join(err[-2000:] for _, err, _ in ended)
+    assert all("SAME" in out for out, *_ in ended)
 
 
 @pytest.mark.parametrize("noise_multiplier", ["0.0", "1.5"])
 def test_two_ranks_release_what_one_rank_releases(noise_multiplier: str) -> None:
     """Without noise the sums agree; with it the noise is drawn once, the very draw of one rank; a rank without documents stays in step (PITFALLS 3, 10)."""
     _on_two_ranks(_WORKER, noise_multiplier)
+
+
+_TRAINER = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+from conftest import NOTES, made_up
+from discreet import model
+from discreet.dp import mechanism
+from discreet.train import loop, parallel
+
+folder, base, patterns, stop = Path(sys.argv[2]), sys.argv[3], sys.argv[4].split(","), int(sys.argv[5])
+paid = made_up(model.load_base(base, cache=folder), mechanism.plan_from_json(__import__("json").loads((folder / "plan.json").read_text())), folder)
+setup = replace(
+    paid.setup,
+    model=paid.setup.model.model_copy(update={"train": tuple(patterns)}),
+    run=paid.setup.run.model_copy(update={"weights": "sharded"}),
+)
+
+
+class Stopped(Exception):
+    pass
+
+
+def on_step(report):
+    if report.step == stop:
+        raise Stopped
+
+
+with parallel.joined("cpu") as ranks:
+    try:
+        loop.train(
+            paid.plan, paid.snapshot, paid.reservation, texts=NOTES, setup=setup, run_key=paid.run_key, checkpoints=paid.checkpoints("ranks"),
+            adapter=folder / "two", on_step=on_step, ranks=ranks,
+        )
+    except Stopped:
+        pass
+    ranks.wait()
+print("SAME")
+"""
+
+
+@pytest.mark.parametrize("patterns", ["all", pytest.param("lora", marks=pytest.mark.slow)])
+def test_sharded_ranks_train_the_model_of_one(base: Base, plan: Plan, tmp_path: Path, patterns: str) -> None:
+    """FSDP2 over two processes with noise: the draws of one rank, and what two began, one ends (PITFALLS 3, 9, 10, 12)."""
+    paid = made_up(base, plan, tmp_path)
+    setup = replace(paid.setup, model=paid.setup.model.model_copy(update={"train": (patterns,)}))
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+
+    def alone(name: str, folder: str) -> None:
+        checkpoints = paid.checkpoints(name)
+        loop.train(
+            plan, paid.snapshot, paid.reservation, texts=NOTES, setup=setup, run_key=paid.run_key, checkpoints=checkpoints, adapter=tmp_path / folder
+        )
+
+    alone("alone", "one")
+    for stop in (2, 0):
+        _on_two_ranks(_TRAINER, str(Path(__file__).parent), str(tmp_path), str(base.path), patterns, str(stop))
+        if stop:
+            shutil.copytree(tmp_path / "ranks", tmp_path / "handed over")
+    alone("handed over", "three")
+    one, two, three = (_weights(tmp_path / name) for name in ("one", "two", "three"))
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(three[name], weight, rtol=1e-3, atol=2e-4)
+
+
+def _weights(adapter: Path) -> dict[str, torch.Tensor]:
+    [file] = adapter.glob("*.safetensors")
+    return safetensors.torch.load_file(file)
+
+
+@pytest.fixture
+def _one_rank() -> Iterator[None]:
+    """A group of this process alone: FSDP2 shards over it and computes as over many."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def _losses(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().flatten(1).sum(1)
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_a_sharded_model_needs_a_rule_for_every_layer() -> None:
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale
+
+    class Borrowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lent = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return functional.linear(self.lent(x), self.lent.weight)
+
+    for model, reason in (
+        (nn.Sequential(nn.Linear(4, 4), Scale()), "rule and whole weights.*'1'"),
+        (Borrowing(), "used by its own layer.*lent.weight"),
+    ):
+        x = torch.ones(2, 4)
+        with pytest.raises(ValueError, match=reason):
+            clipping.clipped_sum(fully_shard(model), _losses, x, [0, 1], clip_norm=1.0)
+
+
+@pytest.mark.usefixtures("_one_rank")
+def test_a_sharded_sum_is_the_sum_and_nobody_adds_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    x = torch.linspace(-1, 1, 24).view(3, 2, 4).sin()
+    whole = clipping.clipped_sum(model, _losses, x, [0, 1, 1], clip_norm=0.3)
+    shards = clipping.clipped_sum(fully_shard(model), _losses, x, [0, 1, 1], clip_norm=0.3)
+    for name, gradient in whole.gradients.items():
+        torch.testing.assert_close(parallel.gathered(shards.gradients[name]), gradient)
+    nobody = clipping.in_step(model, _losses, x[:1], clip_norm=0.3)
+    assert nobody.votes == 0
+    assert not any(bool(parallel.gathered(gradient).any()) for gradient in nobody.gradients.values())
+    noised = noise.add(shards, noise_multiplier=2.0, key=Key(bytes(32)).stream("noise", 1))
+    expected = noise.add(whole, noise_multiplier=2.0, key=Key(bytes(32)).stream("noise", 1))
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(parallel.gathered(noised.gradients[name]), gradient)
+    with pytest.raises(ValueError, match="calls in_step"):
+        clipping.clipped_sum(model, _losses, x[:0], [], clip_norm=0.3)
+    with pytest.raises(ValueError, match="computed whole"):
+        clipping.clipped_unit(model, _losses, [x], clip_norm=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["replicated", "sharded"])
+def test_the_command_trains_on_two_ranks(new_project: Callable[[Path], Path], tmp_path: Path, weights: str) -> None:
+    """`torchrun discreet train`: one of every statement; called again, every rank finds the run finished."""
+    folder = new_project(tmp_path / "project")
+    written = (folder / "discreet.toml").read_text()
+    (folder / "discreet.toml").write_text(written.replace("[run]", f'[run]\nweights = "{weights}"'))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", _COMMAND, "train"]
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, *command, "-C", str(folder), "--json"],
+            capture_output=True,
+            text=True,
+            timeout=550,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(done.stdout)["moved"] > 0, "one document on stdout, from rank 0"
+    with pipeline.open_house(folder) as house:
+        house.log.verify()
+        assert all(len(house.log.select(once)) == 1 for once in (Predicate.RESERVED, Predicate.SPENT, Predicate.TRAINED, Predicate.KEY_DESTROYED))
+
+
+_COMMAND = "from discreet.cli import main; main()"
 
 
 def test_shares_hold_everything_once_and_are_even() -> None:

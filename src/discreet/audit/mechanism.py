@@ -33,7 +33,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any, final
+from typing import Any, cast, final
 
 import numpy as np
 import torch
@@ -48,6 +48,7 @@ from discreet.keys import Key
 from discreet.record import Sensitive
 from discreet.train import parallel, step
 from discreet.train.course import Course
+from discreet.train.preference import Document
 from discreet.train.step import PrivateCorpus, Rows
 
 # M canaries, N of them included, T steps, K idle coordinates.
@@ -144,7 +145,7 @@ def rehearse(plan: Plan, *, key: Key) -> Rehearsal:
         parallel.private_step(
             probe, optimizer, corpus, plan, run_key=run, step=number, token_budget=budget, rows=Rows.PADDED, ranks=parallel.ALONE, course=course
         )
-        who = [int(documents[0][0]) - 1 for documents in drawn]
+        who = [_position(documents[0]) for documents in drawn]
         np.add.at(counts_M, who, 1)
         turn_M[who] = (number - 1) % num_bands
         sizes.append(len(drawn))
@@ -330,8 +331,13 @@ def _corpus(planted: NDArray[Any], plan: Plan) -> PrivateCorpus:
     )
 
 
+def _position(document: Document) -> int:
+    """Which canary a rehearsed document is."""
+    return int(cast(Tensor, document)[0]) - 1
+
+
 def _norms(probe: _Probe, drawn: step.Units, plan: Plan, budget: int) -> list[float]:
     """Norm of what each canary of a step contributes before noise, in clip norms: canaries are orthogonal, so each is its own coordinate."""
     total = step.summed(probe, drawn, step.arranged(drawn, budget, Rows.PADDED), clip_norm=plan.clip_norm, token_budget=budget, combine=plan.combine)
     along_M = total.gradients["canaries.weight"][:, 0].abs() / plan.clip_norm
-    return [float(along_M[position]) for position in sorted({int(documents[0][0]) for documents in drawn})]
+    return [float(along_M[position]) for position in sorted({_position(documents[0]) + 1 for documents in drawn})]

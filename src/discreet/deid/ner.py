@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load
 
+from discreet.deid.normalise import OPAQUE
 from discreet.errors import RequestInvalid
 
 WEIGHTS = "tagger.safetensors"
@@ -253,7 +254,7 @@ def _ranges(words: Sequence[re.Match[str]], probabilities: Floats, least: Floats
 LEAST: Mapping[str, float] = MappingProxyType({"PERSON": 0.65, "LOCATION": 0.45, "ORG": 0.55, "ADDRESS": 0.3})
 """Least score at which the model is believed; chosen on development texts so that precision on notes stays (docs/tagger.md). Part of the digest of a policy that reads names so."""
 
-SURE: Mapping[str, float] = MappingProxyType({"PERSON": 0.93, "LOCATION": 0.8, "ORG": 0.85, "ADDRESS": 0.3})
+SURE: Mapping[str, float] = MappingProxyType({"PERSON": 0.93, "LOCATION": 0.65, "ORG": 0.7, "ADDRESS": 0.3})
 """The same for a name of ordinary words alone, which must have a capital letter as well."""
 
 AGREED = 0.45
@@ -273,7 +274,7 @@ class Names:
         """Returns the names of each sentence that are believed."""
         return [
             _bridged(sentence, [tag for tag in tags if _believed(sentence[tag[0] : tag[1]], tag[2], tag[3])])
-            for sentence, tags in zip(sentences, tag(sentences), strict=True)
+            for sentence, tags in zip(sentences, tag([sentence.replace(OPAQUE, "-") for sentence in sentences]), strict=True)
         ]
 
 
@@ -310,7 +311,8 @@ def _believed(name: str, label: str, score: float) -> bool:
     if len(words) == 1 and name.isupper() and len(name) <= {"ORG": 5, "LOCATION": 3}.get(label, 0):
         return score >= ACRONYM
     if not strange:
-        return capital and score >= SURE[label] and not (label == "PERSON" and name.isupper())
+        usual = label != "PERSON" or any(word.lower() in listed for word in words)
+        return capital and usual and score >= SURE[label] and not (label == "PERSON" and name.isupper())
     if label == "PERSON" and any(word.lower() in listed for word in strange):
         return score >= AGREED
     return score >= (LEAST[label] if capital else SURE[label])

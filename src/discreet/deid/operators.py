@@ -303,9 +303,9 @@ _NAME = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 
 @cache
 def _pool(flag: str) -> tuple[str, ...]:
-    """Names that may stand in: of women (F), of men (M), last names (L); lower case, sorted."""
+    """Names that may stand in for English ones: of women (F), of men (M), last names (L); lower case, sorted."""
     wanted = {"F": "FU", "M": "MU", "L": "L"}[flag]  # used for one gender only, or mostly as a last name
-    listed = ((name, flags.replace("S", "")) for name, flags in names().items() if "S" in flags and len(name) >= 3)
+    listed = ((name, flags.replace("S", "")) for name, flags in names().items() if "S" in flags and len(name) >= 3 and name not in languages.names())
     return tuple(sorted(name for name, flags in listed if (flags.replace("L", "") == wanted if flag != "L" else flags[0] == wanted)))
 
 

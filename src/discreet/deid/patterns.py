@@ -45,7 +45,7 @@ import stdnum.pl.pesel
 import stdnum.se.personnummer
 import stdnum.us.ssn
 
-VERSION = "4"
+VERSION = "5"
 """Part of every policy's digest: raised whenever a row or a rule of `detect` changes what is found."""
 
 
@@ -1354,6 +1354,18 @@ PATTERNS: tuple[Pattern, ...] = (
         ),
         matches=("«Koskikatu 25»", "«Friedhofstrasse 33»", "«Villacher Strasse 89»"),
         rejects=("weg 2", "Tylenol 500"),
+    ),
+    Pattern(
+        label=Label.ZIP,
+        expression=r"(?<![\w-])(?=[A-Z -]{0,4}\d)[A-Z0-9]{2,6}(?:[ -]?[A-Z0-9]{2,4})?(?![\w-]|\.\d)",
+        score=STRONG,
+        validator=_at_least(1),
+        context=("zip", "zip code", "zipcode", "postal code", "post code", "postcode", "postleitzahl", "plz", "code postal", "codigo postal"),
+        anchors=("zip", "post", "plz", "code"),
+        cased=True,
+        source="UPU S42",
+        matches=("ZIP: «6280»", "my postcode is «SW1A 1AA»."),
+        rejects=("zip the file", "ZIP: none", "zip code of 3.5"),
     ),
     Pattern(
         label=Label.ZIP,

@@ -681,6 +681,8 @@ def _field_to_json(value: Any) -> Any:
         return event_to_json(value)
     if isinstance(value, list | tuple):
         return [_field_to_json(item) for item in value]
+    if isinstance(value, float) and math.isinf(value):  # the shape of a Poisson number of tries: JSON has no infinity
+        return None
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -691,6 +693,8 @@ def _field_from_json(field: str, value: Any) -> Any:
         if not isinstance(value, list):
             raise ValueError("Expected events to be a list.")
         return [_event_from_json(item) for item in value]
+    if field == "shape" and value is None:
+        return math.inf
     return [_number(item, field) for item in value] if isinstance(value, list) else _number(value, field)
 
 

@@ -828,6 +828,11 @@ def _rounding(parameter: Tensor) -> float:
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    for module in model.modules() if hasattr(model, "reshard") else ():
+        if hasattr(
+            module, "reshard"
+        ):  # a forward without a backward leaves the weights of the root gathered: other objects than the shards that are trained
+            module.reshard()
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
         raise ValueError("Expected a model with at least one parameter that requires grad.")

@@ -5,7 +5,7 @@ the hash of an envelope say nothing about a statement that was not shown, howeve
 entries and the envelopes of the public ones only. The place makes an envelope worthless anywhere else in this log or in another.
 
 `PREDICATES` is the whole table of kinds; a new kind is a row there and nothing else. A row says whether the kind may travel in a public bundle and which fields it must have. The
-fields of public kinds are closed (required and optional, no others), because they leave the house: they hold public parameters or DP-released values, never
+fields of public kinds are closed (required and optional, no others), because they leave the house: they hold public parameters or DP-released values (`exposure` says which), never
 counts of records, snapshot roots or member scores (PITFALLS 41). Internal kinds may say more.
 
 Guarantees: `verify` returns an entry that this key signed for this log, in the one byte form that this module prints, or raises `EvidenceInvalid`. JSON is canonical (sorted
@@ -80,6 +80,8 @@ class Predicate(StrEnum):
     CONSENT_CHANGED = "consent_changed"
     ERASED = "erased"
     SERVED = "served"
+    MEASURED = "measured"
+    SYNTHESIZED = "synthesized"
 
     @property
     def public(self) -> bool:
@@ -92,17 +94,34 @@ class Predicate(StrEnum):
         return f"{PREDICATE_PREFIX}{self.value}:v1"
 
 
+class Exposure(StrEnum):
+    """Who may see a field. *public*: no private record could change it. *dp-released*: post-processing of what a guarantee covers. *internal*: neither."""
+
+    PUBLIC = "public"
+    DP_RELEASED = "dp-released"
+    INTERNAL = "internal"
+
+
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One kind of statement: the fields it must have (the value may be null), and for a public kind the only others it may have."""
+    """One kind of statement: the fields it must have (the value may be null), for a public kind the only others it may have, and which of them are DP-released."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...] | None
+    released: frozenset[str] = frozenset()
 
 
-def _public(required: str, optional: str = "") -> Row:
-    return Row(required=tuple(required.split()), optional=tuple(optional.split()))
+def exposure(predicate: Predicate, field: str) -> Exposure:
+    """Returns who may see a field of a kind; "subject" stands for the digests that a statement is about."""
+    row = PREDICATES[predicate]
+    if row.optional is None:
+        return Exposure.INTERNAL
+    return Exposure.DP_RELEASED if field in row.released else Exposure.PUBLIC
+
+
+def _public(required: str, optional: str = "", *, released: str = "") -> Row:
+    return Row(required=tuple(required.split()), optional=tuple(optional.split()), released=frozenset(released.split()))
 
 
 def _internal(required: str) -> Row:
@@ -126,22 +145,33 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.RESERVED: _internal("reservation run budget plan snapshot"),
         Predicate.SPENT: _public("reservation run budget plan", _PRICE),
         Predicate.CLOSED: _public("reservation reason", "run budget plan steps"),
-        Predicate.TRAINED: _public("run track base adapter plan guarantee", "reservation budget steps parameters public_loss kind chosen"),
+        Predicate.TRAINED: _public(
+            "run track base adapter plan guarantee",
+            "reservation budget steps parameters public_loss kind chosen",
+            released="subject adapter public_loss chosen",
+        ),
         Predicate.AUDITED: _public(
             "adapter verdict epsilon_lower ceiling",
             "run level detectable detectable_mu claimed_epsilon claimed_delta layers canaries recitation roc control_roc report",
+            released="subject adapter verdict epsilon_lower ceiling detectable detectable_mu layers recitation roc control_roc report",
         ),
         Predicate.ATTACKED: _internal("adapter run layers"),
-        Predicate.CONTROL_DESTROYED: _public("control", "run kind reason"),
-        Predicate.KEY_DESTROYED: _public("run", "reason kind"),
+        Predicate.CONTROL_DESTROYED: _public("control", "run kind reason", released="subject"),
+        Predicate.KEY_DESTROYED: _public("run", "reason kind", released="subject"),
         Predicate.KEY_ROTATED: _public("old new consent"),
-        Predicate.RELEASED: _public("name base adapter guarantee", "run plan gates audit verdict report purpose policy limits kind"),
-        Predicate.WITHHELD: _public("adapter reasons", "name run gates audit verdict"),
-        Predicate.OVERRIDDEN: _public("rule reason", "value run budget name by"),
+        Predicate.RELEASED: _public(
+            "name base adapter guarantee",
+            "run plan gates audit verdict report purpose policy limits kind",
+            released="subject adapter gates audit verdict report",
+        ),
+        Predicate.WITHHELD: _public("adapter reasons", "name run gates audit verdict", released="subject adapter reasons gates audit verdict"),
+        Predicate.OVERRIDDEN: _public("rule reason", "value run budget name by", released="subject value"),
         Predicate.ACCESS_GRANTED: _internal("role action"),
         Predicate.CONSENT_CHANGED: _internal("change"),
         Predicate.ERASED: _internal("reason"),
         Predicate.SERVED: _internal("release requests"),
+        Predicate.MEASURED: _public("what reservation epsilon values", "delta unit cap mechanism"),
+        Predicate.SYNTHESIZED: _public("adapter guarantee reservation", "texts kind"),
     }
 )
 """The closed table. `track` of a `trained` statement is "dp" or "public"; `plan` and `guarantee` are null on the public track."""

@@ -355,7 +355,7 @@ def agreement_for(fleet: FleetFile, base: Base, section: ModelSection) -> Agreem
 @final
 class Replay:
     """The replies to the stages of a round under way, kept until it is applied: a coordinator that was killed takes the round up where it stopped, and the sites answer the
-    same from their journals. What lies here is what the coordinator was sent: sealed shares, masked vectors, and at the end shares that open the sum alone."""
+    same from their journals. What lies here is sealed or masked; the shares of the last stage, which open the sum, are not kept but asked for again."""
 
     def __init__(self, place: Path) -> None:
         self._place = place
@@ -369,6 +369,8 @@ class Replay:
 
     def of(self, stage: str, ask: Callable[[], Mapping[str, bytes]]) -> dict[str, bytes]:
         """Returns the kept replies of a stage, or asks and keeps them."""
+        if stage == STAGES[-1]:
+            return dict(ask())
         path = self._place / stage
         if not path.is_file():
             write_atomically(path, secagg.join(piece for name, body in ask().items() for piece in (name.encode(), body)))
@@ -441,8 +443,9 @@ class Coordinator:
             except RoundAborted as error:
                 self.observer.note(f"round {number}: {error}")
                 continue
-            entries.append(transcript.entry(opened, terms, entries=entries, signer=self.keyring.signer("federation")))
             totals.append(self._noised(opened, terms))
+            released = totals[-1].tobytes()
+            entries.append(transcript.entry(opened, terms, released=released, entries=entries, signer=self.keyring.signer("federation")))
             survivors += len(opened.uploads)
         if totals:
             self.trainer.apply(totals, self.agreement)

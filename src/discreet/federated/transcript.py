@@ -1,6 +1,6 @@
 """The hash-chained transcript of a fleet's rounds, signed by the coordinator, and a client's check of it.
 
-An entry names the terms, the survivors with the digests of their uploads, the digest of the opened sum and of the model before; it carries the digest of the entry before
+An entry names the terms, the survivors with the digests of their uploads, the digest of the noised sum and of the model before; it carries the digest of the entry before
 it. With its receipts (`secagg.Receipt`) a client verifies that every upload of its own was counted once, under the model and plan that it signed, in the survivor set that it
 signed. Two transcripts of one session that differ are a proof against the coordinator: it signed both.
 
@@ -23,8 +23,13 @@ from discreet.federated.secagg import Opened, Receipt, Roster, Terms, survivors_
 GENESIS = "0" * 64
 
 
-def entry(opened: Opened, terms: Terms, *, entries: Sequence[bytes], signer: Ed25519PrivateKey) -> bytes:
-    """Returns the signed entry of an opened round, to be appended to `entries`."""
+def entry(opened: Opened, terms: Terms, *, released: bytes, entries: Sequence[bytes], signer: Ed25519PrivateKey) -> bytes:
+    """Returns the signed entry of an opened round, to be appended to `entries`.
+
+    Args:
+        released: the sum as it left the mechanism, with its noise. Never `opened.total` itself: under central DP that has none yet, and whoever knows all but one person's
+            data tells from its digest whether that person is in.
+    """
     fields = {
         "kind": "entry",
         "index": len(entries),
@@ -33,7 +38,7 @@ def entry(opened: Opened, terms: Terms, *, entries: Sequence[bytes], signer: Ed2
         "terms_json": terms.to_json(),
         "uploads": dict(opened.uploads),
         "left_out": dict(opened.left_out),
-        "sum": hashlib.sha256(opened.total.tobytes()).hexdigest(),
+        "sum": hashlib.sha256(released).hexdigest(),
     }
     return secagg.sealed_frame(signer, fields)
 

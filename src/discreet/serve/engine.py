@@ -3,14 +3,15 @@
 An engine sees de-identified turns and sampling parameters, nothing else: no caller, no stop strings of the caller (they can hold identifiers; the gateway applies them
 to the restored answer), no placeholder table.
 
-`LocalEngine` decodes with a key-value cache on one worker thread, one answer at a time, behind a bounded queue; the cache dies with its request, so no request can time
-another's prefix (PITFALLS 29). A caller that goes away is noticed before the next token. Text leaves only at character borders: bytes of an unfinished character wait for
+`LocalEngine` decodes with a key-value cache on one worker thread, behind a bounded queue, in continuous batches: a new answer joins those that are under way after its prompt was read,
+block by block between their tokens, and leaves when it ends. An answer's rows of the cache die with it and are never another's prefix (PITFALLS 29). A caller that goes away is noticed
+before the next token. Text leaves only at character borders: bytes of an unfinished character wait for
 their rest.
 
 Temperature sampling inverts the cumulative distribution at uniforms drawn from `keys.Stream`: equal seeds under one key give equal answers, and no seed gives the
-operating system's randomness.
+operating system's randomness; an answer that others accompany has the same logits up to rounding.
 
-Does not cover: batching of concurrent requests, upstream engines, speculative decoding.
+Does not cover: batches of models whose cache forgets (sliding windows), upstream engines, speculative decoding.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, final
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, final
 
 from discreet.errors import DiscreetError, OperationFailed, Overloaded, RequestInvalid
 from discreet.keys import Key, Stream
@@ -29,11 +32,15 @@ from discreet.keys import Key, Stream
 if TYPE_CHECKING:  # torch is the model's dependency; a gateway in front of another engine starts without it
     import torch
 
+T = TypeVar("T")
 Role = Literal["system", "user", "assistant"]
 FinishReason = Literal["stop", "length"]
 
 _PLAIN_STOPS = ("\nUser:", "\nSystem:")
 _REPLACEMENT = "\ufffd"
+
+PREFILL = 256
+"""Tokens of a new prompt that are read between two tokens of the answers under way."""
 
 
 @final
@@ -166,37 +173,64 @@ class Detokenizer:
 
 
 @final
+@dataclass(slots=True, kw_only=True)
+class _Running:
+    """One answer under way, on the worker thread. `cached` tokens of it are in the cache; `last` is the one that is not yet."""
+
+    pieces: _Pipe
+    sampling: Sampling
+    uniforms: Stream
+    cancelled: threading.Event
+    words: Detokenizer
+    stop: StopAt
+    todo: list[int]
+    limit: int
+    num_prompt: int
+    cache: Any = None
+    cached: int = 0
+    count: int = 0
+    last: int = 0
+
+
+@final
 class LocalEngine:
     """A causal language model in this process."""
 
-    def __init__(self, module: torch.nn.Module, tokenizer: Any, *, key: Key, max_waiting: int = 8) -> None:
+    def __init__(self, module: torch.nn.Module, tokenizer: Any, *, key: Key, max_waiting: int = 8, max_batch: int = 8) -> None:
         """Takes over the model for inference.
 
         Args:
             module: a transformers causal language model, with or without a PEFT adapter.
             tokenizer: its tokenizer; the chat template, where it has one, is used.
             key: from which the randomness of seeded requests derives.
-            max_waiting: requests that may wait for the one being answered.
+            max_waiting: requests that may wait for those being answered.
+            max_batch: requests that are answered at once, >= 1.
         """
         self._module = module.eval()
         self._tokenizer = tokenizer
         self._key = key
-        self._max_waiting = max_waiting
+        self._max_waiting, self._max_batch = max_waiting, max_batch
         self._in_flight = 0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="discreet-engine")
+        self._arrivals: deque[tuple[Sequence[Turn], Sampling, threading.Event, _Pipe]] = deque()
+        self._lock, self._at_work = threading.Lock(), False
         self._max_context = int(self._module.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]  # torch types every attribute as Tensor | Module
         self._ends = _end_tokens(module, tokenizer)
         self._controls = _control_strings(tokenizer)
 
     async def generate(self, turns: Sequence[Turn], sampling: Sampling) -> AsyncGenerator[Piece, None]:
         """See `Engine.generate`."""
-        if self._in_flight > self._max_waiting:
+        if self._in_flight >= self._max_batch + self._max_waiting:
             raise Overloaded(f"at most {self._max_waiting} waiting requests", remedy="Try again shortly.")
         self._in_flight += 1
         cancelled = threading.Event()
         try:
             pieces = _Pipe(asyncio.get_running_loop())
-            self._worker.submit(pieces.fill, lambda: self._decode(turns, sampling, cancelled))
+            with self._lock:
+                self._arrivals.append((turns, sampling, cancelled, pieces))
+                idle, self._at_work = not self._at_work, True
+            if idle:
+                self._worker.submit(self._work)
             while (piece := await pieces.next()) is not None:
                 yield piece
         finally:
@@ -207,28 +241,119 @@ class LocalEngine:
         """Ends the worker thread once it is idle."""
         self._worker.shutdown(wait=False, cancel_futures=True)
 
-    def _decode(self, turns: Sequence[Turn], sampling: Sampling, cancelled: threading.Event) -> Iterator[Piece]:
-        """Prefill, then one token after another, on the worker thread."""
+    def _work(self) -> None:
+        """Answers until nobody waits: one block of a new prompt, then one token for everybody, and again."""
+        joining: list[_Running] = []
+        batch = _Batch()
+        while True:
+            with self._lock:
+                arrived = [self._arrivals.popleft() for _ in range(min(len(self._arrivals), self._max_batch - len(batch.rows) - len(joining)))]
+                self._at_work = bool(arrived or joining or batch.rows)
+                if not self._at_work:
+                    return
+            for turns, sampling, cancelled, pieces in arrived:
+                if (running := pieces.attempt(partial(self._start, turns, sampling, cancelled, pieces))) is not None:
+                    joining.append(running)
+            if joining and self._prefill(joining[0]):
+                joined = joining.pop(0)
+                if not joined.pieces.ended:
+                    self._together(batch, lambda joined=joined: batch.join(joined))  # type: ignore[misc]  # mypy infers no type for a default of a lambda
+            if batch.rows:
+                self._together(batch, lambda: self._step(batch))
+
+    def _together(self, batch: _Batch, work: Callable[[], None]) -> None:
+        """Does what concerns all; when it fails, it fails for each of them."""
+        try:
+            work()
+        except Exception as error:
+            for row in batch.rows:
+                row.pieces.fail(error)
+            batch.rows, batch.cache = [], None
+
+    def _start(self, turns: Sequence[Turn], sampling: Sampling, cancelled: threading.Event, pieces: _Pipe) -> _Running | None:
         if cancelled.is_set():
+            pieces.end()
+            return None
+        ids = self._prompt(turns)
+        return _Running(
+            pieces=pieces,
+            sampling=sampling,
+            uniforms=self._uniforms(sampling.seed),
+            cancelled=cancelled,
+            words=Detokenizer(self._tokenizer),
+            stop=StopAt(() if self._tokenizer.chat_template else _PLAIN_STOPS),
+            todo=ids,
+            limit=min(sampling.max_new_tokens, self._max_context - len(ids)),
+            num_prompt=len(ids),
+        )
+
+    def _prefill(self, row: _Running) -> bool:
+        """Reads a block of a prompt; returns whether the row is through with it, or has ended."""
+        block, row.todo = row.todo[:PREFILL], row.todo[PREFILL:]
+        logits_V = None if row.cancelled.is_set() else row.pieces.attempt(lambda: self._read(row, block))
+        if logits_V is None:
+            row.pieces.end()
+        elif not row.todo:
+            row.pieces.attempt(lambda: self._advance(row, logits_V))
+        return row.pieces.ended or not row.todo
+
+    def _read(self, row: _Running, block: list[int]) -> torch.Tensor:
+        logits_V, row.cache = self._forward(block, row.cache)
+        row.cached += len(block)
+        return logits_V
+
+    def _step(self, batch: _Batch) -> None:
+        """One token for every row."""
+        for row in batch.rows:
+            if row.cancelled.is_set():
+                row.pieces.end()
+        batch.leave()
+        if not batch.rows:
             return
-        step, cache, uniforms = self._prompt(turns), None, self._uniforms(sampling.seed)
-        num_prompt = len(step)
-        limit = min(sampling.max_new_tokens, self._max_context - num_prompt)
-        words, stop = Detokenizer(self._tokenizer), StopAt(() if self._tokenizer.chat_template else _PLAIN_STOPS)
+        if len(batch.rows) == 1:
+            logits_V, batch.cache = self._forward([batch.rows[0].last], batch.cache)
+            logits: Sequence[torch.Tensor] = [logits_V]
+        else:
+            logits = list(self._forward_all(batch))
+        for row, logits_V in zip(batch.rows, logits, strict=True):
+            row.cached += 1
+            row.pieces.attempt(partial(self._advance, row, logits_V))
+        batch.leave()
+
+    def _advance(self, row: _Running, logits_V: torch.Tensor) -> None:
+        """Takes the next token of one row, and ends it where it ends."""
+        token = _choose(logits_V, row.sampling, row.uniforms)
         reason: FinishReason = "length"
-        count = 0
-        while count < limit and not cancelled.is_set():
-            logits_V, cache = self._forward(step, cache)
-            token = _choose(logits_V, sampling, uniforms)
-            if token in self._ends:
-                reason = "stop"
-                break
-            count, step = count + 1, [token]
-            yield Piece(text=stop.feed(words.feed(token)), prompt_tokens=num_prompt, completion_tokens=count)
-            if stop.hit:
-                break
-        rest = stop.feed(words.close()) + stop.close()
-        yield Piece(text=rest, prompt_tokens=num_prompt, completion_tokens=count, finish_reason="stop" if stop.hit else reason)
+        if token in self._ends:
+            reason = "stop"
+        else:
+            row.count, row.last = row.count + 1, token
+            row.pieces.put(Piece(text=row.stop.feed(row.words.feed(token)), prompt_tokens=row.num_prompt, completion_tokens=row.count))
+            if not row.stop.hit and row.count < row.limit:
+                return
+        rest = row.stop.feed(row.words.close()) + row.stop.close()
+        reason = "stop" if row.stop.hit else reason
+        row.pieces.put(Piece(text=rest, prompt_tokens=row.num_prompt, completion_tokens=row.count, finish_reason=reason))
+        row.pieces.end()
+
+    def _forward_all(self, batch: _Batch) -> torch.Tensor:
+        """Returns the logits [B, V] of the next token of each row; rows that are shorter than the longest are padded on the left, and the padding is masked."""
+        import torch
+
+        device = next(self._module.parameters()).device
+        lengths_B = torch.tensor([row.cached for row in batch.rows], device=device)
+        width = int(lengths_B.max()) + 1
+        mask_BT = (torch.arange(width, device=device) >= (width - 1 - lengths_B)[:, None]).long()
+        with torch.inference_mode():
+            answer = self._module(
+                input_ids=torch.tensor([[row.last] for row in batch.rows], device=device),
+                attention_mask=mask_BT,
+                position_ids=lengths_B[:, None],
+                past_key_values=batch.cache,
+                use_cache=True,
+            )
+        batch.cache = answer.past_key_values
+        return answer.logits[:, -1].double().cpu()  # type: ignore[no-any-return]  # transformers types its output as Any
 
     def _forward(self, ids: list[int], cache: Any) -> tuple[torch.Tensor, Any]:
         import torch
@@ -267,18 +392,27 @@ class _Pipe:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._queue: asyncio.Queue[Piece | DiscreetError | None] = asyncio.Queue()
+        self.ended = False
 
-    def fill(self, source: Callable[[], Iterator[Piece]]) -> None:
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """Returns what some work for this answer gives, or ends the answer with its error."""
         try:
-            for piece in source():
-                self._put(piece)
-            self._put(None)
-        except DiscreetError as error:
-            self._put(error)
-        except Exception as error:  # any other message may quote the conversation: only its kind travels
-            self._put(OperationFailed("the model to answer", value=type(error).__name__))
+            return work()
+        except Exception as error:
+            self.fail(error)
+        return None
 
-    def _put(self, item: Piece | DiscreetError | None) -> None:
+    def fail(self, error: Exception) -> None:
+        # any message but our own may quote the conversation: only its kind travels
+        self.put(error if isinstance(error, DiscreetError) else OperationFailed("the model to answer", value=type(error).__name__))
+        self.ended = True
+
+    def end(self) -> None:
+        if not self.ended:
+            self.put(None)
+        self.ended = True
+
+    def put(self, item: Piece | DiscreetError | None) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
@@ -287,6 +421,61 @@ class _Pipe:
         if isinstance(item, DiscreetError):
             raise item
         return item
+
+
+@final
+class _Batch:
+    """The rows that are decoded together, and the one cache that holds the keys and values of all, each row's at the right."""
+
+    def __init__(self) -> None:
+        self.rows: list[_Running] = []
+        self.cache: Any = None
+
+    def join(self, row: _Running) -> None:
+        """Takes in a row whose prompt has been read."""
+        if self.rows:
+            width = max(row.cached, *(each.cached for each in self.rows))
+            for ours, theirs in zip(_layers(self.cache), _layers(row.cache), strict=True):
+                ours.keys = _stacked(ours.keys, theirs.keys, width)
+                ours.values = _stacked(ours.values, theirs.values, width)
+        else:
+            self.cache = row.cache
+        row.cache = None
+        self.rows.append(row)
+
+    def leave(self) -> None:
+        """Lets go of the rows that have ended, and of the columns that none of the others fills."""
+        kept = [place for place, row in enumerate(self.rows) if not row.pieces.ended]
+        if len(kept) == len(self.rows):
+            return
+        alone = len(self.rows) == 1
+        self.rows = [self.rows[place] for place in kept]
+        if not self.rows:
+            self.cache = None
+        elif not alone:
+            width = max(row.cached for row in self.rows)
+            for layer in _layers(self.cache):
+                layer.keys, layer.values = layer.keys[kept, :, -width:], layer.values[kept, :, -width:]
+
+
+def _layers(cache: Any) -> Sequence[Any]:
+    """Returns the layers of a cache that holds every token.
+
+    Raises:
+        OperationFailed: when a layer forgets (sliding windows, states): its rows cannot be padded. `max_batch=1` decodes such a model.
+    """
+    layers: Sequence[Any] = cache.layers
+    if any(type(layer).__name__ != "DynamicLayer" for layer in layers):
+        raise OperationFailed("a model whose cache holds every token", value="sliding window", remedy="Open the engine with max_batch=1.")
+    return layers
+
+
+def _stacked(some_BHTD: torch.Tensor, one_1HTD: torch.Tensor, width: int) -> torch.Tensor:
+    """Returns both as rows of one tensor of a width, padded with zeros on the left."""
+    import torch
+
+    padded = [torch.nn.functional.pad(each, (0, 0, width - each.shape[2], 0)) for each in (some_BHTD, one_1HTD)]
+    return torch.cat(padded)
 
 
 def _choose(logits_V: torch.Tensor, sampling: Sampling, uniforms: Stream) -> int:

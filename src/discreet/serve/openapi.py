@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from discreet.serve.fields import MAX_ANSWERS, Kind, Tagged
@@ -35,9 +35,10 @@ class _Route(Protocol):
     def table(self) -> Mapping[str, Any]: ...
 
 
-def document(routes: Iterable[_Route]) -> dict[str, Any]:
-    """Returns the document for the wires of a gateway."""
-    paths: dict[str, Any] = {route.path: {"post": _operation(route)} for route in routes}
+def document(routes: Iterable[_Route], *, models: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns the document for the wires of a gateway; without models, any name is said to do."""
+    model = {"enum": list(models)} if models else _STRING
+    paths: dict[str, Any] = {route.path: {"post": _operation(route, model)} for route in routes}
     paths["/v1/models"] = {"get": {"operationId": "models", "responses": {"200": _answer({"type": "object", "required": ["data"]}), **_refusals()}}}
     for path in ("/healthz", "/readyz"):
         paths[path] = {"get": {"operationId": path.strip("/"), "security": [], "responses": {"200": _answer({"type": "object"}), **_refusals()}}}
@@ -50,16 +51,16 @@ def document(routes: Iterable[_Route]) -> dict[str, Any]:
     }
 
 
-def _operation(route: _Route) -> dict[str, Any]:
+def _operation(route: _Route, model: dict[str, Any]) -> dict[str, Any]:
     schema = {**_schema(route.table), "required": ["model"]}
-    schema["properties"] = {**schema["properties"], "model": _STRING}
+    schema["properties"] = {**schema["properties"], "model": model}
     return {
         "operationId": route.path.removeprefix("/v1/").replace("/", "_"),
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
         "responses": {
             "200": {
                 "description": "restored",
-                "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {"schema": _STRING}},
+                "content": {"application/json": {"schema": {"type": "object"}}, "text/event-stream": {}},
             },
             **_refusals(),
         },

@@ -297,9 +297,10 @@ class _Proxy:
         await self._check_model(await self._identify(request), {"model": name})
         return _json(_model(name))
 
-    async def openapi(self, _request: Request) -> Response:
-        """`GET /openapi.json`: what the tables accept."""
-        return _json(openapi.document(WIRES))
+    async def openapi(self, request: Request) -> Response:
+        """`GET /openapi.json`: what the tables accept, and for who shows a key the models that they may name."""
+        names = sorted(await self._allowed(await self._identify(request))) if bearer(request.headers) else []
+        return _json(openapi.document(WIRES, models=names))
 
     async def no_route(self, _request: Request, error: Exception) -> Response:
         """Answers what the router refuses: no such path, or another method."""

@@ -188,7 +188,8 @@ def train(
     """
     _check_paid(plan, snapshot, reservation)
     optimizers.check(setup.train, plan)
-    corpus = PrivateCorpus.of(snapshot, texts, setup.base, max_tokens=setup.model.max_tokens)
+    beta = setup.train.preference_beta if setup.train.objective == "preference" else None
+    corpus = PrivateCorpus.of(snapshot, texts, setup.base, max_tokens=setup.model.max_tokens, beta=beta)
     subject = {"plan": plan.digest, "base": setup.base.digest, "snapshot": snapshot.root, "reservation": reservation.id}
     run = _begin(
         setup,
@@ -200,6 +201,7 @@ def train(
         noise_std=plan.noise_std_of_mean,
         ranks=ranks,
     )
+    corpus = corpus if beta is None else corpus.against(run.module)
     rows = Rows(setup.run.rows)
     run.plan, run.run_key, run.course = plan, run_key, Course.of(plan)
 
@@ -344,6 +346,7 @@ def _whole(run: _Run) -> nn.Module:
 
 def _measure(run: _Run) -> None:
     run.curve.append((run.step, mean_loss(run.module, run.held_out, token_budget=run.setup.run.token_budget)))
+    parallel.resharded(run.module)
 
 
 def _save(run: _Run) -> None:

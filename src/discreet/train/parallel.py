@@ -144,6 +144,13 @@ def sharded(model: nn.Module, *, device: str) -> nn.Module:
     return model
 
 
+def resharded(model: nn.Module) -> None:
+    """Puts the shards back that a forward without a backward has left gathered; nothing for a model that is not sharded."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def gathered(tensor: Any) -> Tensor:
     """The whole of a tensor that may be a shard; every rank calls it."""
     found: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -154,7 +161,7 @@ def split_like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """The shard of a whole tensor that lies where a parameter's does."""
     if not isinstance(parameter, DTensor):
         return tensor
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)  # every rank has the whole
 
 
 def any_moved(before: Mapping[str, Tensor], after: Mapping[str, Tensor], ranks: Ranks) -> bool:

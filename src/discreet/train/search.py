@@ -36,7 +36,7 @@ from discreet.keys import Key
 from discreet.record import Snapshot
 from discreet.store import write_atomically
 from discreet.train.loop import Setup, Trained
-from discreet.train.step import PrivateCorpus, document_losses, padded
+from discreet.train.step import PrivateCorpus, document_losses, laid_out
 
 _CONTEXT = b"search"
 _STATE = "search"
@@ -130,8 +130,9 @@ def search(
 
 
 def forget(folder: Path) -> None:
-    """Destroys what a finished search kept beside its winner. Idempotent."""
+    """Destroys what a search kept beside its winner, finished or not. Idempotent."""
     (folder / _STATE).unlink(missing_ok=True)
+    shutil.rmtree(folder / _TRY, ignore_errors=True)
 
 
 def public_score(_: int, trained: Trained) -> float:
@@ -147,7 +148,7 @@ def private_score(
 
     A unit moves the sum by at most the bound, so noise of scale bound / score_epsilon is score_epsilon-DP: the Laplace event that the plan counts for each try.
     """
-    corpus = PrivateCorpus.of(snapshot, texts, setup.base, max_tokens=setup.model.max_tokens)
+    corpus = PrivateCorpus.of(snapshot, texts, setup.base, max_tokens=setup.model.max_tokens)  # likelihood, whatever the objective
 
     @torch.no_grad()
     def score(number: int, trained: Trained) -> float:
@@ -155,7 +156,7 @@ def private_score(
         total = 0.0
         for name, documents in zip(corpus.names, corpus.units.reveal(), strict=True):
             kept = sampling.capped_range(len(documents), plan.cap, run_key.stream("scored").fork(name))
-            loss = float(document_losses(module, padded([documents[place] for place in kept])).mean())
+            loss = float(document_losses(module, laid_out([[documents[place]] for place in kept])).mean())
             total += min(max(loss, 0.0), section.score_bound) if math.isfinite(loss) else section.score_bound
         scale = section.score_bound / section.score_epsilon
         return (total + scale * float(csprng.laplace(run_key.stream("score", number), 1))) / plan.population

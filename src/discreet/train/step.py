@@ -23,7 +23,7 @@ Legend: D documents of a micro-batch, B rows, T tokens of the longest row, V voc
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, final
 
@@ -40,7 +40,9 @@ from discreet.dp.mechanism import Plan
 from discreet.keys import Key
 from discreet.model import Base
 from discreet.record import Sensitive, Snapshot
+from discreet.train import preference
 from discreet.train.course import Course
+from discreet.train.preference import Document
 
 _CHUNK = 128
 """Rows of logits held at once: 128 rows of a vocabulary of 49,152 are 25 MB."""
@@ -52,7 +54,7 @@ Documents = Sequence[Tensor]
 """Token ids of each document, int64 [t] each."""
 
 
-Units = Sequence[tuple[Tensor, ...]]
+Units = Sequence[tuple[Document, ...]]
 """The documents of each unit that takes part in a step."""
 
 MicroBatch = Sequence[Sequence[tuple[int, int]]]
@@ -83,16 +85,17 @@ class PrivateCorpus:
         names: the pseudonym of each unit, which names its draws.
     """
 
-    units: Sensitive[tuple[tuple[Tensor, ...], ...]]
+    units: Sensitive[tuple[tuple[Document, ...], ...]]
     names: tuple[str, ...]
 
     @staticmethod
-    def of(snapshot: Snapshot, texts: Sequence[str], base: Base, *, max_tokens: int) -> PrivateCorpus:
+    def of(snapshot: Snapshot, texts: Sequence[str], base: Base, *, max_tokens: int, beta: float | None = None) -> PrivateCorpus:
         """Tokenises the texts of a snapshot.
 
         Args:
             texts: the document at each position of the snapshot, from 0 (`corpus.texts`).
             max_tokens: >= 2; longer documents are cut.
+            beta: of preference tuning, > 0: texts that are pairs become pairs; None for none.
 
         Raises:
             ValueError: when the snapshot has a position that `texts` has not.
@@ -101,8 +104,23 @@ class PrivateCorpus:
         names = sorted(positions_by_unit)
         if any(not 0 <= position < len(texts) for positions in positions_by_unit.values() for position in positions):
             raise ValueError(f"Expected texts for every position of the snapshot, got {len(texts)}.")
-        ids = tokenize(texts, base, max_tokens=max_tokens)
+        ids: list[Document] = list(tokenize(texts, base, max_tokens=max_tokens))
+        if beta is not None:
+            ids = [preference.encode(text, base, max_tokens=max_tokens, beta=beta) or plain for text, plain in zip(texts, ids, strict=True)]
         return PrivateCorpus(units=Sensitive(tuple(tuple(ids[p] for p in positions_by_unit[name]) for name in names)), names=tuple(names))
+
+    def against(self, model: nn.Module) -> PrivateCorpus:
+        """Returns the corpus with what the model that training starts from says of each pair, one pair at a time so that it depends on no other."""
+
+        @torch.no_grad()
+        def known(document: Document) -> Document:
+            if isinstance(document, Tensor):
+                return document
+            batch = _on(model, preference.laid_out([document]))
+            return replace(document, reference=float(preference.scores(_pair_losses(model, batch), batch)))
+
+        units = tuple(tuple(known(document) for document in unit) for unit in self.units.reveal())
+        return PrivateCorpus(units=Sensitive(units), names=self.names)
 
 
 def tokenize(texts: Sequence[str], base: Base, *, max_tokens: int) -> list[Tensor]:
@@ -155,7 +173,7 @@ def arranged(units: Units, token_budget: int, rows: Rows) -> list[MicroBatch]:
         token_budget: largest padded size (rows times longest row) of a micro-batch, >= 1. A single unit above it gets a micro-batch of its own.
     """
     lengths = [[len(document) for document in unit] for unit in units]
-    if rows is Rows.PACKED:
+    if rows is Rows.PACKED and all(isinstance(document, Tensor) for unit in units for document in unit):
         return _packed(lengths, token_budget)
     return [[[(unit, d)] for unit in group for d in range(len(units[unit]))] for group in sampling.micro_batches(lengths, token_budget)]
 
@@ -211,10 +229,10 @@ def summed(
     return total
 
 
-def _parts(documents: Documents, token_budget: int) -> Iterator[dict[str, Tensor]]:
+def _parts(documents: Sequence[Document], token_budget: int) -> Iterator[dict[str, Tensor]]:
     """The documents of one unit in padded parts within the budget; a single document above it is a part."""
     for group in sampling.micro_batches([[len(document)] for document in documents], token_budget):
-        yield padded([documents[index] for index in group])
+        yield laid_out([[documents[index]] for index in group])
 
 
 def work(units: Units, batches: Sequence[MicroBatch]) -> Work:
@@ -264,21 +282,27 @@ def padded(documents: Documents) -> dict[str, Tensor]:
     return {"input_ids": ids_DT, "attention_mask": (torch.arange(ids_DT.shape[1]) < lengths_D[:, None]).long()}
 
 
-def laid_out(rows: Sequence[Documents]) -> dict[str, Tensor]:
+def laid_out(rows: Sequence[Sequence[Document]]) -> dict[str, Tensor]:
     """Lays out rows of one or several documents each.
 
     Returns:
         as `padded` for rows of one document each. Otherwise input_ids, position_ids (from 0 in each document) and documents (0..D-1 in reading order, -1 for
         padding), int64 [B, T] each.
     """
+    everything = [document for row in rows for document in row]
+    plain = [document for document in everything if isinstance(document, Tensor)]
+    if len(plain) < len(everything):
+        return preference.laid_out(everything)
     if all(len(row) == 1 for row in rows):
-        return padded([document for row in rows for document in row])
+        return padded(plain)
     lengths_by_row = [torch.tensor([len(document) for document in row]) for row in rows]
     first_by_row = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
     documents = [torch.arange(len(n)).repeat_interleave(n) + first for n, first in zip(lengths_by_row, first_by_row, strict=False)]
     positions = [torch.cat([torch.arange(length) for length in lengths.tolist()]) for lengths in lengths_by_row]
     return {
-        "input_ids": torch.nn.utils.rnn.pad_sequence([torch.cat(list(row)) for row in rows], batch_first=True),
+        "input_ids": torch.nn.utils.rnn.pad_sequence(
+            [torch.cat([document for document in row if isinstance(document, Tensor)]) for row in rows], batch_first=True
+        ),
         "position_ids": torch.nn.utils.rnn.pad_sequence(positions, batch_first=True),
         "documents": torch.nn.utils.rnn.pad_sequence(documents, batch_first=True, padding_value=-1),
     }
@@ -297,7 +321,9 @@ def document_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         ValueError: when rows are packed for a model whose layers do not all attend to the whole row.
     """
     parameter = next(model.parameters())
-    batch = {name: tensor.to(parameter.device) for name, tensor in batch.items()}
+    batch = _on(model, batch)
+    if "segments" in batch:
+        return preference.losses(_pair_losses(model, batch), batch)
     if "documents" in batch:
         document_BT = batch["documents"]
         inputs = {"position_ids": batch["position_ids"], "attention_mask": _block_diagonal(model, document_BT, parameter.dtype)}
@@ -309,6 +335,18 @@ def document_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     document_N = document_BT[:, 1:][is_target_BT]
     num_targets_D = torch.bincount(document_N, minlength=int(document_BT.max()) + 1)
     return losses_N.new_zeros(len(num_targets_D)).index_add(0, document_N, losses_N) / num_targets_D
+
+
+def _on(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _pair_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Cross entropy of the scored tokens of rows that hold pairs, [N]."""
+    mask = _block_diagonal(model, batch["segments"], next(model.parameters()).dtype)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "attention_mask": mask}
+    return _token_losses(model, inputs, preference.targets(batch))
 
 
 def _block_diagonal(model: nn.Module, document_BT: Tensor, dtype: torch.dtype) -> Tensor:
@@ -364,7 +402,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return grad_NH * grad_outputs[0][:, None], None, None
 
 
-def drawn(corpus: PrivateCorpus, plan: Plan, *, run_key: Key, step: int) -> list[tuple[Tensor, ...]]:
+def drawn(corpus: PrivateCorpus, plan: Plan, *, run_key: Key, step: int) -> list[tuple[Document, ...]]:
     """The documents of each contribution to the step that is clipped as one."""
     units = corpus.units.reveal()
     contributions = mechanism.draw(plan, [len(documents) for documents in units], corpus.names, key=run_key, step=step)

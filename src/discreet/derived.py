@@ -1,0 +1,156 @@
+"""What may leave beside a model: private statistics of the frozen corpus, and text that the released model writes.
+
+    statistics   one pure-DP query about the people of the corpus; charged to the budget before anything is counted
+    synthesize   text drawn from a verified release: post-processing, so nothing is charged; the statement names the reservation that paid for the model
+
+Both leave a statement in the log, and synthetic text a node in the lineage: whoever withdraws the model finds what was drawn from it.
+
+Guarantees: a unit counts once among the units and with at most `cap` documents, chosen by keyed hash, in the histogram; noise is OpenDP's discrete Laplace, whose scale is
+checked by OpenDP's own proof of privacy (`map`) against what was charged.
+
+Source: OpenDP 0.16 (`make_laplace`; its generator is the operating system's); Yue et al. 2023, arXiv 2210.14348 (synthetic text).
+
+Does not cover: statistics of the texts' content. The canaries of the audit are units of the corpus and are counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from discreet import corpus, model, pipeline
+from discreet.config import digest_of
+from discreet.errors import DigestMismatch, MissingExtra, PlanInvalid, RequestInvalid
+from discreet.evidence.statement import JSON, Predicate, Statement
+from discreet.evidence.statement import digest_of as digest_of_bytes
+from discreet.governance import lineage
+from discreet.governance.access import Action, current_user
+from discreet.keys import Key
+from discreet.ledger import Kind, Spend
+from discreet.pipeline import House, Observer
+from discreet.record import Snapshot, SubjectId
+from discreet.serve import gateway
+from discreet.store import write_atomically
+
+BOUNDS = (64, 128, 256, 512, 1024, 2048, 4096)
+"""Upper ends of the bins of the histogram, in characters; the last bin has none."""
+
+
+def statistics(house: House, *, epsilon: float, observer: Observer) -> dict[str, Any]:
+    """Releases the number of units and the lengths of their documents, at the price of `epsilon` (delta 0). Every call is a new charge.
+
+    Args:
+        epsilon: > 0, half of it for each of the two.
+
+    Raises:
+        PlanInvalid: when epsilon is not a positive number, or no population is declared.
+        BudgetExhausted: when the budget has no room for it. Nothing is counted.
+        MissingExtra: when OpenDP is not installed. Nothing is charged.
+    """
+    house.access.require(Action.RUN, who=current_user())
+    if not epsilon > 0:
+        raise PlanInvalid("an epsilon > 0", value=epsilon)
+    privacy = house.project.privacy
+    if privacy.population is None:
+        raise PlanInvalid("[privacy] population: a public estimate of the number of units")
+    count, histogram = _measurements(epsilon, cap=privacy.cap)
+    frozen = pipeline.ingest(house, observer)
+    section, delta = house.project.budget, privacy.delta or 1 / (2 * privacy.population)
+    house.ledger.open(section.name, epsilon=section.epsilon, delta=section.delta or delta, unit=privacy.unit)
+    [paid] = house.ledger.charge(section.name, [Spend(kind=Kind.STATISTICS, epsilon=epsilon)], snapshot=frozen.snapshot)
+    units = frozen.snapshot.units.reveal()
+    lengths = _lengths(house, units, frozen.snapshot, cap=privacy.cap)
+    values = {
+        "units": max(0, count(len(units))),
+        "documents_by_length": [[bound, max(0, noised)] for bound, noised in zip([*BOUNDS, None], histogram(binned(lengths)), strict=True)],
+    }
+    result: dict[str, Any] = {"reservation": paid.id, "epsilon": epsilon, "delta": 0.0, "unit": privacy.unit, "cap": privacy.cap, "values": values}
+    fields: dict[str, JSON] = {"what": "units, and documents by length in characters", **result, "mechanism": "discrete Laplace (OpenDP)"}
+    with house.store.transaction() as tx:
+        house.log.append(tx, Statement(predicate=Predicate.MEASURED, subjects=(digest_of(result),), fields=fields))
+    return result | {"remaining": paid.remaining_epsilon}
+
+
+def binned(lengths: Sequence[int]) -> list[int]:
+    """Counts lengths by bin: up to each of `BOUNDS`, and above the last.
+
+    Example:
+        >>> binned([10, 64, 65, 10_000])
+        [2, 1, 0, 0, 0, 0, 0, 1]
+    """
+    counts = [0] * (len(BOUNDS) + 1)
+    for length in lengths:
+        counts[sum(length > bound for bound in BOUNDS)] += 1
+    return counts
+
+
+def _measurements(epsilon: float, *, cap: int) -> tuple[Any, Any]:
+    """OpenDP's measurements of a count of units (a unit changes it by 1) and of a histogram of documents (by `cap`), each half of epsilon by its own proof."""
+    try:
+        import opendp.prelude as opendp
+    except ImportError:
+        raise MissingExtra("OpenDP", remedy="pip install 'discreet[statistics]'") from None
+    dp: Any = opendp
+    dp.enable_features("contrib")
+    count = dp.m.make_laplace(dp.atom_domain(T=int), dp.absolute_distance(T=int), scale=2 / epsilon)
+    histogram = dp.m.make_laplace(dp.vector_domain(dp.atom_domain(T=int)), dp.l1_distance(T=int), scale=2 * cap / epsilon)
+    if not count.map(1) + histogram.map(cap) <= epsilon * (1 + 1e-9):
+        raise PlanInvalid("a query whose proof of privacy is within its charge", value=epsilon)
+    return count, histogram
+
+
+def _lengths(house: House, units: Mapping[SubjectId, tuple[int, ...]], snapshot: Snapshot, *, cap: int) -> list[int]:
+    """Length in characters of at most `cap` documents of each unit; the choice for a unit depends on nobody else."""
+    from discreet.dp import sampling
+
+    stream = house.keyring.purpose("statistics").stream("documents")
+    kept = [positions[place] for name, positions in units.items() for place in sampling.capped_range(len(positions), cap, stream.fork(name))]
+    return [len(text) for text in corpus.texts(snapshot, kept, house.keyring)]
+
+
+def synthesize(house: House, *, count: int, out: Path, max_tokens: int = 96, temperature: float = 1.0, prompt: str = "") -> dict[str, Any]:
+    """Writes JSON Lines of texts that the released model draws, and where they come from into lineage and log.
+
+    Args:
+        count: number of texts, 1 to 100,000.
+        out: file to write, whole or not at all.
+        prompt: beginning of every text; public.
+
+    Raises:
+        RequestInvalid: when a figure is out of range.
+        NotReleased, EvidenceInvalid, DigestMismatch: when there is no release, or it is not what was signed.
+    """
+    from discreet.train import sample
+
+    house.access.require(Action.RUN, who=current_user())
+    if not 1 <= count <= 100_000 or max_tokens < 1 or not temperature > 0:
+        raise RequestInvalid("1 to 100,000 texts of at least one token at a temperature > 0", value=f"{count}, {max_tokens}, {temperature}")
+    released = pipeline.load_release(house.releases / pipeline.released_name(house), public_key=house.log.public_key())
+    base, folder = pipeline.load_base(house, None, pipeline.Silent()), released.path / gateway.ADAPTER_FOLDER
+    if (base.digest, model.adapter_digest(folder)) != (released.base, released.adapter):
+        raise DigestMismatch("the base model and the adapter that were released")
+    module = model.load_adapter(base, folder)
+    module.eval()
+    stream = Key.random().stream("synthetic")
+    texts = sample.texts(module, base.tokenizer, count=count, max_tokens=max_tokens, temperature=temperature, prompt=prompt, stream=stream)
+    content = "".join(
+        json.dumps({"id": f"synthetic-{number}", "text": text}, ensure_ascii=False) + "\n" for number, text in enumerate(texts)
+    ).encode()
+    digest = digest_of_bytes(content)
+    trained = next(entry for entry in reversed(house.log.select(Predicate.TRAINED)) if entry.fields["adapter"] == released.adapter)
+    fields: dict[str, JSON] = {
+        "adapter": released.adapter,
+        "guarantee": dict(released.guarantee),
+        "reservation": trained.fields["reservation"],
+        "texts": count,
+        "kind": "drawn from a release: post-processing, nothing more is charged",
+    }
+    write_atomically(out, content)
+    with house.store.transaction() as tx:
+        lineage.derive(
+            tx, lineage.Artifact(digest=digest, kind=lineage.Kind.SYNTHETIC, protects=house.project.privacy.unit), parents=[released.adapter]
+        )
+        house.log.append(tx, Statement(predicate=Predicate.SYNTHESIZED, subjects=(digest,), fields=fields))
+    return {"file": str(out), "digest": digest, "texts": count, "adapter": released.adapter, "guarantee": dict(released.guarantee)}
