@@ -1531,7 +1531,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "model": "weights and base models: decided by the machine itself, `models decided`",
     "pipeline": "digests, parameters and curves on public text; releases are weights",
     "redaction": "text that the operator asked to have redacted, where they said",
-    "plot": "computed from the log",
+    "plot": "charts of the report",
     "report": "computed from the log",
     "serve.trail": "roll-ups of a gateway: digests and counts by label, never text or users",
     "serve.gateway": "a private copy of released weights while it serves",

@@ -42,7 +42,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, cast, final
 from weakref import WeakKeyDictionary
 
 import torch
@@ -831,8 +831,8 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     for module in model.modules() if hasattr(model, "reshard") else ():
         if hasattr(
             module, "reshard"
-        ):  # a forward without a backward leaves the weights of the root gathered: other objects than the shards that are trained
-            module.reshard()
+        ):  # a forward without a backward leaves the root's weights gathered: other objects than the shards that are trained
+            cast(Any, module).reshard()
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not parameters:
         raise ValueError("Expected a model with at least one parameter that requires grad.")
