@@ -86,7 +86,7 @@ def test_limits_of_ranked_people_hold_for_all_of_them_together() -> None:
     random, missed = np.random.default_rng(1), 0
     members_S = np.arange(120) < 60
     for _ in range(200):
-        exposed = risk.ranked(random.normal(size=120), members_S, trade_off=CLAIM, count=60)
+        exposed = risk.ranked(random.normal(size=120), members_S, trade_off=CLAIM, count=5)
         missed += any(each.right_low > 0.5 for each in exposed)
     assert missed <= 10
     with pytest.raises(ValueError, match="both sides"):

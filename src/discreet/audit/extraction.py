@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, final
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special, stats
 
 from discreet.audit.canaries import SECRET_BITS, Canaries, Canary, draw_secret
 from discreet.audit.membership import evaluating, micro_batches, pad, token_log_probabilities
@@ -163,8 +163,9 @@ class Share:
         """Args: count in [0, total]; total >= 1; level: probability that the interval misses, half on each side."""
         if not 0 <= count <= total or total < 1 or not 0 < level < 1:
             raise ValueError(f"Expected 0 <= count={count} <= total={total}, total >= 1, 0 < level={level} < 1.")
-        found = stats.binomtest(count, total).proportion_ci(1 - level, "exact")
-        return Share(count=count, total=total, low=float(found.low), high=float(found.high))
+        low = float(special.betaincinv(count, total - count + 1, level / 2)) if count else 0.0
+        high = float(special.betaincinv(count + 1, total - count, 1 - level / 2)) if count < total else 1.0
+        return Share(count=count, total=total, low=low, high=high)
 
     def figures(self) -> dict[str, Any]:
         """Returns the share as JSON."""
