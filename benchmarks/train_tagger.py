@@ -8,7 +8,7 @@ which the rules find no name; WNUT17 train, the Broad Twitter Corpus, wikigold, 
 TheAlgorithms/Python (MIT); SEC-filings FIN5 (CC BY 3.0); presidio_research, one template in four (MIT). Every labelled sentence is also shown with other names in its place, and some of them in capitals or without any.
 Held out, never trained on: presidio_research but for one template in four, aci_phi_synth, WNUT17 dev and test, the last tenth of wikigold. `--check` prints token precision, recall and F2 for them.
 
-DATA is a folder with those sets in the form of docs/tagger.md. Needs torch (extra train), faker and the extra ner. The seed is fixed; thread counts and library versions can still change the last bits.
+DATA is a folder with those sets in the form of docs/tagger.md. Needs torch (extra train) and faker. The seed is fixed; thread counts and library versions can still change the last bits.
 """
 
 from __future__ import annotations

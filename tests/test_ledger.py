@@ -1,4 +1,4 @@
-"""The ledger: never overspent, whoever races; charged once, whatever crashes; never refilled, whatever it is called."""
+"""The ledger: never overspent, whoever races; charged once, whatever crashes; nothing comes back, whatever it is called."""
 
 from __future__ import annotations
 
@@ -632,7 +632,7 @@ def test_alerts_begin_at_half(house):
     house.ledger.reserve_epsilon("queries", 0.4)
     assert house.ledger.show("queries").alerts == ()
     house.ledger.reserve_epsilon("queries", 0.4)
-    assert house.ledger.show("queries").alerts == ("budget 'queries': 80% of epsilon 1 is spent; it is never refilled",)
+    assert house.ledger.show("queries").alerts == ("budget 'queries': 80% of epsilon 1 is spent; nothing of it comes back",)
 
 
 def test_a_raise_keeps_what_was_spent_and_admits_what_fits_now(tight, plan):

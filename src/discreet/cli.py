@@ -78,7 +78,7 @@ def _print(as_json: bool, document: Mapping[str, Any], lines: Iterable[str]) -> 
 
 @app.command()
 def demo(
-    fast: Annotated[bool, typer.Option("--fast", help="A tiny model built on the spot; the whole story in under two minutes.")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="A tiny model built on the spot; the whole story in minutes.")] = False,
     folder: Annotated[Path | None, typer.Option("--dir", help="Folder of the demo project; default ./demo/hospital or ./demo/fast.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the demo folder first.")] = False,
     serve: Annotated[bool | None, typer.Option("--serve/--no-serve", help="Start the gateway and the dashboard at the end; default: ask.")] = None,
@@ -483,6 +483,9 @@ def serve(
     if new_key:
         _new_key()
     elif upstream is None:
+        if any((tls_cert, tls_key, tls_callers, tenants, allow_private, traces, learn, cache_salt, no_trail)):
+            remedy = "TLS, tenants, traces, the trail and --learn are of `discreet serve --upstream URL`."
+            raise RequestInvalid("options of the gateway alone together with --upstream", remedy=remedy)
         _serve(project, port=port)
     else:
         from discreet.serve import alone
@@ -511,9 +514,11 @@ def serve(
 @contextmanager
 def _learner(project: Path, source: str) -> Iterator[Any]:
     from discreet import pipeline
+    from discreet.governance.access import Action, current_user
     from discreet.serve.learning import Learner
 
     with pipeline.open_house(project, exclusive=False) as house:
+        house.access.require(Action.SERVE, who=current_user())
         yield Learner(house.project, source, keyring=house.keyring, consent=house.consent)
 
 
@@ -872,7 +877,7 @@ def budget_open(
     project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
-    """Opens a budget; it can never be refilled."""
+    """Opens a budget: nothing spent of it comes back."""
     from discreet import duties, pipeline
     from discreet.ledger import CarryOver, Period
 

@@ -236,7 +236,7 @@ class SearchSection(_Section):
 
 @final
 class BudgetSection(_Section):
-    """The budget that the run is charged to. Opened once; never refilled."""
+    """The budget that the run is charged to. Opened once; nothing spent comes back, and only two people raise it."""
 
     name: Name = "default"
     epsilon: Positive = 8.0

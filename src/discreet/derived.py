@@ -57,9 +57,8 @@ def statistics(house: House, *, epsilon: float, observer: Observer) -> dict[str,
         raise PlanInvalid("[privacy] population: a public estimate of the number of units")
     count, histogram = _measurements(epsilon, cap=privacy.cap)
     frozen = pipeline.ingest(house, observer)
-    section, delta = house.project.budget, privacy.delta or 1 / (2 * privacy.population)
-    house.ledger.open(section.name, epsilon=section.epsilon, delta=section.delta or delta, unit=privacy.unit)
-    [paid] = house.ledger.charge(section.name, [Spend(kind=Kind.STATISTICS, epsilon=epsilon)], snapshot=frozen.snapshot)
+    pipeline.open_project_budget(house, delta=privacy.delta or 1 / (2 * privacy.population))
+    [paid] = house.ledger.charge(house.project.budget.name, [Spend(kind=Kind.STATISTICS, epsilon=epsilon)], snapshot=frozen.snapshot)
     units = frozen.snapshot.units.reveal()
     lengths = _lengths(house, units, frozen.snapshot, cap=privacy.cap)
     values = {
@@ -152,5 +151,6 @@ def synthesize(house: House, *, count: int, out: Path, max_tokens: int = 96, tem
         lineage.derive(
             tx, lineage.Artifact(digest=digest, kind=lineage.Kind.SYNTHETIC, protects=house.project.privacy.unit), parents=[released.adapter]
         )
+        pipeline.record_synthetic(tx, digest, out)
         house.log.append(tx, Statement(predicate=Predicate.SYNTHESIZED, subjects=(digest,), fields=fields))
     return {"file": str(out), "digest": digest, "texts": count, "adapter": released.adapter, "guarantee": dict(released.guarantee)}

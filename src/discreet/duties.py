@@ -44,7 +44,7 @@ def raise_budget(house: House, name: str, *, epsilon: float, reason: str) -> dic
         raise PlanInvalid("a reason for raising a budget", remedy="Give --reason; the log keeps it, and it is public.")
     house.ledger.show(name)
     house.access.require(Action.RAISE_BUDGET, who=current_user(), about=f"{name} to {epsilon:g}")
-    return pipeline.budget_fields(house.ledger.raise_to(name, epsilon, reason=reason))
+    return pipeline.budget_fields(house.ledger.raise_to(name, epsilon, reason=pipeline.for_log(house, reason)))
 
 
 def show_budgets(house: House, name: str | None) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Privacy budgets: open, reserve, spend, close. What the filter does not admit, for every one of its people, is not trained.
 
-    open     fixes epsilon, delta, the privacy unit and, in the filter, the orders and limits; never refilled
+    open     fixes epsilon, delta, the privacy unit and, in the filter, the orders and limits; nothing comes back
     raise_to a larger epsilon, a decision of people (`governance.access`: two of them) that the log and every later report names; what was spent stays spent
     reserve  charges the whole planned event, in one serialised transaction that reads, decides and writes (PITFALLS 18)
     charge   the same for queries: statistics, retrieval, search, synthetic text; named people, or everyone
@@ -956,7 +956,7 @@ def _unlocked(terms: _Terms, at: float) -> float:
 def _alerts(terms: _Terms, remaining: float) -> tuple[str, ...]:
     share = 1 - remaining / terms.filter.epsilon
     passed = [mark for mark in _ALERTS if share >= mark]
-    return (f"budget '{terms.name}': {share:.0%} of epsilon {terms.filter.epsilon:g} is spent; it is never refilled",) if passed else ()
+    return (f"budget '{terms.name}': {share:.0%} of epsilon {terms.filter.epsilon:g} is spent; nothing of it comes back",) if passed else ()
 
 
 # Accounts
@@ -997,7 +997,7 @@ def _judged(account: _Account, want: _Wanted, *, asked: str) -> _Account:
         return after
     name, total = account.terms.name, account.terms.filter.epsilon
     asks = account.filter.epsilon_of(cost.vector) if cost.pure.is_infinite() else float(cost.pure)
-    remedy = "Plan fewer steps or more noise (`discreet plan`). A budget is never refilled."
+    remedy = "Plan fewer steps or more noise (`discreet plan`). Nothing spent comes back; only two people raise a budget (`discreet budget raise`)."
     if account.terms.period is not None:
         remedy += " What its periods have not unlocked yet is locked."
     if cost.delta > 0 and after.delta > _decimal(account.terms.query_delta):

@@ -9,7 +9,7 @@
 A stage that finished leaves its result in the table `stages`; calling it again returns that result. A stage that was killed is repeated: what it had already
 logged is recognised, what it had already spent is not spent again, and training continues from its sealed checkpoint with the same draws.
 
-Does not cover: more than one machine (federated/), serving itself (serve/), the demo's corpus and its non-private control (demo.py).
+Does not cover: machines that do not trust each other (federated/), serving itself (serve/), the demo's corpus and its non-private control (demo.py).
 """
 
 from __future__ import annotations
@@ -95,6 +95,8 @@ CONSENT_S = 30.0
 INCONCLUSIVE_RULE = "an audit that could have seen a violation"
 CANARY_SOURCE = "audit-canaries-{count}"
 CONTROL_BATCH = 16
+LEAST_IDENTIFIER = 5
+"""Characters of an identifier below which its occurrence in a text says nothing."""
 OF_RECORDS, OF_CHILDREN = 0.1, 0.1
 """Shares of an audit's level for real records and for deployed children; the rest is the canaries'."""
 RECITED = 40
@@ -198,7 +200,7 @@ def open_house(folder: Path, *, exclusive: bool = True, lost: tuple[str, str] | 
                 erasure_of(house).reapply()
             if lost is not None:
                 access.require(Action.APPROVE, who=current_user())
-                log.accept_rollback(by=lost[0], reason=lost[1])
+                log.accept_rollback(by=lost[0], reason=for_log(house, lost[1]))
             try:
                 yield house
             finally:
@@ -220,6 +222,7 @@ def train_together(folder: Path, observer: Observer) -> dict[str, Any] | None:
     with parallel.joined(config.load(folder).run.device) as ranks:
         if ranks.writes:
             with open_house(folder) as house:
+                house.access.require(Action.RUN, who=current_user())
                 return train(dataclasses.replace(house, ranks=ranks), observer)
         if ranks.follow():
             with open_house(folder, exclusive=False) as house:
@@ -228,12 +231,24 @@ def train_together(folder: Path, observer: Observer) -> dict[str, Any] | None:
 
 
 def _assist(house: House) -> None:
-    """What a resumed run does up to its steps: all of it is stored already, so this rank reads it and writes nothing."""
-    silent = _Silent()
-    frozen = ingest(house, silent)
-    run, plan, reservation = _reserve(house, frozen.snapshot)
-    base, folder = load_base(house, frozen.public, silent), house.project.state / "runs" / run
-    _take_steps(house, frozen, run, plan, reservation, base, _public_track(house, base, frozen, folder, silent), lambda _: None)
+    """Reads the run that rank 0 has reserved and spent, and takes its steps: this rank decides nothing and writes nothing.
+
+    Raises:
+        RunInProgress: when not exactly one run is open.
+    """
+    silent, opened = Silent(), house.ledger.open_runs()
+    root = opened[0].snapshot if len(opened) == 1 else None
+    if root is None:
+        raise RunInProgress("exactly one open run for the ranks to share", value=len(opened), remedy="Start the ranks again.")
+    [reservation] = opened
+    plan = mechanism.plan_from_json(_result(house, f"plan/{reservation.run}", "") or {})
+    snapshot = corpus.open_snapshot(root, keyring=house.keyring, folder=house.snapshots)
+    public, held_out = (_last_public(house, name) for name in ("public", "evaluation"))
+    if held_out is None:
+        raise NotFound("the held-out text that rank 0 froze")
+    base, folder = load_base(house, public, silent), house.project.state / "runs" / reservation.run
+    start = _public_track(house, base, public, held_out, folder, silent)
+    _take_steps(house, snapshot, held_out, plan, reservation, base, start, lambda _: None)
 
 
 @contextmanager
@@ -614,7 +629,7 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
         raise PlanInvalid("delta below one over the units really there", value=plan.delta, remedy="Lower [privacy] population or delta.")
     left = budget.remaining_epsilon() if budget else privacy.epsilon
     if left < min(privacy.epsilon, house.project.budget.epsilon) / 2:
-        remedy = "A budget is never refilled. Set [privacy] epsilon to what is left, or open a budget for other people."
+        remedy = "Nothing spent comes back. Set [privacy] epsilon to what is left, or open a budget for other people."
         raise BudgetExhausted(f"epsilon {privacy.epsilon:g} in budget {house.project.budget.name}", value=f"{left:.3g} left", remedy=remedy)
     return plan
 
@@ -702,7 +717,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     base = load_base(house, frozen.public, observer)
     folder = house.project.state / "runs" / run
     rehearsed = _rehearsed(house, plan, run)
-    start = _public_track(house, base, frozen, folder, observer)
+    start = _public_track(house, base, frozen.public, frozen.held_out, folder, observer)
     began = time.monotonic()
     house.ledger.spend(reservation)
     house.keyring.run(run)
@@ -710,7 +725,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     on_step = _while_admitted(house, frozen.snapshot, _shown(observer, "train"))
     chosen: dict[str, Any] = {}
     if plan.search is None:
-        trained = _take_steps(house, frozen, run, plan, reservation, base, start, on_step)
+        trained = _take_steps(house, frozen.snapshot, frozen.held_out, plan, reservation, base, start, on_step)
     else:
         won = _search(house, frozen, run, plan, reservation, base, start, on_step)
         trained, chosen = won.trained, dict(won.chosen)
@@ -783,8 +798,8 @@ def _search(
 
 def _take_steps(
     house: House,
-    frozen: Corpus,
-    run: str,
+    snapshot: Snapshot,
+    held_out: PublicText,
     plan: mechanism.Plan,
     reservation: Reservation,
     base: Base,
@@ -793,13 +808,13 @@ def _take_steps(
 ) -> loop.Trained:
     return loop.train(
         plan,
-        frozen.snapshot,
+        snapshot,
         house.ledger.spend(reservation),
-        texts=_all_texts(house, frozen.snapshot),
-        setup=_setup(house, base, held_out=frozen.held_out, start=start),
-        run_key=house.keyring.run(run),
-        checkpoints=_checkpoints(house, run),
-        adapter=house.project.state / "runs" / run / "adapter",
+        texts=_all_texts(house, snapshot),
+        setup=_setup(house, base, held_out=held_out, start=start),
+        run_key=house.keyring.run(reservation.run),
+        checkpoints=_checkpoints(house, reservation.run),
+        adapter=house.project.state / "runs" / reservation.run / "adapter",
         on_step=on_step,
         ranks=house.ranks,
     )
@@ -819,19 +834,19 @@ def _rehearsed(house: House, plan: mechanism.Plan, run: str) -> list[dict[str, A
     return [layer.to_json() for layer in layers]
 
 
-def _public_track(house: House, base: Base, frozen: Corpus, folder: Path, observer: Observer) -> Path | None:
+def _public_track(house: House, base: Base, public: PublicText | None, held_out: PublicText, folder: Path, observer: Observer) -> Path | None:
     """Trains the non-private track on public text first, when [train] asks for it; the DP track starts from its adapter."""
     steps, adapter = house.project.train.public_steps, folder / "public-adapter"
     if steps == 0:
         return None
-    if frozen.public is None:
+    if public is None:
         raise ConfigInvalid("a [[source]] with role = 'public' for [train] public_steps > 0")
     run = f"public-{folder.name}"
     if run not in {entry.fields["run"] for entry in house.log.select(Predicate.TRAINED)}:
         checkpoints = Checkpoints(folder=folder / "public", key=house.keyring.purpose(PURPOSE), run=folder.name)
         fitted = loop.fit(
-            frozen.public,
-            setup=_setup(house, base, held_out=frozen.held_out),
+            public,
+            setup=_setup(house, base, held_out=held_out),
             steps=steps,
             batch=house.project.privacy.expected_batch,
             order=house.keyring.purpose("public order").stream(folder.name),
@@ -860,7 +875,10 @@ def _all_texts(house: House, snapshot: Snapshot) -> list[str]:
 
 
 def _public_text(house: House, snapshot: Snapshot) -> PublicText:
-    return PublicText.of(_all_texts(house, snapshot), sensitivity=snapshot.sensitivity, basis=Basis.CONSENT)  # so that only its sensitivity admits it
+    living = sorted(position for positions in snapshot.units.reveal().values() for position in positions)  # an erased record keeps its place
+    return PublicText.of(
+        corpus.texts(snapshot, living, house.keyring), sensitivity=snapshot.sensitivity, basis=Basis.CONSENT
+    )  # so that only its sensitivity admits it
 
 
 def _setup(house: House, base: Base, *, held_out: PublicText, start: Path | None = None, evaluations: int = 2) -> loop.Setup:
@@ -921,9 +939,7 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
     plan = mechanism.plan_from_json(known) if known else _calibrate(house, snapshot)
     if known is None:
         _refuse_unaffordable(house, plan, snapshot)
-    if house.project.budget.name not in {held.name for held in house.ledger.budgets()}:
-        house.access.require(Action.OPEN_BUDGET, who=current_user())
-    house.ledger.open(house.project.budget.name, epsilon=house.project.budget.epsilon, delta=house.project.budget.delta or plan.delta, unit=plan.unit)
+    open_project_budget(house, delta=plan.delta)
     if known is None:
         with house.store.transaction() as tx:
             tx.execute(delete(_stages).where(_stages.c.name == f"plan/{run}"))
@@ -933,6 +949,18 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
                 house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(plan.digest,), fields=fields))
     kind = Kind.TRAINING if plan.search is None else Kind.SEARCH
     return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run, kind=kind)
+
+
+def open_project_budget(house: House, *, delta: float) -> None:
+    """Opens the budget of discreet.toml where it is not open yet. One that is open stays as it is, also when it was raised since; what is charged to it is checked there.
+
+    Raises:
+        AccessDenied: when it is not open, and whoever asks may not open it.
+    """
+    section = house.project.budget
+    if section.name not in {held.name for held in house.ledger.budgets()}:
+        house.access.require(Action.OPEN_BUDGET, who=current_user())
+        house.ledger.open(section.name, epsilon=section.epsilon, delta=section.delta or delta, unit=house.project.privacy.unit)
 
 
 def _run_id(house: House, snapshot: Snapshot) -> str:
@@ -1084,7 +1112,7 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
                 for each in trained.get("mechanism", ())
             ),
             *rounded,
-            *(bounds.Layer(name=each["name"], verdict=bounds.Verdict(each["verdict"]), figures={}) for each in attacked["layers"]),
+            *(_told(each) for each in attacked["layers"]),
         ],
     )
     observer.note(f"verdict {found.verdict}; asking both models to recite")
@@ -1172,13 +1200,25 @@ def _attack(
     }
 
 
+def _told(layer: Mapping[str, Any]) -> bounds.Layer:
+    """What leaves of a layer on real records: FAIL, or that it did not fail. PASS and INCONCLUSIVE differ by how many people there are, which is private."""
+    failed = layer["verdict"] == bounds.Verdict.FAIL
+    return bounds.Layer(name=layer["name"], verdict=bounds.Verdict.FAIL if failed else bounds.Verdict.INCONCLUSIVE, figures={})
+
+
 def _attacked(house: House, trained: Mapping[str, Any]) -> records.Attacked:
-    """At most `[audit] people` on each side, chosen by a keyed hash, with two records each."""
+    """At most `[audit] people` on each side who have not withdrawn, chosen by a keyed hash, with two records each."""
     key, planted = house.keyring.purpose("attacked"), {subject_of(house, each.name) for each in plant_canaries(house)}
     rows: list[tuple[str, str, bool]] = []
     for root, inside in ((trained["snapshot"], True), (trained["withheld"], False)):
         snapshot = corpus.open_snapshot(Digest(root), keyring=house.keyring, folder=house.snapshots)
-        units = {subject: positions for subject, positions in snapshot.units.reveal().items() if subject not in planted}
+        recorded = corpus.digests(snapshot, house.keyring)
+        gone = {digest for digest, _ in house.consent.revoked(recorded, house.project.purpose)}
+        units = {
+            subject: positions
+            for subject, positions in snapshot.units.reveal().items()
+            if subject not in planted and gone.isdisjoint(recorded[position] for position in positions)
+        }
         chosen = sorted(units, key=lambda subject: key.mac(subject.encode()))[: house.project.audit.people]
         where = [(subject, position) for subject in chosen for position in units[subject][:2]]
         texts = corpus.texts(snapshot, [position for _, position in where], house.keyring)
@@ -1223,10 +1263,13 @@ def _references(house: House, base: Base, held_out: Sequence[str], key: Key, obs
 
 def _frozen_public(house: House, name: str) -> tuple[str, ...]:
     """Texts of the public snapshot that was frozen last under this name; none when there is no such."""
+    found = _last_public(house, name)
+    return found.texts if found else ()
+
+
+def _last_public(house: House, name: str) -> PublicText | None:
     roots = [entry.subjects[0] for entry in house.log.select(Predicate.FROZEN) if entry.fields["name"] == name]
-    if not roots:
-        return ()
-    return _public_text(house, corpus.open_snapshot(roots[-1], keyring=house.keyring, folder=house.snapshots)).texts
+    return _public_text(house, corpus.open_snapshot(roots[-1], keyring=house.keyring, folder=house.snapshots)) if roots else None
 
 
 def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module, canaries: Canaries) -> dict[str, Any]:
@@ -1608,6 +1651,9 @@ class _ProjectModels:
     def test(self, subject: SubjectId, digest: Digest) -> Finding:
         """Compares the subject's frozen text with the same text under other stand-ins, which nobody trained on: under the null they are exchangeable, so the rank is an
         exact test. 39 twins first; only a text that beats them all is looked at again among 999, so that one test in five hundred is a false alarm. What is not exposed is tested once more after a few steps on public text: relearning brings back what is merely covered."""
+        written = synthetic_file(self._house, digest)
+        if written is not None:
+            return self._searched(subject, written.read_text(encoding="utf-8"))
         adapter = next(
             (p for p in sorted((self._house.project.state / "runs").glob("*/adapter")) if _adapter_digest(p) == digest),
             None,
@@ -1623,6 +1669,13 @@ class _ProjectModels:
         relearnt = _relearnt(self._house, base, adapter) if found is Finding.NOT_EXPOSED else None
         return found if relearnt is None else self._ranked(subject, own, base, relearnt)
 
+    def _searched(self, subject: SubjectId, text: str) -> Finding:
+        """Whether text that a model wrote holds one of the subject's texts, or an identifier that their source declares."""
+        own = _own_texts(self._house, subject)
+        values = {value for _, known, _ in own for group in known.values() for value in group if len(value) >= LEAST_IDENTIFIER}
+        said = [json.dumps(each, ensure_ascii=False)[1:-1] for each in (*(mine for mine, _, _ in own), *values)]
+        return Finding.EXPOSED if any(each in text for each in said) else Finding.NOT_EXPOSED if own else Finding.NO_POWER
+
     def _ranked(self, subject: SubjectId, own: Sequence[_Own], base: Base, module: nn.Module) -> Finding:
         for twins in (39, 999):
             rank = _rank_among_twins(self._house, subject, own, base, module, twins=twins)
@@ -1633,8 +1686,11 @@ class _ProjectModels:
         return Finding.EXPOSED
 
     def withdraw(self, digest: Digest) -> None:
-        """Destroys every copy of the weights, forgets the stages that made them and says so in the log, so that the recipe can run again."""
+        """Destroys every copy of the weights, or the text that they wrote where it was put, forgets the stages that made them and says so in the log."""
         house = self._house
+        written = synthetic_file(house, digest)
+        if written is not None:
+            written.unlink()
         for adapter in [*(house.project.state / "runs").glob("*/*adapter"), *house.releases.glob("*/adapter")]:
             if _adapter_digest(adapter) == digest:
                 shutil.rmtree(adapter.parent)
@@ -1649,6 +1705,21 @@ class _ProjectModels:
             house.log.append(tx, Statement(predicate=Predicate.WITHHELD, subjects=(digest,), fields=fields))
 
 
+def record_synthetic(tx: Connection, digest: Digest, file: Path) -> None:
+    """Remembers where text that a model wrote was put: inside, so that an erasure finds it."""
+    tx.execute(delete(_stages).where(_stages.c.name == f"text/{digest[-24:]}"))
+    _record(tx, f"text/{digest[-24:]}", "", {"file": str(file.resolve()), "digest": digest})
+
+
+def synthetic_file(house: House, digest: Digest) -> Path | None:
+    """Returns the file of text that a model wrote, where it still is what was written; a copy elsewhere is the operator's to destroy."""
+    known = _result(house, f"text/{digest[-24:]}", "")
+    file = Path(known["file"]) if known else None
+    if file is None or not file.is_file() or "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        return None
+    return file
+
+
 def _adapter_digest(folder: Path) -> Digest | None:
     try:
         return model.adapter_digest(folder)
@@ -1657,8 +1728,12 @@ def _adapter_digest(folder: Path) -> Digest | None:
 
 
 def _transcript(guarantee: Mapping[str, Any] | None) -> Transcript:
+    """Figures from which a bound for a group follows only where the run was one of plain Poisson-sampled Gaussian steps: elsewhere no noise is claimed."""
     names = ("unit", "relation", "epsilon", "delta", "sampling_probability", "noise_multiplier", "steps")
-    return Transcript(**{name: guarantee[name] for name in names}) if guarantee else Transcript()
+    if not guarantee:
+        return Transcript()
+    plain = guarantee.get("sampler", "poisson") == "poisson" and not {"search", "bands", "adaptive"} & guarantee.keys()
+    return Transcript(**{name: guarantee[name] for name in names} | ({} if plain else {"noise_multiplier": 0.0}))
 
 
 _Own = tuple[str, Mapping[str, tuple[str, ...]], deid.Policy]
@@ -1667,13 +1742,17 @@ _Own = tuple[str, Mapping[str, tuple[str, ...]], deid.Policy]
 
 def _own_texts(house: House, subject: SubjectId) -> list[_Own]:
     """What the sensitive training sources say about a subject now."""
-    sections = [section for section in house.project.source if section.role == "train"]
-    try:
-        found = [house.catalog.texts_of(house.catalog.register(house.project, section), subject) for section in sections]
-    except SourceChanged:  # a restored database beside rewritten files: what was trained on can no longer be told
-        return []
-    policies = [_policy(house, section) for section in sections]
-    return [(text.reveal(), known.reveal(), policy) for of_source, policy in zip(found, policies, strict=True) for _, text, known in of_source]
+    told: list[_Own] = []
+    for section in house.project.source:
+        if section.role != "train":
+            continue
+        try:
+            found = house.catalog.texts_of(house.catalog.register(house.project, section), subject)
+        except SourceChanged:  # a restored database beside rewritten files, or a source that grows: what it said then can no longer be told
+            continue
+        policy = _policy(house, section)
+        told += [(text.reveal(), known.reveal(), policy) for _, text, known in found]
+    return told
 
 
 def _relearnt(house: House, base: Base, adapter: Path) -> nn.Module | None:
@@ -2053,9 +2132,9 @@ class Silent:
 def _run_config(house: House) -> str:
     """What identifies the computed result: everything but [run], [release] and [serve]."""
     project = house.project
-    sections = (project.privacy, project.model, project.train, project.budget, project.deid, *([project.search] if project.search.declared else []))
+    sections = (project.privacy, project.model, project.train, project.deid, *([project.search] if project.search.declared else []))
     return digest_of(
-        [project.audit.canaries, *([project.audit.withheld] if project.audit.withheld else [])]
+        [project.audit.canaries, project.budget.name, *([project.audit.withheld] if project.audit.withheld else [])]
         + [section.model_dump(mode="json") for section in sections]
         + [section.model_dump(mode="json") for section in project.source]
     )

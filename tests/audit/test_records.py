@@ -119,7 +119,8 @@ def test_the_pipeline_attacks_real_records_and_lets_the_verdict_out_alone(projec
         [public] = house.log.select(Predicate.AUDITED)
         [inside] = house.log.select(Predicate.ATTACKED)
         layers = {layer["name"]: layer for layer in public.fields["layers"]}
-        assert {layers[name]["verdict"] for name in records.NAMES} == {"PASS"}
+        assert {layer["verdict"] for layer in inside.fields["layers"]} == {"PASS"}
+        assert {layers[name]["verdict"] for name in records.NAMES} == {"INCONCLUSIVE"}, "in public: it did not fail"
         assert {json.dumps(layers[name]["figures"]) for name in records.NAMES} == {"{}"}
         assert {layers[f"deployed: {kind}"]["verdict"] for kind in ("bfloat16", "q8_0", "q4_0")} == {"PASS"}
         measured = inside.fields["layers"][0]["figures"]["by_subject"]

@@ -8,7 +8,7 @@ come back as they were; no gradient is kept. A log-likelihood that is not finite
 
 `blind` is the check on the audit itself: a bag of words that never sees the model must not tell included from held-out canaries.
 
-Does not cover: scores with shadow models (LiRA, RMIA) and token-level statistics (min-k, zlib); they read the same log-likelihoods.
+Does not cover: scores with shadow models (LiRA, RMIA) and token-level statistics (min-k, zlib); they read the same log-likelihoods (`attacks.py` has them).
 """
 
 from __future__ import annotations

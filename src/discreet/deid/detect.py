@@ -9,7 +9,7 @@ One resolution rule: the longest candidate wins, then the stronger, then the ear
 candidate's text is ever left uncovered because another one was longer.
 
 Guarantees: spans are in range, sorted, disjoint and non-empty. A found span counts as opaque (like a `[LABEL]` mark that stands in the text) and the rest is read again until nothing
-is found, so that redacting a redacted text changes nothing. The result depends on the text and on `known` alone. Time is linear in the text times a bounded number
+is found, so that redacting a redacted text changes nothing. The result depends on the text, `known`, `labels` and the `reader` alone. Time is linear in the text times a bounded number
 of rounds; texts above `MAX_CHARS` are refused.
 
 Does not cover: names that no list, cue, model or `known` value gives away, encodings beyond `decode`'s, quasi-identifiers (occupation, rare disease), states, countries,

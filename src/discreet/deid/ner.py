@@ -1,8 +1,8 @@
-"""Names, places and organisations by a small model of our own: sentences in, labelled ranges out.
+"""People, places, organisations and addresses by a small model of our own: sentences in, labelled ranges out.
 
-    words ──hashed features──> vector of each word type (cached) ──three convolutions──> probability of each tag ──thresholds──> ranges
+    words ──hashed features──> vector of each word type (cached) ──four convolutions──> probability of each tag ──thresholds──> ranges
 
-Why a convolution over hashed features: a word's vector depends on its spelling, shape and the gazetteers alone, so it is computed once for each word type; what is left is three
+Why a convolution over hashed features: a word's vector depends on its spelling, shape and the gazetteers alone, so it is computed once for each word type; what is left is a few
 matrix products for a whole batch. That is some hundred times faster than a transformer of the same size, needs numpy only, and reads unseen names by their form and place.
 
 Guarantees: the result for one sentence is a function of that sentence and the weights (no state of a document, no randomness); ranges are sorted, disjoint, non-empty and refer to the

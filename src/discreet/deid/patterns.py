@@ -279,10 +279,6 @@ def _is_old(value: str) -> bool:
     return 90 <= int(number) <= 125 if number else True
 
 
-def _upper_start(value: str) -> bool:
-    return value[:1].isupper()
-
-
 # Pieces -----------------------------------------------------------------------------------------------------------------------------------------------------
 
 STATES = "AL AK AZ AR CA CO CT DE FL GA HI ID IL IN IA KS KY LA ME MD MA MI MN MS MO MT NE NV NH NJ NM NY NC ND OH OK OR PA RI SC SD TN TX UT VT VA WA WV WI WY DC PR VI GU".split()  # noqa: SIM905 - a table that reads as one
@@ -296,7 +292,6 @@ _MONTH = r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|a
 _WEEKDAY = r"(?:(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?\.?,? {1,2})"
 _TIME = r"(?:(?:,? {1,2}(?:at {1,2})?|T)(?:[01]?\d|2[0-3]):[0-5]\d(?::[0-5]\d)?(?:\.\d{1,6})?(?: ?[ap]\.?m\b\.?)?(?:Z\b|[+-]\d\d:?\d\d)?)"
 _CODE = r"(?<![\w-])(?=[A-Z-]{0,8}\d)[A-Z0-9](?:-?[A-Z0-9]){2,19}(?![\w-]|\.\d)"
-_END = r"(?![\w-])"
 _WORD = r"[A-Z][A-Za-z'-]{0,30}"
 _STREET = (
     "street|st|avenue|ave?|road|rd|drive|dr|lane|ln|court|ct|circle|cir|boulevard|blvd|way|place|pl|terrace|ter|parkway|pkwy|highway|hwy|square|sq|trail|trl|alley|aly|loop|"

@@ -2,7 +2,7 @@
 
     view -> sentences -> gate -> cache -> one batch -> spans
 
-A model costs a thousand times what a rule costs, so it reads as little as may be: a sentence without a capital letter beyond ordinary words at its start passes the gate by
+A model costs more than all the rules together, so it reads as little as may be: a sentence without a capital letter beyond ordinary words at its start passes the gate by
 (unless the whole text is written without capitals), and a sentence that was read before is answered from the cache.
 
 Guarantees: what comes back depends on the sentences alone, not on what stood in the cache, so that a text is read the same way whatever was read before it (with a model

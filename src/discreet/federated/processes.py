@@ -20,7 +20,6 @@ import datetime
 import ipaddress
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -261,11 +260,6 @@ def free_port() -> int:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         return int(held.getsockname()[1])
-
-
-def stop_on_terminate() -> None:
-    """Makes SIGTERM end this process like an interrupt, so that its children are ended and its sockets removed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def write_app(folder: Path, *, line: str) -> Path:

@@ -223,11 +223,11 @@ def group_epsilon(transcript: Transcript, size: int) -> float:
 
     Args:
         transcript: of Poisson-sampled Gaussian steps whose unit is a record.
-        size: records of one subject, >= 0; above 32 the bound is not computed and the answer is infinity.
+        size: records of one subject, >= 0; above 32, or where the transcript claims no noise, the bound is not computed and the answer is infinity.
     """
     if size == 0:
         return 0.0
-    if size > MAX_GROUP:
+    if size > MAX_GROUP or transcript.noise_multiplier <= 0:
         return math.inf
     from dp_accounting import dp_event  # 0.5 s to import; only record-level models pay
 
