@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -38,7 +39,9 @@ from discreet.errors import (
 from discreet.evidence.log import verify_bundle, verify_proof
 from discreet.evidence.statement import Exposure, Predicate, exposure
 from discreet.governance import lineage, residue
+from discreet.governance.access import Access, Action
 from discreet.governance.consent import Reason
+from discreet.governance.erasure import Finding
 from discreet.pipeline import House, Silent
 from discreet.record import Basis, Digest, Sensitivity
 
@@ -313,6 +316,65 @@ def test_csv_parquet_and_a_folder_of_texts_train_too(project: Path):
         assert [section.format for section in house.project.source] == ["csv", "parquet", "text"]
         assert house.log.select(Predicate.FROZEN)[-1].fields["name"] == "evaluation"
     assert trained["moved"] == trained["parameters"] > 0
+
+
+def test_a_raised_budget_keeps_the_runs_that_were_reserved_from_it(copied: House):
+    before = pipeline._run_config(copied)
+    copied.ledger.raise_to(copied.project.budget.name, 9.0, reason="a second year of notes")
+    pipeline.open_project_budget(copied, delta=copied.project.privacy.delta or 1e-3)
+    assert copied.ledger.show(copied.project.budget.name).epsilon == 9.0
+    settings = copied.project.root / "discreet.toml"
+    text = settings.read_text()
+    settings.write_text(text.replace('name = "patients"\nepsilon = 8.0', 'name = "patients"\nepsilon = 9.0'))
+    assert settings.read_text() != text
+    assert (
+        pipeline._run_config(House(**{**{name: getattr(copied, name) for name in copied.__dataclass_fields__}, "project": load(copied.project.root)}))
+        == before
+    )
+
+
+def test_an_erased_public_record_leaves_a_hole_that_is_read_around(copied: House):
+    row = json.loads((copied.project.root / "public_train.jsonl").read_text().splitlines()[3])
+    before = pipeline._frozen_public(copied, "public")
+    pipeline.erase(copied, row["id"], source="public")
+    after = pipeline._frozen_public(copied, "public")
+    assert (len(after), set(after) < set(before)) == (len(before) - 1, True)
+
+
+def test_text_that_a_withdrawn_model_wrote_is_destroyed_where_it_was_put(copied: House, tmp_path: Path):
+    made = derived.synthesize(copied, count=2, out=tmp_path / "texts.jsonl", max_tokens=8)
+    other = derived.synthesize(copied, count=1, out=tmp_path / "changed.jsonl", max_tokens=8)
+    (tmp_path / "changed.jsonl").write_text("somebody else's file by now\n")
+    models = pipeline._ProjectModels(copied)
+    for digest in (made["digest"], other["digest"]):
+        models.withdraw(digest)
+    assert not (tmp_path / "texts.jsonl").exists()
+    assert (tmp_path / "changed.jsonl").exists(), "a file that is no longer what the model wrote is not ours to destroy"
+
+
+def test_text_that_a_model_wrote_is_searched_for_a_person(copied: House, tmp_path: Path):
+    made = derived.synthesize(copied, count=1, out=tmp_path / "texts.jsonl", max_tokens=8)
+    subject = _one(copied).record.subject
+    models = pipeline._ProjectModels(copied)
+    assert models.test(subject, made["digest"]) is Finding.NOT_EXPOSED
+    mine, known, _ = pipeline._own_texts(copied, subject)[0]
+    for leak in (mine, known["PERSON"][0]):
+        file = tmp_path / "leak.jsonl"
+        file.write_text(json.dumps({"text": f"he said {leak}"}, ensure_ascii=False) + "\n")
+        digest = Digest("sha256:" + hashlib.sha256(file.read_bytes()).hexdigest())
+        with copied.store.transaction() as tx:
+            pipeline.record_synthetic(tx, digest, file)
+        assert models.test(subject, digest) is Finding.EXPOSED
+
+
+def test_statistics_do_not_open_a_budget_for_whoever_may_only_run(copied: House, monkeypatch: pytest.MonkeyPatch):
+    asked: list[Action] = []
+    monkeypatch.setattr(Access, "require", lambda self, action, **about: asked.append(action))
+    pipeline.open_project_budget(copied, delta=1e-3)
+    assert asked == [], "it is open"
+    monkeypatch.setattr(copied.ledger, "budgets", list)
+    pipeline.open_project_budget(copied, delta=copied.ledger.show("patients").delta)
+    assert asked == [Action.OPEN_BUDGET]
 
 
 def test_a_tampered_release_is_not_loaded(copied: House):

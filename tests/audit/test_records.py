@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,17 @@ def test_the_pipeline_attacks_real_records_and_lets_the_verdict_out_alone(projec
     assert "who were not in it" in page
     assert "Attacks on real records" not in public_page
     assert not any(each["sentence"] in public_page for each in inside.fields["people"])
+
+
+def test_nobody_who_withdrew_is_attacked(project: Path, tmp_path: Path) -> None:
+    shutil.copytree(project, tmp_path / "hospital")
+    with pipeline.open_house(tmp_path / "hospital") as house:
+        trained = pipeline._needed(house, "train")
+        before = pipeline._attacked(house, trained)
+        gone = {before.subjects[0], before.subjects[-1]}
+        for subject in gone:
+            house.consent.withdraw(subject, house.project.purpose)
+        assert gone.isdisjoint(pipeline._attacked(house, trained).subjects)
 
 
 def test_who_is_withheld_is_in_no_training_snapshot_and_depends_on_nobody_else(project: Path) -> None:
