@@ -56,7 +56,7 @@ LABELLED = 200
 
 _CORPUS_FILES = ("notes.jsonl", "gold.jsonl", "public_train.jsonl", "labelled.jsonl", "held_out.jsonl", "opt_outs.txt")
 _SIZES = {"patients": 2000, "documents": 5000, "public": 1500, "held_out": 48}
-_FAST_SIZES = {"patients": 1500, "documents": 2000, "public": 600, "held_out": 60}
+_FAST_SIZES = {"patients": 1500, "documents": 1700, "public": 600, "held_out": 60}
 _FAST_SETTINGS = {
     "model.base": '"tiny"',
     "privacy.population": "1700",

@@ -2082,12 +2082,13 @@ def utility_control(house: House, *, generated: Mapping[str, str], observer: Obs
     if done is not None:
         return list(done["curve"])
     observer.stage("utility control (non-private, generated text only)")
-    frozen = ingest(house, observer)
-    base = load_base(house, frozen.public, observer)
-    text = PublicText.of(_all_texts(house, frozen.snapshot), sensitivity=frozen.snapshot.sensitivity, basis=Basis.GENERATED)
+    snapshot = corpus.open_snapshot(Digest(trained["snapshot"]), keyring=house.keyring, folder=house.snapshots)
+    public, held_out = (_last_public(house, name) for name in ("public", "evaluation"))
+    if held_out is None:
+        raise NotFound("the held-out text that training froze")
     fitted = loop.fit(
-        text,
-        setup=_setup(house, base, held_out=frozen.held_out),
+        PublicText.of(_all_texts(house, snapshot), sensitivity=snapshot.sensitivity, basis=Basis.GENERATED),
+        setup=_setup(house, load_base(house, public, observer), held_out=held_out),
         steps=house.project.privacy.steps,
         batch=house.project.privacy.expected_batch,
         order=house.keyring.purpose("control order").stream("utility"),
