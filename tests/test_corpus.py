@@ -250,7 +250,7 @@ def _house_at(root):
 
 def _freeze_and_die(root, at):
     """Freezes four shards and is killed at the `at`-th sync of a folder: one a shard, the manifest, the rename."""
-    original, calls = corpus._sync_folder, 0
+    original, calls = corpus.sync_folder, 0
 
     def sync(path):
         nonlocal calls
@@ -259,7 +259,7 @@ def _freeze_and_die(root, at):
             os.kill(os.getpid(), signal.SIGKILL)
         original(path)
 
-    corpus._sync_folder = sync
+    corpus.sync_folder = sync
     corpus.DOCUMENTS_PER_SHARD = 8
     house = _house_at(root)
     house.freeze(house.documents())

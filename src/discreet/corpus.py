@@ -40,7 +40,7 @@ from discreet.evidence.log import Log
 from discreet.evidence.statement import Predicate, Statement
 from discreet.keys import Key, Keyring
 from discreet.record import Deidentified, Digest, Sensitive, Sensitivity, Snapshot, SubjectId
-from discreet.store import Store, metadata, storage_full
+from discreet.store import Store, metadata, storage_full, sync_folder
 
 DOCUMENTS_PER_SHARD = 512
 _MAGIC = b"discreet-shard/1\n"
@@ -261,7 +261,7 @@ def _write(path: Path, plain: _Plain, keys: Mapping[SubjectId, Key], manifest_ke
         manifest = _seal_all(partial, plain, keys)
         _replace_manifest(partial, plain.root, manifest, manifest_key)
         partial.rename(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno == errno.ENOSPC:
@@ -437,15 +437,7 @@ def _write_file(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(path.parent)
 
 
 def _context(digest: Digest) -> bytes:

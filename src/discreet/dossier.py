@@ -154,7 +154,7 @@ def verify(folder: Path, *, public_key: str, pinned: bytes | None = None) -> Ver
         EvidenceInvalid: `failed` names what broke.
     """
     if sorted(os.listdir(folder)) != sorted((*FILES, LOG, MANIFEST)):
-        raise _broken("dossier: other files than it has")
+        raise EvidenceInvalid.of(["dossier: other files than it has"])
     verified = verify_bundle(folder / LOG, public_key=public_key, pinned=pinned)
     key = verified.keys[-1]
     payload, _ = statement.open_envelope(_read(folder / MANIFEST), payload_type=MANIFEST_TYPE, keys=note.by_label([key]))
@@ -164,7 +164,7 @@ def verify(folder: Path, *, public_key: str, pinned: bytes | None = None) -> Ver
     if signed != expected:
         found = signed.get("files", {}) if isinstance(signed, dict) else {}
         changed = [name for name, what in described.items() if found.get(name) != what] or ["manifest.json"]
-        raise _broken(*(f"{name}: differs from what was signed" for name in changed))
+        raise EvidenceInvalid.of([f"{name}: differs from what was signed" for name in changed])
     _check_answers(json.loads(_read(folder / "dossier.json")), verified, public_key="\n".join(map(str, verified.keys)))
     return verified
 
@@ -343,7 +343,7 @@ def _check_answers(stated: Mapping[str, Any], verified: VerifiedBundle, *, publi
         if said.get(section.name, {}).get(fact.name) != {"value": json.loads(json.dumps(fact.value)), "exposure": str(fact.exposure)}
     ]
     if wrong:
-        raise _broken(*wrong)
+        raise EvidenceInvalid.of(wrong)
 
 
 def _described(folder: Path) -> dict[str, dict[str, object]]:
@@ -354,15 +354,9 @@ def _described(folder: Path) -> dict[str, dict[str, object]]:
 def _read(path: Path) -> bytes:
     """A regular file of at most 64 MiB, and no link."""
     if path.is_symlink() or not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
-        raise _broken(f"{path.name}: not a regular file of at most {MAX_FILE_BYTES} bytes")
+        raise EvidenceInvalid.of([f"{path.name}: not a regular file of at most {MAX_FILE_BYTES} bytes"])
     return path.read_bytes()
 
 
 def _json(document: Mapping[str, Any]) -> bytes:
     return json.dumps(document, indent=2, ensure_ascii=False).encode()
-
-
-def _broken(*failed: str) -> EvidenceInvalid:
-    return EvidenceInvalid(
-        "evidence that verifies", value=f"{len(failed)} failures, first: {failed[0]}", remedy="Trust nothing in it.", failed=failed
-    )

@@ -201,6 +201,11 @@ class EvidenceInvalid(VerificationFailed):
         super().__init__(rule, value=value, remedy=remedy)
         self.failed = list(failed)
 
+    @classmethod
+    def of(cls, failed: Sequence[str]) -> Self:
+        """Says how many things broke, and which was the first."""
+        return cls("evidence that verifies", value=f"{len(failed)} failures, first: {failed[0]}", remedy="Trust nothing in it.", failed=failed)
+
     def to_json(self) -> dict[str, object]:
         """Returns the error with `failed` beside it, at the top level as in the answer of a successful verification."""
         return {**super().to_json(), "failed": self.failed}

@@ -263,3 +263,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         if error.errno == errno.ENOSPC:
             raise storage_full() from None
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes what was renamed into a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

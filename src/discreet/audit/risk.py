@@ -23,10 +23,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize
 
+from discreet.audit.attacks import FALSE_POSITIVE_RATES
 from discreet.audit.bounds import TradeOff
 from discreet.audit.extraction import Share
-
-FALSE_POSITIVE_RATES = (0.01, 0.001)
 
 Float = NDArray[np.float64]
 

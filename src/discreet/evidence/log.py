@@ -253,7 +253,7 @@ class Log:
             self._load_keys(tx)
         first, serial = (0 if last is None else last + 1), (0 if last_serial is None else last_serial + 1)
         if first < (signed or 0):
-            raise _invalid([f"log: rollback, {signed} entries were signed and {first} are here"])
+            raise EvidenceInvalid.of([f"log: rollback, {signed} entries were signed and {first} are here"])
         time = datetime.fromtimestamp(now(tx), UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         salts = Key.random().stream("salts")  # one seed from the operating system, a fresh salt of its stream for each
         rows: list[dict[str, Any]] = []
@@ -323,7 +323,7 @@ class Log:
             try:
                 merkle.verify_inclusion(merkle.leaf_hash(envelope), index=index, size=tree.size, proof=proof.path, root=tree.root(tree.size))
             except ValueError:
-                raise _invalid([f"log_entries row {index}: not the entry that was appended"]) from None
+                raise EvidenceInvalid.of([f"log_entries row {index}: not the entry that was appended"]) from None
             return proof
 
     def prove_growth(self, old_size: int) -> tuple[bytes, ...]:
@@ -485,7 +485,7 @@ class Log:
         failed: list[str] = []
         entry = _verify_entry(row.envelope, keys=self._keys, labels=self._by_label, failed=failed, where=f"log_entries row {row.position}")
         if entry is None or entry.index != row.position or merkle.leaf_hash(row.envelope) != row.leaf_hash or entry.predicate != row.predicate:
-            raise _invalid(failed or [f"log_entries row {row.position}: not the entry that was appended"])
+            raise EvidenceInvalid.of(failed or [f"log_entries row {row.position}: not the entry that was appended"])
         return entry
 
     def _checkpoint(self, tx: Connection, tree: _Tree) -> bytes:
@@ -494,7 +494,7 @@ class Log:
             failed: list[str] = []
             _check_pinned(latest, tree=tree, keys=self._keys.all, failed=failed, where="last checkpoint")
             if failed:
-                raise _invalid(failed)
+                raise EvidenceInvalid.of(failed)
             if note.open_checkpoint(latest, keys=self._keys.all).size == tree.size:
                 return bytes(latest)
         head = Checkpoint(origin=self.origin, size=tree.size, root=tree.root(tree.size))
@@ -526,7 +526,7 @@ def verify_bundle(path: Path, *, public_key: str, pinned: bytes | None = None) -
     failed = _check_names(path)
     trusted = _try(lambda: note.parse_keys(public_key), "public key", failed)
     if trusted is None:
-        raise _invalid(failed)
+        raise EvidenceInvalid.of(failed)
     read: dict[str, bytes] = {}
     for name in ("checkpoint", "leaves", _MANIFEST):
         with _opened(path, name, failed) as file:
@@ -550,7 +550,7 @@ def verify_bundle(path: Path, *, public_key: str, pinned: bytes | None = None) -
         failed += _check_manifest(manifest, seen, key=keys.current, size=len(leaves))
     _finish(entries, tree=_Tree.over(leaves), keys=keys, public=public, pinned=pinned, failed=failed)
     if head is None or public is None:  # both were named above; the type checker and a reader need not trace that
-        raise _invalid(["bundle: incomplete"])
+        raise EvidenceInvalid.of(["bundle: incomplete"])
     return VerifiedBundle(entries=tuple(entries), checkpoint=head, note=read["checkpoint"], public=public, keys=keys.all)
 
 
@@ -574,9 +574,9 @@ def verify_proof(proof: bytes, *, envelope: bytes, public_key: str) -> Entry:
     try:
         merkle.verify_inclusion(merkle.leaf_hash(envelope), index=parsed.index, size=head.size, proof=parsed.path, root=head.root)
     except ValueError as error:
-        raise _invalid([f"proof: {error}"]) from None
+        raise EvidenceInvalid.of([f"proof: {error}"]) from None
     if entry.index != parsed.index:
-        raise _invalid(["proof: of another entry"])
+        raise EvidenceInvalid.of(["proof: of another entry"])
     return entry
 
 
@@ -589,7 +589,7 @@ def _leaves(tx: Connection) -> list[bytes]:
         if row.position != number or len(row.leaf_hash) != merkle.HASH_BYTES
     ]
     if broken:
-        raise _invalid(broken)
+        raise EvidenceInvalid.of(broken)
     return [row.leaf_hash for row in rows]
 
 
@@ -609,12 +609,12 @@ def verify_certificate(path: Path, *, public_key: str) -> tuple[Entry, bytes]:
     with path.open("rb") as file:
         content = file.read(_MAX_CERTIFICATE_BYTES + 1)
     if len(content) > _MAX_CERTIFICATE_BYTES:
-        raise _invalid([f"certificate: larger than {_MAX_CERTIFICATE_BYTES} bytes"])
+        raise EvidenceInvalid.of([f"certificate: larger than {_MAX_CERTIFICATE_BYTES} bytes"])
     try:
         document = json.loads(content, object_pairs_hook=_once)
         said, proof = document["statement"].encode(), document["proof"].encode()
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
-        raise _invalid(["certificate: not a JSON object with a statement and its proof"]) from None
+        raise EvidenceInvalid.of(["certificate: not a JSON object with a statement and its proof"]) from None
     return verify_proof(proof, envelope=said, public_key=public_key), _parse_proof(proof).checkpoint
 
 
@@ -697,7 +697,7 @@ def _read(compute: Callable[[], T]) -> T:
     try:
         return compute()
     except ValueError as error:
-        raise _invalid([f"log_tiles: {error}"]) from None
+        raise EvidenceInvalid.of([f"log_tiles: {error}"]) from None
 
 
 def _size(tx: Connection) -> int:
@@ -710,7 +710,7 @@ def _read_tile(tx: Connection, level: int, number: int) -> list[bytes]:
     first = number * merkle.TILE_WIDTH
     rows = tx.execute(_TILE, {"level": level, "first": first, "end": first + merkle.TILE_WIDTH}).all()
     if rows and rows[-1].position != first + len(rows) - 1:
-        raise _invalid([f"log_tiles: tile {number} of level {level} has a gap"])
+        raise EvidenceInvalid.of([f"log_tiles: tile {number} of level {level} has a gap"])
     return [row.hash for row in rows]
 
 
@@ -1023,7 +1023,7 @@ def _finish(entries: Sequence[Entry], *, tree: _Tree, keys: _Keys, public: bool 
     if not failed:
         failed += _check_story(entries, public=public is not False)
     if failed:
-        raise _invalid(failed)
+        raise EvidenceInvalid.of(failed)
 
 
 def _check_names(path: Path) -> list[str]:
@@ -1031,7 +1031,7 @@ def _check_names(path: Path) -> list[str]:
     try:
         names = sorted(os.listdir(path))
     except OSError:
-        raise _invalid(["bundle: not a folder that can be read"]) from None
+        raise EvidenceInvalid.of(["bundle: not a folder that can be read"]) from None
     unknown = [f"{ascii(name)[:80]}: not part of a bundle" for name in names if name not in _CAPS]
     return unknown + [f"{name}: missing" for name in sorted(_CAPS) if name not in names]
 
@@ -1094,9 +1094,3 @@ def _try(attempt: Callable[[], T], where: str, failed: list[str]) -> T | None:
     except EvidenceInvalid as error:
         failed.append(f"{where}: expected {error.rule}")
         return None
-
-
-def _invalid(failed: list[str]) -> EvidenceInvalid:
-    return EvidenceInvalid(
-        "evidence that verifies", value=f"{len(failed)} failures, first: {failed[0]}", remedy="Trust nothing in it.", failed=failed
-    )

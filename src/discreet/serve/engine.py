@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, final
 
 from discreet.errors import DiscreetError, OperationFailed, Overloaded, RequestInvalid
 from discreet.keys import Key, Stream
+from discreet.serve.wire import FinishReason
 
 if TYPE_CHECKING:  # torch is the model's dependency; a gateway in front of another engine starts without it
     import torch
 
 T = TypeVar("T")
 Role = Literal["system", "user", "assistant"]
-FinishReason = Literal["stop", "length"]
 
 _PLAIN_STOPS = ("\nUser:", "\nSystem:")
 _REPLACEMENT = "\ufffd"

@@ -39,7 +39,7 @@ from discreet.errors import DigestMismatch
 from discreet.keys import Key, Keyring
 from discreet.model import trained_parameters
 from discreet.record import Digest, SubjectId
-from discreet.store import storage_full
+from discreet.store import storage_full, sync_folder
 from discreet.train.parallel import gathered, split_like
 
 PURPOSE = "checkpoint"
@@ -244,16 +244,8 @@ def _write(path: Path, content: bytes) -> None:
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise storage_full() from None
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
