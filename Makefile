@@ -1,4 +1,4 @@
-# make demo | make test | make check. Everything is installed into .venv, with the exact versions of constraints.txt.
+# make demo | make test | make test-slow | make fuzz | make check. Everything is installed into .venv, with the exact versions of constraints.txt.
 # On a machine whose default torch build pulls CUDA, set PIP_INDEX_URL or PIP_FIND_LINKS to a place with the CPU build first.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY := passive
 export MALLOC_TRIM_THRESHOLD_ := 4294967296
 export MALLOC_TOP_PAD_ := 268435456
 
-.PHONY: demo test test-slow check setup clean
+.PHONY: demo test test-slow fuzz check setup clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+
+# Every property on new examples, and many; what it finds becomes an @example.
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist load --timeout 0 --hypothesis-profile explore $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

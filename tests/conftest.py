@@ -1,4 +1,7 @@
-"""A real PostgreSQL for the tests that run on both databases, and a hospital small enough to tell the whole story in seconds."""
+"""A real PostgreSQL for the tests that run on both databases, a hospital small enough to tell the whole story in seconds, and how property tests draw.
+
+`make test` says the same of the same tree: its properties are tried on the same examples every time. `make fuzz` draws new ones, fifty times as many.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,23 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from hypothesis import settings
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
+
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None)
+settings.load_profile("same")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if settings.get_current_profile_name() != "explore":
+        return
+    properties = [item.obj for item in items if isinstance(item, pytest.Function) and getattr(item.obj, "is_hypothesis_test", False)]
+    items[:] = [item for item in items if isinstance(item, pytest.Function) and item.obj in properties]
+    for test in properties:
+        declared = test._hypothesis_internal_use_settings
+        test._hypothesis_internal_use_settings = settings(declared, max_examples=50 * declared.max_examples)
 
 
 @pytest.fixture(scope="session")

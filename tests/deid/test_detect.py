@@ -81,6 +81,13 @@ def test_the_model_keeps_to_the_text_as_well(text: str) -> None:
     assert find(text) == find(text)
 
 
+def test_the_model_does_not_read_across_what_an_earlier_round_has_found() -> None:
+    text = "db = connect('app', 'realize3793$')Andrewside Imaging (accessionoib 33392005961 givenoib 33392005961 given"
+    spans = find(text)
+    assert all(one.end <= other.start for one, other in zip(spans, spans[1:], strict=False))
+    assert [text[s.start : s.end] for s in spans if s.label == "ID"] == ["33392005961"] * 2
+
+
 @settings(max_examples=60, deadline=None)
 @given(texts, st.sampled_from(["Zyra Quorndike", "QX-88213-7", "1984-02-22"]))
 def test_a_known_value_between_spaces_is_always_covered(text: str, value: str) -> None:

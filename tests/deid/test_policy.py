@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from discreet.config import DeidSection
@@ -128,6 +128,7 @@ def test_canaries_pass_unchanged() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(texts)
+@example("db = connect('app', 'realize3793$')Andrewside Imaging (accessionoib 33392005961 givenoib 33392005961 given")
 def test_prompt_comes_back_as_it_was(text: str) -> None:
     vault = Vault(KEY, "c")
     assert vault.restore(protect(text, vault).text) == text

@@ -806,8 +806,10 @@ _ORDER = {label: index for index, label in enumerate(Label)}
 
 
 def _resolve(candidates: Iterable[Span], text: str) -> list[Span]:
-    """Longest first, then strongest, then earliest; what a loser covers alone stays with the loser's label."""
+    """Longest first, then strongest, then earliest; what a loser covers alone, or an earlier round left over, stays with the loser's label."""
     taken = bytearray(len(text))
+    for match in _OPAQUES.finditer(text):
+        taken[match.start() : match.end()] = b"\x01" * (match.end() - match.start())
     chosen: list[Span] = []
     for span in sorted(set(candidates), key=lambda s: (s.start - s.end, -s.score, s.start, _ORDER[Label(s.label)])):
         for start, end in _free(taken, span.start, span.end):
