@@ -129,6 +129,7 @@ def test_canaries_pass_unchanged() -> None:
 @settings(max_examples=60, deadline=None)
 @given(texts)
 @example("db = connect('app', 'realize3793$')Andrewside Imaging (accessionoib 33392005961 givenoib 33392005961 given")
+@example("\\portal.example.org/p/123")
 def test_prompt_comes_back_as_it_was(text: str) -> None:
     vault = Vault(KEY, "c")
     assert vault.restore(protect(text, vault).text) == text

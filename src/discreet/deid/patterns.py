@@ -1452,7 +1452,7 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern(
         label=Label.ZIP,
-        expression=rf"[,\n] {{0,2}}(?:{_WORD}\.? ){{1,3}}(?:[A-Z]{{2}} )?(?P<value>\d{{5}}(?:-\d{{4}})?)(?![\w-]|[.,]\d)",
+        expression=rf"(?:^|[,\n]) {{0,2}}(?:{_WORD}\.? ){{1,3}}(?:[A-Z]{{2}} )?(?P<value>\d{{5}}(?:-\d{{4}})?)(?![\w-]|[.,]\d)",
         score=SHAPE,
         cased=True,
         locale="US",

@@ -299,8 +299,11 @@ def protect(
     plain = renderer(text, spans, policy, known=known, key=key)
 
     def render(span: Span) -> str:
-        value = text[span.start : span.end]
-        return vault.issue(span.label, value) if policy.operators[Label(span.label)] is Operator.VAULT else plain(span)
+        if policy.operators[Label(span.label)] is not Operator.VAULT:
+            return plain(span)
+        placeholder = vault.issue(span.label, text[span.start : span.end])
+        # Behind a backslash that the user wrote, an angle bracket would read as a model's escape and take the backslash with it.
+        return f"[{placeholder[1:-1]}]" if text[span.start - 1 : span.start] == "\\" else placeholder
 
     return Redacted(text=_rewrite(text, [(s.start, s.end, render(s)) for s in spans]), spans=tuple(spans))
 
