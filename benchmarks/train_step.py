@@ -74,7 +74,7 @@ def whole_step(base: models.Base, documents: Documents, arguments: argparse.Name
 
     def private(step: int) -> None:
         laid = arranged(units(batch), arguments.token_budget, Rows.PADDED)
-        total = summed(module, units(batch), laid, clip_norm=CLIP_NORM)
+        total = summed(module, units(batch), laid, clip_norm=CLIP_NORM, token_budget=arguments.token_budget)
         noised = noise.add(total, noise_multiplier=NOISE, key=key.stream("noise", step))
         update(module, optimizer, noised.gradients, divisor=len(batch))
         scale.epsilon_of(one_step * step)
@@ -86,7 +86,7 @@ def whole_step(base: models.Base, documents: Documents, arguments: argparse.Name
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    summed(module, units(batch[:2]), arranged(units(batch[:2]), 2048, Rows.PADDED), clip_norm=CLIP_NORM)  # the probe of the first call
+    private(0)  # the probes of the first call
     pairs = [(cpu_seconds(plain), cpu_seconds(lambda n=n: private(n + 1))) for n in range(arguments.repeat)]
     plain_s, private_s = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratios = sorted(private / plain for plain, private in pairs)
@@ -104,10 +104,10 @@ def section(arguments: argparse.Namespace) -> ModelSection:
 
 
 def ragged(base: models.Base, documents: Documents, arguments: argparse.Namespace) -> dict[str, Any]:
-    batches = batches_of(documents, 16, arguments.batches)
+    batches, budget = batches_of(documents, 16, arguments.batches), arguments.token_budget
     module = models.attach(base, section(arguments))
     runs: dict[str, Callable[[Documents], object]] = {
-        "ours": lambda batch: summed(module, units(batch), arranged(units(batch), arguments.token_budget, Rows.PADDED), clip_norm=CLIP_NORM)
+        "ours": lambda batch: summed(module, units(batch), arranged(units(batch), budget, Rows.PADDED), clip_norm=CLIP_NORM, token_budget=budget)
     }
     runs["ours"](batches[0][:2])
     try:
