@@ -137,6 +137,10 @@ def test_the_median_of_groups_outvotes_one_poisoned_group() -> None:
     good = np.full(4, 10.0, np.float32)
     trainer.apply([good, good, -1e6 * good], agreed)
     assert (trainer.parameters < 0).all()
+    single = agree(fleet(sites=tuple("abc"), minimum=3), 4).encoding
+    assert (agreed.encoding.local_std, agreed.encoding.noise_multiplier) == (single.local_std, single.noise_multiplier), (
+        "each group has the noise of a fleet of its own"
+    )
     assert fleets.groups_of("ihgfedcba", 3) == [["a", "d", "g"], ["b", "e", "h"], ["c", "f", "i"]]
 
 

@@ -159,7 +159,7 @@ def test_a_fleet_that_cannot_be_sampled_trains_with_bounded_participation(fleet:
     with pipeline.open_house(fleet / "north") as house:
         assert house.ledger.show("fleet-hospitals").remaining_epsilon < 1.0
         [closed] = house.log.select(Predicate.CLOSED)
-        assert closed.fields["executed_steps"] == 2
+        assert closed.fields["steps"] == 2
 
 
 def test_a_site_joins_only_a_coordinator_whose_attestation_is_accepted(fleet: Path) -> None:
