@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
@@ -22,8 +23,8 @@ from hypothesis import settings
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-from discreet.train import parallel
-from discreet.train.parallel import Ranks
+if TYPE_CHECKING:
+    from discreet.train.parallel import Ranks
 
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
@@ -118,6 +119,8 @@ def new_project(tiny_base: Path) -> Callable[[Path], Path]:
 
 def on_two_ranks(work: Callable[[Ranks], None]) -> None:
     """Forks two processes that meet over gloo; nothing is imported a second time."""
+    from discreet.train import parallel
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -29,6 +29,7 @@ from discreet.federated import fleet as fleets
 from discreet.federated import processes
 from discreet.federated import site as parts
 from discreet.federated.site import Coordinator, Exchange, Site
+from discreet.governance.access import Action, current_user
 from discreet.model import Base, PublicText
 from discreet.pipeline import Observer
 from discreet.record import Basis, Sensitivity
@@ -91,8 +92,13 @@ def _write_base(folder: Path, public: Path) -> None:
 
 
 def enroll(folder: Path, observer: Observer) -> Enrolled:
-    """Freezes a site's corpus through its own pipeline, opens its base model and returns its public key. Idempotent."""
+    """Freezes a site's corpus through its own pipeline, opens its base model and returns its public key. Idempotent.
+
+    Raises:
+        AccessDenied: when the user of this process may not run the project.
+    """
     with pipeline.open_house(folder) as house:
+        house.access.require(Action.RUN, who=current_user())
         frozen = pipeline.ingest(house, observer)
         base = pipeline.load_base(house, frozen.public, observer)
         project = house.project

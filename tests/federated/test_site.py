@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from discreet import federate, pipeline
-from discreet.errors import DiscreetError, TermsRefused
+from discreet.errors import AccessDenied, DiscreetError, TermsRefused
 from discreet.evidence.statement import Predicate
 from discreet.federated import processes as flower
 from discreet.federated import site as parts
@@ -172,6 +172,15 @@ def test_a_site_joins_only_a_coordinator_whose_attestation_is_accepted(fleet: Pa
         with pytest.raises(TermsRefused, match="attestation"):
             site.check_attestation(evidence, verifier=verifier)
     site.close()
+
+
+def test_a_site_answers_for_those_who_may_run_it(fleet: Path) -> None:
+    with (fleet / "north" / "discreet.toml").open("a") as file:
+        file.write('\n[access]\nowner = ["olga"]\nengineer = ["emil"]\n')
+    with pytest.raises(AccessDenied):
+        Site(fleet / "north", fleet_folder=fleet)
+    with pytest.raises(AccessDenied):
+        federate.leave(fleet / "north", fleet=fleet)
 
 
 # Real processes

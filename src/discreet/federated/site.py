@@ -42,6 +42,7 @@ from discreet.federated.fleet import Agreement, Correlated, FleetFile, Noise, Re
 from discreet.federated.journal import Journal
 from discreet.federated.masks import Words
 from discreet.federated.secagg import STAGES, Opened, Policy, Receipt, Roster, Terms
+from discreet.governance.access import Access, Action, current_user
 from discreet.keys import Key, Keyring, open_master
 from discreet.ledger import CloseReason, Ledger
 from discreet.model import Base
@@ -140,6 +141,7 @@ class Site:
         Raises:
             SourceMissing: when the site was not prepared, or the fleet has no roster.
             NotFound: when the roster does not name this site with its key.
+            AccessDenied: when the user of this process may not run the project.
         """
         self.project = config.load(folder)
         self.place = self.project.state / "federation"
@@ -152,6 +154,7 @@ class Site:
         self._keyring = Keyring(self._store, open_master(self.project.master_location()))
         self._log = Log(self._store, self._keyring, f"discreet.{self.project.project.name}")
         self._ledger = Ledger(self._store, self._keyring, self._log)
+        Access(self.project.access, store=self._store, keyring=self._keyring, log=self._log).require(Action.RUN, who=current_user())
         self.identity = self._keyring.signer("federation")
         if self.session.roster.clients.get(self.name) != self.identity.public_key().public_bytes_raw():
             raise NotFound("a roster that names this site with its key", value=self.name)
