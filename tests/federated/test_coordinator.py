@@ -160,9 +160,9 @@ def test_rounds_go_on_with_who_is_there_and_the_view_says_what_was_spent(tmp_pat
     assert (result["rounds"], result["aborted"], result["absent"]) == (3, 0, [])
     assert [figure["clients"] for figure in run.observer.figures] == [5, 5, 5]  # type: ignore[attr-defined]  # Quiet keeps them
     for way, sent in (("up", result["bytes_up"]), ("down", result["bytes_down"])):
-        shown = [float(str(figure[way]).removesuffix(" MB")) for figure in run.observer.figures]  # type: ignore[attr-defined]
+        shown = [float(str(figure[way]).removesuffix(" kB")) for figure in run.observer.figures]  # type: ignore[attr-defined]
         assert shown == sorted(shown)
-        assert 0 < shown[-1] <= sent / 1e6 + 0.05
+        assert 0 < shown[-1] <= sent / 1e3 + 0.5
     spent = [float(str(figure["epsilon"])) for figure in run.observer.figures]  # type: ignore[attr-defined]
     assert spent == sorted(spent)
     assert spent[-1] == pytest.approx(result["guarantee"]["epsilon"], abs=0.01)

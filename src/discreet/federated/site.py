@@ -591,8 +591,12 @@ class Coordinator:
             sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=self.agreement.spent_steps(done)
         )
         spent = rdp_epsilon(event, delta=plan.delta)
-        figures = {"clients": survivors, "epsilon": f"{spent:.2f}", "up": f"{self.received / 1e6:.1f} MB", "down": f"{self.sent / 1e6:.1f} MB"}
+        figures = {"clients": survivors, "epsilon": f"{spent:.2f}", "up": _size(self.received), "down": _size(self.sent)}
         self.observer.progress("rounds", done, self.agreement.fleet.rounds, figures)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def coordinator(folder: Path, *, base: Base, section: ModelSection, observer: Observer) -> Coordinator:
