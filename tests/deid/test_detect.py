@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -84,7 +85,7 @@ def test_the_model_keeps_to_the_text_as_well(text: str) -> None:
 def test_the_model_does_not_read_across_what_an_earlier_round_has_found() -> None:
     text = "db = connect('app', 'realize3793$')Andrewside Imaging (accessionoib 33392005961 givenoib 33392005961 given"
     spans = find(text)
-    assert all(one.end <= other.start for one, other in zip(spans, spans[1:], strict=False))
+    assert all(one.end <= other.start for one, other in itertools.pairwise(spans))
     assert [text[s.start : s.end] for s in spans if s.label == "ID"] == ["33392005961"] * 2
 
 
