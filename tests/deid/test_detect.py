@@ -35,6 +35,11 @@ def test_spans_are_in_range_sorted_disjoint_and_not_empty(text: str) -> None:
         at = span.end
 
 
+def test_what_an_earlier_span_covers_is_not_covered_again() -> None:
+    spans = [Span(0, 5, "PERSON", 0.9), Span(3, 8, "DATE", 0.9), Span(4, 5, "ID", 0.9), Span(8, 9, "ID", 0.5)]
+    assert [(s.start, s.end) for s in module._disjoint(spans)] == [(0, 5), (5, 8), (8, 9)]
+
+
 @settings(max_examples=150, deadline=None)
 @given(texts)
 def test_view_maps_every_character_into_the_original(text: str) -> None:

@@ -94,7 +94,17 @@ def detect(
         found += [Span(*view.original(s.start, s.end), s.label, s.score) for s in spans]
         view = view.blank([(s.start, s.end) for s in spans])
         regions = _around((match.span() for match in _OPAQUES.finditer(view.text)), view.text)  # elsewhere nothing has changed
-    return sorted((s for s in found if s.label in wanted), key=lambda s: s.start)
+    return _disjoint(sorted((s for s in found if s.label in wanted), key=lambda s: (s.start, -s.end)))
+
+
+def _disjoint(spans: Iterable[Span]) -> list[Span]:
+    """Returns sorted spans without what an earlier one covers already: whatever the rounds found, no character is written over twice."""
+    kept: list[Span] = []
+    for span in spans:
+        start = max(span.start, kept[-1].end) if kept else span.start
+        if start < span.end:
+            kept.append(span if start == span.start else Span(start, span.end, span.label, span.score))
+    return kept
 
 
 def _whole(view: View, spans: Iterable[Span]) -> list[Span]:
@@ -620,9 +630,20 @@ def _cued(text: str, cued: Mapping[int, Regions]) -> Iterator[Span]:
         said = match["value"]
         titled = _TITLE_LOWER.match(text, match.start()) is not None
         listed = list(itertools.takewhile(lambda t: _is_lower_name(t, titled=titled), said.split(" "))) if said.islower() else []  # noqa: B023 - used at once
+        start = match.start("value")
+        if not listed and said.islower() and _is_greeted(text, match.start(), start, said.split(" ")[0]):
+            listed = said.split(" ")[:1]
         if listed:
-            start = match.start("value")
             yield Span(start, start + len(" ".join(listed)), Label.PERSON, SHAPE)
+
+
+_GREETING = re.compile(r"(?:hi|hey|hello|good morning|good afternoon)\b", re.IGNORECASE)
+_GREETED = re.compile(r" ?(?:[,.!?]|\n|\Z)| (?:how|good to|nice to|great to|what|welcome|thanks|thank|it's|i'm|i am|so)\b")
+
+
+def _is_greeted(text: str, start: int, at: int, word: str) -> bool:
+    """Says whether somebody is greeted by a first name in lower case that is also a word ("hi hope , how are you"): what follows must be the rest of a greeting."""
+    return "U" in names().get(word, "") and _GREETING.match(text, start) is not None and _GREETED.match(text, at + len(word)) is not None
 
 
 def _is_lower_name(word: str, *, titled: bool) -> bool:

@@ -190,13 +190,20 @@ def _is_ssn(value: str) -> bool:
 
 
 _IS_CODE = re.compile(
-    r"\$?[A-Za-z_]\w*(?:\.[A-Za-z_]\w*){0,6}(?:\(|\[)|\$[A-Za-z_{(]|\{\{|%\(|[a-z]+(?:[._-][a-z]+)*\Z|[A-Z]+(?:_[A-Z]+)*\Z|self\.|process\.env"
+    r"\$?[A-Za-z_]\w*(?:\.[A-Za-z_]\w*){0,6}(?:\(|\[|\{)|\$[A-Za-z_{(]|\{\{|%\(|<%|[(){}\[\]]|[a-z]+(?:[._-][a-z]+)*\Z|[A-Z]+(?:_[A-Z]+)*\Z|self\.|process\.env"
+    r"|[A-Za-z_][A-Za-z_.]*[)}\]]{1,4}\Z|[a-z]+(?:[A-Z][a-z]+)+\Z|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+[)}\]]{0,4}\Z|(?:[a-z]{2,20}\.){2,8}[\w./@-]+\Z|https?://[^\s@]+\Z|(?:/[\w.-]+){2,}\Z|arn:aws:"
 )
+"""Calls, variables, templates, dotted names, addresses and paths: where a secret is kept, not the secret."""
+_EXAMPLE = re.compile(
+    r"(?:your|my|insert|replace|example|dummy|placeholder|change|enter)[_ -]?(?:\w{1,20}[_ -]?){0,4}(?:here|key|token|secret|password|me)?\Z|(.)\1{5,}\Z|[x*.#-]{6,}\Z",
+    re.IGNORECASE,
+)
+"""What stands in documentation in place of a secret."""
 
 
 def _is_secret(value: str) -> bool:
     """A password or token, not a word and not code: it mixes digits or marks with letters, or both cases."""
-    if _IS_CODE.match(value):
+    if _IS_CODE.match(value) or (_EXAMPLE.match(value) and not any(c.isdigit() for c in value)):
         return False
     kinds = sum(
         (
@@ -542,6 +549,14 @@ PATTERNS: tuple[Pattern, ...] = (
             "password = os.environ['PW']",
             "bypass=On2Off3x",
             'password: "${DB_PASSWORD}"',
+            'params={"api_key": api_key}',
+            "login(password=passWord)",
+            "token=Token{78af589 done",
+            "token: android.os.BinderProxy@2bd79ce",
+            "key_file_token = /run/secrets/Db1",
+            'token_url: "https://id.example.org/Oauth2"',
+            "api_key = YOUR_API_KEY_HERE",
+            "secret = config.Secrets.Db1",
         ),
     ),
     Pattern(
@@ -1210,7 +1225,13 @@ PATTERNS: tuple[Pattern, ...] = (
         anchors=_ANCHORS_ES,
         locale="ES",
         source="RAE, Ortografía",
-        matches=("el «3 de mayo de 2019» por", "«lunes, 12 de febrero»", "ingresa el «1º de enero del 2020»", "«15/marzo/2018»", "«7 septiembre 2011 a las 10:30»"),
+        matches=(
+            "el «3 de mayo de 2019» por",
+            "«lunes, 12 de febrero»",
+            "ingresa el «1º de enero del 2020»",
+            "«15/marzo/2018»",
+            "«7 septiembre 2011 a las 10:30»",
+        ),
         rejects=("30 de mayonesa", "de mayo", "mayo", "40 de enero"),
     ),
     Pattern(
@@ -1252,7 +1273,14 @@ PATTERNS: tuple[Pattern, ...] = (
         anchors=_ANCHORS_DE,
         locale="DE",
         source="DIN 5008",
-        matches=("am «3. März 2020» in", "am «4. April» war", "«Montag, den 12. Mai»", "am «7. Juni»", "geb. «24. Dez. 1961»", "«1.Oktober 2018 um 9:30 Uhr»"),
+        matches=(
+            "am «3. März 2020» in",
+            "am «4. April» war",
+            "«Montag, den 12. Mai»",
+            "am «7. Juni»",
+            "geb. «24. Dez. 1961»",
+            "«1.Oktober 2018 um 9:30 Uhr»",
+        ),
         rejects=("40. Mai", "3. Marzipan", "Dezember", "2. April shows", "1. Jan went home"),
     ),
     Pattern(

@@ -396,9 +396,7 @@ def _database(sources: Sequence[str], flags: Sequence[int]) -> Any:
         except hyperscan.HyperscanError:
             pass  # made by another processor or version: built anew below
     database = hyperscan.Database(mode=hyperscan.HS_MODE_BLOCK)
-    database.compile(
-        expressions=[source.encode() for source in sources], ids=list(range(len(sources))), elements=len(sources), flags=flags
-    )
+    database.compile(expressions=[source.encode() for source in sources], ids=list(range(len(sources))), elements=len(sources), flags=flags)
     if len(sources) >= WORTH_KEEPING:
         _keep(path, hyperscan.dumpb(database))
     return database
