@@ -198,9 +198,17 @@ def _touching(found: Iterable[Span], places: Sequence[tuple[int, int]], kinds: S
         if not touched:
             continue
         start, end = view.original(span.start, span.end)
+        if touched == {BREAK} and span.label == Label.CARD and not _in_card_groups(view.text[span.start : span.end]):
+            continue
         if touched == {BREAK} and (span.score < SHAPE or span.label not in _BROKEN_MAY or _has_own(span.label, start, end, plain)):
             continue
         yield Span(start, end, span.label, span.score)
+
+
+def _in_card_groups(number: str) -> bool:
+    """Says whether a number over two lines is grouped as on a card, but for the gap that the break may have taken: a count and the next line's date are not."""
+    *groups, last = [len(group) for group in re.split("[ -]+", number)]
+    return (all(size % 4 == 0 for size in groups) and last >= 3) or [*groups, last] in ([4, 6, 5], [10, 5], [4, 11])
 
 
 def _has_own(label: str, start: int, end: int, plain: Sequence[Span]) -> bool:
