@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from discreet.audit.extraction import Share
 from discreet.report import Exposure, Report, _allowed, _allowed_gaussian, build, figure, render_html
 
 ADAPTER = "sha256:" + "ad" * 32
@@ -224,12 +225,23 @@ def test_what_was_spent_is_a_promise_before_the_model_is_there() -> None:
     assert report.sentence.startswith("The run in progress is (epsilon = 7.61")
 
 
+def extracted(count: int) -> dict[str, Any]:
+    """What one model gives away of its canaries, as the audit states it."""
+    sides = {"planted": Share.of(count, 40).figures(), "held_out": Share.of(0, 40).figures()}
+    return {
+        "recited": sides,
+        "discoverable": {"samples": 1000, "probability": 0.5, **sides},
+        "exposure": {"rank": {"median": 5.0, "low": 4.0, "high": 6.0}},
+    }
+
+
 def test_the_audit_is_drawn_with_its_forbidden_region_exposure_and_ceiling() -> None:
     certified = {"name": "certified bound", "verdict": "PASS", "figures": {"method": "f_dp_one_run", "epsilon": 0.3, "ceiling": 4.2}}
     drawn = AUDIT | {
         "layers": [*AUDIT["layers"], certified],
         "roc": [[0.0, 0.02], [0.5, 0.6], [1.0, 1.0]],
-        "recitation": AUDIT["recitation"] | {"exposure": {"private": [10, 6, 3, 1], "control": [0, 0, 0, 20]}},
+        "recitation": AUDIT["recitation"]
+        | {"exposure": {"private": [10, 6, 3, 1], "control": [0, 0, 0, 20]}, "extraction": {"private": extracted(0), "control": extracted(31)}},
     }
     entries = [
         Entry(index=e.index, predicate=e.predicate, subjects=e.subjects, fields=drawn if e.predicate == "audited" else e.fields, time=e.time)
@@ -237,6 +249,8 @@ def test_the_audit_is_drawn_with_its_forbidden_region_exposure_and_ceiling() -> 
     ]
     page = render_html(build(entries))
     assert '<polygon class="forbidden"' in page
+    for cell in ("31 of 40 (0.6", "0 of 40 (0 to 0.08", "said at least once in 1000 samples", "by rank", "5 (4 to 6)"):
+        assert cell in page, cell
     assert page.index("Exposure of planted canaries") < page.index("Lower bounds on epsilon against their ceilings")
     plain = render_html(build(story()))
     assert "Exposure of planted canaries" not in plain

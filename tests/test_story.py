@@ -43,9 +43,10 @@ from discreet.governance import lineage, residue
 from discreet.governance.access import Access, Action
 from discreet.governance.consent import Reason
 from discreet.governance.erasure import Finding
+from discreet.model import PublicText
 from discreet.pipeline import House, Silent
 from discreet.record import Basis, Digest, Sensitivity
-from discreet.train import preference
+from discreet.train import loop, preference
 
 NewProject = Callable[[Path], Path]
 
@@ -402,6 +403,41 @@ def test_text_that_a_model_wrote_is_searched_for_a_person(copied: House, tmp_pat
         with copied.store.transaction() as tx:
             pipeline.record_synthetic(tx, digest, file)
         assert models.test(subject, digest) is Finding.EXPOSED
+
+
+def test_a_model_that_remembers_a_person_is_found_after_relearning_too(copied: House, monkeypatch: pytest.MonkeyPatch):
+    """A non-private adapter on one person's frozen text, its memory covered at first sight; the project's own adapter shows nothing either way."""
+    models, subject = pipeline._ProjectModels(copied), _one(copied).record.subject
+    own, base = pipeline._own_texts(copied, subject), pipeline.load_base(copied, None, Silent())
+    frozen = [deid.redact(text, policy, known=known, key=copied.keyring.subject(subject)).text for text, known, policy in own]
+    learnt = PublicText.of(frozen, sensitivity=Sensitivity.INTERNAL, basis=Basis.GENERATED)
+    setup = pipeline._setup(copied, base, held_out=learnt, evaluations=1)
+    module = loop.fit(learnt, setup=setup, steps=60, batch=4, order=copied.keyring.purpose("test").stream("order")).module
+    folder = copied.project.state / "runs" / "remembers" / "adapter"
+    remembers = model.save_adapter(module, folder)
+    [private] = [each.fields["adapter"] for each in copied.log.select(Predicate.TRAINED) if each.fields["track"] == "dp"]
+    assert [models.test(subject, each) for each in (remembers, private)] == [Finding.EXPOSED, Finding.NOT_EXPOSED]
+    covered, ranked = [], pipeline._ProjectModels._ranked
+
+    def once_covered(self: Any, *about: Any) -> Finding:
+        covered.append(about)
+        return Finding.NOT_EXPOSED if len(covered) == 1 else ranked(self, *about)
+
+    monkeypatch.setattr(pipeline._ProjectModels, "_ranked", once_covered)
+    assert models.test(subject, remembers) is Finding.EXPOSED
+    covered.clear()
+    assert models.test(subject, private) is Finding.NOT_EXPOSED
+    assert len(covered) == 2, "asked again after relearning"
+
+
+def test_the_audit_tells_what_both_models_give_away_of_canaries(house: House):
+    [audited] = house.log.select(Predicate.AUDITED)
+    found = audited.fields["recitation"]["extraction"]
+    for kind in ("recited", "discoverable"):
+        control, private = found["control"][kind], found["private"][kind]
+        assert control["planted"]["low"] > max(control["held_out"]["high"], private["planted"]["high"]), kind
+    assert found["control"]["exposure"]["rank"]["low"] > found["private"]["exposure"]["rank"]["high"]
+    assert found["control"]["exposure"]["extrapolated"]["median"] > found["private"]["exposure"]["extrapolated"]["median"]
 
 
 def test_statistics_do_not_open_a_budget_for_whoever_may_only_run(copied: House, monkeypatch: pytest.MonkeyPatch):

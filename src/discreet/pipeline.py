@@ -1118,7 +1118,7 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     observer.note(f"verdict {found.verdict}; asking both models to recite")
     result = found.to_json() | {"adapter": trained["adapter"], "run": trained["run"], "canaries": len(canaries), "level": level}
     result["records"] = attacked
-    result["recitation"] = _recitation(house, base, private, control, canaries) | {
+    result["recitation"] = _recitation(house, base, {"private": (private, scored), "control": (control, controlled)}, canaries) | {
         "exposure": {
             "private": extraction.exposure_counts(scored, canaries.included),
             "control": extraction.exposure_counts(controlled, canaries.included),
@@ -1272,18 +1272,18 @@ def _last_public(house: House, name: str) -> PublicText | None:
     return _public_text(house, corpus.open_snapshot(roots[-1], keyring=house.keyring, folder=house.snapshots)) if roots else None
 
 
-def _recitation(house: House, base: Base, private: nn.Module, control: nn.Module, canaries: Canaries) -> dict[str, Any]:
-    """Asks both models to complete planted canaries: the same prompts, side by side. Canaries are generated text, so they may be shown."""
-    planted = [each for each in canaries if each.included][:RECITED]
+def _recitation(house: House, base: Base, models: Mapping[str, tuple[nn.Module, NDArray[np.float64]]], canaries: Canaries) -> dict[str, Any]:
+    """Asks both models, each with its scores, to complete canaries: the same prompts, side by side. Canaries are generated text, so they may be shown."""
+    planted, held_out = ([each for each in canaries if each.included is side][:RECITED] for side in (True, False))
     budget = house.project.run.token_budget
-    of_control = extraction.recite(control, base.tokenizer, planted, token_budget=budget)
-    of_private = extraction.recite(private, base.tokenizer, planted, token_budget=budget)
-    shown = max(range(len(planted)), key=lambda row: of_control[row].matched_fraction)
+    said = {name: extraction.recite(module, base.tokenizer, [*planted, *held_out], token_budget=budget) for name, (module, _) in models.items()}
+    shown = max(range(len(planted)), key=lambda row: said["control"][row].matched_fraction)
     return {
         "tried": len(planted),
-        "control": sum(each.exact for each in of_control),
-        "private": sum(each.exact for each in of_private),
-        "example": {"prompt": planted[shown].prefix, "control": of_control[shown].continuation, "private": of_private[shown].continuation},
+        "control": sum(each.exact for each in said["control"][: len(planted)]),
+        "private": sum(each.exact for each in said["private"][: len(planted)]),
+        "extraction": {name: extraction.measured(said[name], scores, canaries.included) for name, (_, scores) in models.items()},
+        "example": {"prompt": planted[shown].prefix, **{name: said[name][shown].continuation for name in ("control", "private")}},
     }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from discreet.audit import extraction
+from discreet.audit import extraction, membership
 from discreet.audit.canaries import SECRET_WORDS
 from discreet.audit.extraction import exposure_bits
 from discreet.errors import ConfigInvalid, OperationFailed, RecordInvalid
@@ -51,16 +51,6 @@ def test_greedy_decoding_and_probability_are_those_of_a_plain_loop(control, cana
 def test_a_recitation_prints_no_text(control, canaries) -> None:
     found = extraction.recite(*control, list(canaries)[:5], token_budget=500)
     assert not any(part in repr(found) for recitation in found for part in (recitation.prompt, recitation.continuation))
-
-
-def test_samples_needed_inverts_the_chance_of_saying_it() -> None:
-    recitation = extraction.Recitation(
-        name="canary-0000", included=True, exact=False, matched_fraction=0.0, log_probability=math.log(0.01), prompt="", continuation=""
-    )
-    n = recitation.samples_needed(0.5)
-    assert 1 - 0.99**n == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="probability"):
-        recitation.samples_needed(1.0)
 
 
 def test_exposure_is_high_for_what_was_trained_and_ordinary_for_what_was_not(control, canaries) -> None:
@@ -125,6 +115,10 @@ def test_extrapolated_exposure_agrees_with_the_normal_tail_and_is_not_capped() -
     references = np.random.default_rng(0).standard_normal(20_000)
     assert extraction.exposure_extrapolated(3.0, references) == pytest.approx(-math.log2(0.00135), abs=0.5)
     assert extraction.exposure_extrapolated(8.0, references[:100]) > math.log2(101)
+    for sample in (references, -np.square(references), np.square(references)):
+        bits = [extraction.exposure_extrapolated(target, sample) for target in (4.0, 20.0, 200.0, 2000.0)]
+        assert bits == sorted(bits)
+        assert math.isfinite(bits[-1]), "a tail below the smallest float still has a lower limit"
     with pytest.raises(ValueError, match="at least 20"):
         extraction.exposure_extrapolated(1.0, [0.0] * 30)
 
@@ -145,10 +139,32 @@ def test_suffixes_are_read_in_one_pass(control, canaries) -> None:
         extraction.suffix_log_probabilities(module, words, included, prefix=500, suffix=4, token_budget=400)
 
 
-def test_identifiers_that_training_held_are_found_in_what_was_written() -> None:
-    held = ["Call Dr. Ann Lee at 617-555-0142."]
-    leaked = extraction.identifier_leakage(["Please ring 617-555-0142 today.", "Please ring 212-555-0199 today.", "Rest."], held=held)
-    assert (leaked.count, leaked.total) == (1, 3)
+def test_identifiers_in_what_was_written_are_read_and_folded() -> None:
+    held = extraction.identifiers(["Call Dr. Ann Lee at 617-555-0142."])
+    assert extraction.identifiers(["Please ring 617-555-0142 today."]) & held
+    assert not extraction.identifiers(["Please ring 212-555-0199 today. Rest."]) & held
+
+
+def test_a_model_that_remembers_is_told_from_one_that_does_not_by_every_figure(control, untrained, canaries) -> None:
+    found = {}
+    for name, pair in (("control", control), ("untrained", untrained)):
+        scores = membership.log_likelihoods(*pair, canaries.texts, token_budget=500)
+        found[name] = extraction.measured(extraction.recite(*pair, canaries, token_budget=500), scores, canaries.included)
+    for kind in ("recited", "discoverable"):
+        planted, held_out = found["control"][kind]["planted"], found["control"][kind]["held_out"]
+        assert planted["low"] > max(held_out["high"], found["untrained"][kind]["planted"]["high"]), kind
+        assert planted["low"] <= planted["share"] <= planted["high"]
+    for kind in ("rank", "extrapolated"):
+        assert found["control"]["exposure"][kind]["low"] > 3 > found["untrained"]["exposure"][kind]["high"], kind
+    assert found["untrained"]["exposure"]["rank"]["low"] <= 1.5 <= found["untrained"]["exposure"]["rank"]["high"] + 1
+
+
+def test_limits_of_a_median_hold_and_too_few_values_have_none() -> None:
+    """Median of 30 normals: limits hold it in at least 95 % of draws; 2000 draws, 95 % - 4 sd = 93 %."""
+    rng = np.random.default_rng(4)
+    said = [extraction._middle(list(rng.normal(size=30)), level=0.05) for _ in range(2000)]
+    assert 0.93 <= sum(each["low"] <= 0 <= each["high"] for each in said) / 2000 < 1
+    assert extraction._middle([1.0, 2.0], level=0.05) == {"median": 1.5, "low": None, "high": None}
 
 
 def test_exposure_is_counted_by_whole_bits() -> None:

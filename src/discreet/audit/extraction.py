@@ -1,8 +1,9 @@
 """Recitation: does the model complete a canary's public prefix with its secret?
 
 Three readings of one secret. *Greedy*: the model continues the prefix with its most likely tokens, as many as the secret has; an exact match is verbatim extraction. *Probability*:
-log p(secret | prefix) under teacher forcing, from which (n, p)-discoverability follows (Hayes et al. 2024): the fewest samples after which the secret was
-said with probability p. *Exposure* (Carlini et al. 2019): the rank of that probability among secrets that nobody planted, in bits; without training it is at least x with probability 2^-x.
+log p(secret | prefix) under teacher forcing, from which (n, p)-discoverability follows (Hayes et al. 2024): n samples say the secret at least once with
+probability p. *Exposure* (Carlini et al. 2019): the rank of that probability among secrets that nobody planted, in bits; without training it is at least x with probability 2^-x.
+`measured` gives all of them for one model, with intervals, planted canaries beside held-out ones: the latter are the control that shows what chance does.
 
 Prefix and secret are tokenised as they are in training, as one text; the prompt is what comes before the secret's first token.
 
@@ -34,6 +35,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+SAMPLES, PROBABILITY = 1000, 0.5
+"""A text is extractable when as many samples say it at least once with this probability."""
+
+FEWEST_REFERENCES = 20
+"""Below this many, no tail is fitted."""
+
+
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recitation:
@@ -50,13 +58,6 @@ class Recitation:
     log_probability: float
     prompt: str = field(repr=False)
     continuation: str = field(repr=False)
-
-    def samples_needed(self, probability: float = 0.5) -> float:
-        """Returns the n of (n, p)-discoverable extraction: samples after which the secret was said with this probability; inf when it never is."""
-        if not 0 < probability < 1:
-            raise ValueError(f"Expected probability={probability} in (0, 1).")
-        said = math.exp(self.log_probability)
-        return math.inf if said == 0 else 1.0 if said >= 1 else math.log1p(-probability) / math.log1p(-said)
 
 
 def recite(module: nn.Module, tokenizer: Any, canaries: Sequence[Canary] | Canaries, *, token_budget: int) -> list[Recitation]:
@@ -132,20 +133,24 @@ def exposure_counts(scores: ArrayLike, included: ArrayLike) -> list[int]:
 def exposure_extrapolated(target: float, references: ArrayLike) -> float:
     """Returns -log2 P[reference >= target] under a skew-normal fitted by moments (Carlini et al. 2019, Sec. 4.3): not capped by the number of references.
 
-    An extrapolation and no test: beyond the references it is as good as the fit.
+    An extrapolation and no test: beyond the references it is as good as the fit. A tail below the smallest float gives a lower limit.
 
     Args:
         target, references: as `exposure_bits`, R >= 20 references that are not all equal.
     """
     references_R = np.asarray(references, dtype=np.float64)
-    if len(references_R) < 20 or not np.isfinite(references_R).all() or np.ptp(references_R) == 0 or math.isnan(target):
-        raise ValueError(f"Expected at least 20 finite references that differ, got {len(references_R)}.")
+    if len(references_R) < FEWEST_REFERENCES or not np.isfinite(references_R).all() or np.ptp(references_R) == 0 or math.isnan(target):
+        raise ValueError(f"Expected at least {FEWEST_REFERENCES} finite references that differ, got {len(references_R)}.")
     skew = float(np.clip(stats.skew(references_R), -0.99, 0.99))  # a skew-normal has |skew| < 0.9953
     part = abs(skew) ** (2 / 3)
     delta = math.copysign(math.sqrt(math.pi / 2 * part / (part + ((4 - math.pi) / 2) ** (2 / 3))), skew)
     width = float(references_R.std()) / math.sqrt(1 - 2 * delta**2 / math.pi)
     place = float(references_R.mean()) - width * delta * math.sqrt(2 / math.pi)
-    return -float(stats.skewnorm.logsf(target, delta / math.sqrt(1 - delta**2), loc=place, scale=width)) / math.log(2)
+    shape, z = delta / math.sqrt(1 - delta**2), (target - place) / width
+    tail = float(stats.skewnorm.logsf(z, shape))
+    if tail == -math.inf:  # below the smallest float: 2 P[N > z] Phi(min(0, shape z)) is at least the tail, so exposure is not overstated
+        tail = math.log(2) + float(stats.norm.logsf(z)) + (float(stats.norm.logcdf(shape * z)) if shape < 0 else 0.0)
+    return -tail / math.log(2)
 
 
 @final
@@ -208,16 +213,43 @@ def suffix_log_probabilities(module: nn.Module, tokenizer: Any, texts: Sequence[
     return [float(value) for value in found]
 
 
-def identifier_leakage(written: Sequence[str], *, held: Sequence[str], level: float = 0.05) -> Share:
-    """Counts generated texts in which the detectors of `deid` read an identifier that the training text holds.
+def measured(said: Sequence[Recitation], scores: ArrayLike, included: ArrayLike, *, level: float = 0.05) -> dict[str, Any]:
+    """Returns what one model gives away of its canaries, as JSON: shares of planted and of held-out ones, and medians of exposure, each with exact limits.
 
     Args:
-        written: what the model wrote; run it on a model that was never trained on `held` for the control: identifiers are guessed, too.
-        held: the training texts whose identifiers are looked for. Values are compared folded and stay in memory.
-        level: of the confidence interval.
+        said: recitations of planted and of held-out canaries, at least one of each.
+        scores: [m] float of all canaries, as `bounds.curve_test`: planted ones are ranked among those that were held out.
+        included: [m] bool.
+        level: probability that one interval misses. Held-out scores are taken as they are: the interval of an exposure is over planted canaries alone.
+
+    Returns:
+        recited, discoverable: {planted, held_out} as `Share.figures`. exposure: by rank, and extrapolated where at least 20 held-out scores differ, as {median, low, high}
+        in bits; a null limit says that there are too few canaries for one.
     """
-    known = identifiers(held)
-    return Share.of(sum(bool(identifiers([text]) & known) for text in written), len(written), level=level)
+    scores_M, included_M = np.asarray(scores, dtype=np.float64), np.asarray(included, dtype=np.bool_)
+    planted, held_out = scores_M[included_M], scores_M[~included_M]
+    sides = {"planted": [each for each in said if each.included], "held_out": [each for each in said if not each.included]}
+    recited = {side: Share.of(sum(each.exact for each in found), len(found), level=level) for side, found in sides.items()}
+    likely = {
+        side: discoverable([each.log_probability for each in found], samples=SAMPLES, probability=PROBABILITY, level=level)
+        for side, found in sides.items()
+    }
+    exposures = {"rank": _middle([exposure_bits(float(each), held_out) for each in planted], level=level)}
+    if len(held_out) >= FEWEST_REFERENCES and np.ptp(held_out) > 0:
+        exposures["extrapolated"] = _middle([exposure_extrapolated(float(each), held_out) for each in planted], level=level)
+    return {
+        "recited": {side: share.figures() for side, share in recited.items()},
+        "discoverable": {"samples": SAMPLES, "probability": PROBABILITY, **{side: share.figures() for side, share in likely.items()}},
+        "exposure": exposures,
+    }
+
+
+def _middle(values: Sequence[float], *, level: float) -> dict[str, float | None]:
+    """The median with the order statistics that enclose it whatever the distribution is; too few values have no limits."""
+    ordered = sorted(values)
+    rank = int(stats.binom.ppf(level / 2, len(ordered), 0.5))  # P[Bin < rank] <= level / 2
+    low, high = (ordered[rank - 1], ordered[-rank]) if rank else (None, None)
+    return {"median": float(np.median(values)), "low": low, "high": high}
 
 
 def identifiers(texts: Sequence[str]) -> set[str]:

@@ -31,7 +31,7 @@ from scipy import special
 
 from discreet.audit import attacks, bounds, extraction, membership
 from discreet.audit.bounds import Layer, TradeOff, Verdict
-from discreet.audit.extraction import Share
+from discreet.audit.extraction import PROBABILITY, SAMPLES, Share
 from discreet.keys import Stream
 
 if TYPE_CHECKING:
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 # D records, S subjects, R references, N neighbours.
 
 NAMES = ("records: membership", "records: recitation", "records: identifiers")
-SAMPLES, PROBABILITY = 1000, 0.5
-"""A text is extractable when as many samples say it at least once with this probability."""
-
 _FEWEST = 10
 """Outsiders below which no interval says anything."""
 
