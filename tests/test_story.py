@@ -732,13 +732,12 @@ def test_what_a_killed_public_track_left_goes_with_any_erasure(copied: House):
     runs = copied.project.state / "runs"
     [run] = [path for path in runs.iterdir() if (path / "adapter").is_dir()]
     (run / "public").mkdir()
-    (run / "public" / "state").write_bytes(b"sealed")
+    (run / "public" / ".state-killed").write_bytes(b"sealed")
     shutil.copytree(run / "adapter", run / pipeline.PUBLIC_ADAPTER)
     described = run / pipeline.PUBLIC_ADAPTER / "adapter_config.json"
     described.write_text(described.read_text() + " ")
     (copied.project.state / "models" / "tiny-0").mkdir(parents=True)
-    pipeline.erasure_of(copied)
     done = pipeline.erase(copied, "nobody at all")
     assert {"checkpoints", "unfinished weights"} <= set(done["stores"])
-    assert [(run / "public" / "state").exists(), (run / pipeline.PUBLIC_ADAPTER).exists(), (copied.project.state / "models" / "tiny-0").exists()] == [False] * 3
+    assert [(run / "public" / ".state-killed").exists(), (run / pipeline.PUBLIC_ADAPTER).exists(), (copied.project.state / "models" / "tiny-0").exists()] == [False] * 3
     assert (run / "adapter").is_dir()

@@ -403,17 +403,22 @@ def restore_tokens(house: House, unit: str, text: str, *, policy: str) -> tuple[
         NotFound: when the project has no key of theirs.
     """
     who, subject = current_user(), subject_of(house, unit)
-    house.access.require(Action.REIDENTIFY, who=who, about=subject)
+    about = reidentification(house, unit)
+    house.access.require(Action.REIDENTIFY, who=who, about=about)
     if not house.keyring.has_subject(subject):
         raise NotFound("a subject of whom this project has tokens")
     restored, count = deid.restore(text, house.keyring.subject(subject), policy=policy, subject=subject)
     fields: dict[str, JSON] = {"kind": "re-identification", "action": Action.REIDENTIFY.value, "by": who.name, "policy": policy, "values": count}
     with house.store.transaction() as tx:
-        digest = Digest("sha256:" + house.keyring.hmac("reidentified", subject.encode()).hex())
         house.log.append(
-            tx, Statement(predicate=Predicate.ACCESS_GRANTED, subjects=(digest,), fields={**fields, "role": ", ".join(house.access.roles(who))})
+            tx, Statement(predicate=Predicate.ACCESS_GRANTED, subjects=(about,), fields={**fields, "role": ", ".join(house.access.roles(who))})
         )
     return restored, count
+
+
+def reidentification(house: House, unit: str) -> Digest:
+    """Returns what an approval and a statement about opening a person's tokens are bound to: an HMAC that outlives their erasure and names nobody."""
+    return Digest("sha256:" + house.keyring.hmac("reidentified", subject_of(house, unit).encode()).hex())
 
 
 def _log_deidentified(house: House, source: str, documents: Sequence[Deidentified], policy: deid.Policy) -> None:
@@ -955,7 +960,7 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
             tx.execute(delete(_stages).where(_stages.c.name == f"plan/{run}"))
             _record(tx, f"plan/{run}", "", plan.to_json())
             if plan.allow_large_delta:
-                fields: dict[str, JSON] = {"rule": "delta < 1 / population", "value": plan.delta, "reason": plan.allow_large_delta, "run": run}
+                fields: dict[str, JSON] = {"rule": "delta < 1 / population", "value": plan.delta, "reason": for_log(house, plan.allow_large_delta), "run": run}
                 house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(plan.digest,), fields=fields))
     kind = Kind.TRAINING if plan.search is None else Kind.SEARCH
     return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run, kind=kind)
