@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Protocol, final
 import numpy as np
 from sqlalchemy import Column, Connection, String, Table, Text, delete, insert, select
 
-from discreet import config, corpus, model
+from discreet import config, corpus, ledger, model
 from discreet.audit import bounds, deployed, extraction, membership, records, risk
 from discreet.audit import canaries as canary
 from discreet.audit import mechanism as rehearsal
@@ -72,7 +72,7 @@ from discreet.governance.classify import classify
 from discreet.governance.consent import Consent
 from discreet.governance.erasure import Decision, Erasure, Finding, Identity, Reason, Transcript
 from discreet.keys import Key, Keyring, open_master
-from discreet.ledger import Budget, CloseReason, Kind, Ledger, Reservation, State
+from discreet.ledger import Budget, CarryOver, CloseReason, Kind, Ledger, Period, Reservation, State
 from discreet.model import Base, PublicText
 from discreet.record import Basis, Deidentified, Digest, Purpose, Record, Release, Sensitive, Sensitivity, Snapshot, SubjectId
 from discreet.serve import gateway
@@ -656,7 +656,7 @@ def _filter(house: House, delta: float, snapshot: Snapshot) -> tuple[accounting.
     try:
         return house.ledger.filter(section.name, snapshot), budget_fields(house.ledger.show(section.name))
     except NotFound:
-        fresh = accounting.RdpFilter.open(epsilon=section.epsilon, delta=section.delta or delta)
+        fresh = ledger.unopened(epsilon=section.epsilon, delta=section.delta or delta, unit=house.project.privacy.unit, period=_period(house))
         return fresh, {
             "name": section.name,
             "epsilon": section.epsilon,
@@ -720,6 +720,8 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     frozen = ingest(house, observer)
     observer.stage("train")
     run, plan, reservation = _reserve(house, frozen.snapshot)
+    for alert in house.ledger.show(house.project.budget.name).alerts:
+        observer.note(f"ALERT: {alert}")
     observer.note(
         f"{plan.steps} steps at noise multiplier {plan.noise_multiplier:.3f}: epsilon {plan.guarantee.epsilon:.2f} (PLD), delta {plan.delta:.2g}"
     )
@@ -975,7 +977,13 @@ def open_project_budget(house: House, *, delta: float) -> None:
     section = house.project.budget
     if section.name not in {held.name for held in house.ledger.budgets()}:
         house.access.require(Action.OPEN_BUDGET, who=current_user())
-        house.ledger.open(section.name, epsilon=section.epsilon, delta=section.delta or delta, unit=house.project.privacy.unit)
+        held = {"epsilon": section.epsilon, "delta": section.delta or delta, "period": _period(house)}
+        house.ledger.open(section.name, unit=house.project.privacy.unit, **held)
+
+
+def _period(house: House) -> Period | None:
+    section = house.project.budget
+    return Period(days=section.period_days, count=section.periods, carry_over=CarryOver(section.carry_over)) if section.periods else None
 
 
 def _run_id(house: House, snapshot: Snapshot) -> str:
