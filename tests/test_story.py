@@ -699,7 +699,7 @@ def test_retention_reaches_a_source_that_grew_since_its_registration(copied: Hou
 def with_public_track(project: Path) -> Iterator[House]:
     """A project whose tiny base and whose first adapter learnt from public text without privacy, up to the trained model."""
     settings = project / "discreet.toml"
-    said = re.sub(r'(?m)^base = .*$', 'base = "tiny"', settings.read_text())
+    said = re.sub(r"(?m)^base = .*$", 'base = "tiny"', settings.read_text())
     settings.write_text(said.replace("public_steps = 0", "public_steps = 2"))
     with pipeline.open_house(project) as opened:
         pipeline.run(opened, until="train", observer=Silent())
@@ -739,5 +739,60 @@ def test_what_a_killed_public_track_left_goes_with_any_erasure(copied: House):
     (copied.project.state / "models" / "tiny-0").mkdir(parents=True)
     done = pipeline.erase(copied, "nobody at all")
     assert {"checkpoints", "unfinished weights"} <= set(done["stores"])
-    assert [(run / "public" / ".state-killed").exists(), (run / pipeline.PUBLIC_ADAPTER).exists(), (copied.project.state / "models" / "tiny-0").exists()] == [False] * 3
+    assert [
+        (run / "public" / ".state-killed").exists(),
+        (run / pipeline.PUBLIC_ADAPTER).exists(),
+        (copied.project.state / "models" / "tiny-0").exists(),
+    ] == [False] * 3
     assert (run / "adapter").is_dir()
+
+
+OPEN = """
+[project]
+name = "ward"
+controller = "General Hospital"
+purpose = "note-assistant"
+[audit]
+canaries = 20
+[[source]]
+name = "public"
+path = "public.jsonl"
+owner = "us"
+sensitivity = "public"
+purposes = ["note-assistant"]
+basis = "legitimate_interests"
+role = "public"
+[[source]]
+name = "held-out"
+path = "held.jsonl"
+owner = "us"
+sensitivity = "public"
+purposes = ["note-assistant"]
+basis = "generated"
+role = "evaluation"
+"""
+PLAIN = [{"id": str(number), "text": f"The patient was seen for a cough, and {number} sat beside."} for number in range(150)]
+PERSONAL = {"id": "drifted", "text": "Dr. Aurelia Quistgaard writes to aurelia@example.org."}
+
+
+def test_new_rows_that_look_more_sensitive_than_the_source_stop_the_update(tmp_path: Path):
+    """One new row beside 150 old ones: looked at by itself, it is refused with a remedy, until a person confirms these very bytes."""
+    (tmp_path / "discreet.toml").write_text(OPEN)
+    (tmp_path / "held.jsonl").write_text(json.dumps(PLAIN[0]) + "\n")
+    path = tmp_path / "public.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PLAIN))
+    with pipeline.open_house(tmp_path) as house:
+        pipeline.ingest(house, Silent())
+        assert not pipeline.propose_sensitivity(house, "public")["exceeds"]
+        path.write_text(path.read_text() + json.dumps(PERSONAL) + "\n")
+        for _ in range(2):
+            with pytest.raises(TrackRefused, match="catalog confirm public") as refused:
+                pipeline.update(house, Silent())
+            assert "Quistgaard" not in str(refused.value)
+        pipeline.confirm_sensitivity(house, "public", by="Petra", reason="a character of a novel")
+        assert pipeline.ingest(house, Silent()).public is not None
+        path.write_text(path.read_text() + json.dumps(PERSONAL | {"id": "again"}) + "\n")
+        with pytest.raises(TrackRefused):
+            pipeline.update(house, Silent())
+        with pytest.raises(NotFound):
+            pipeline.propose_sensitivity(house, "nothing")

@@ -1027,13 +1027,24 @@ def catalog_confirm(
     project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
-    """Confirms by name that a source in which the detectors found something is public all the same."""
+    """Confirms by name that a source in whose new rows the detectors found more than it is declared is what it is declared."""
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        pipeline.confirm_public(house, name, by=by, reason=reason)
+        pipeline.confirm_sensitivity(house, name, by=by, reason=reason)
         sources = house.catalog.sources()
     _print(as_json, {"sources": sources}, [f"confirmed {name}"])
+
+
+@catalog.command("classify")
+def catalog_classify(name: str, project: Folder = HERE, as_json: Json = False) -> None:
+    """Proposes a sensitivity for a source by running a sample of it through the detectors. Applies nothing."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        done = pipeline.propose_sensitivity(house, name)
+    lines = [f"{name}: declared {done['declared']}, proposed {done['proposed']} from {done['sampled']} records"]
+    _print(as_json, done, [*lines, *(f"  {label}: in {share:.1%} of them" for label, share in done["shares"].items())])
 
 
 @catalog.command("list")

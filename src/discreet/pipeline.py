@@ -326,8 +326,7 @@ def _source_documents(house: House, section: SourceSection, observer: Observer, 
     source = house.catalog.register(house.project, section, generated=generated)
     house.consent.load_opt_outs(source)
     records = house.catalog.collect(source)
-    if section.sensitivity is Sensitivity.PUBLIC:
-        _refuse_mislabelled(house, source, records)
+    _refuse_drift(house, source, records)
     admitted, refused = house.consent.admit_all(records, house.project.purpose)
     keys = house.keyring.subjects([each.record.subject for each in admitted])
     policy = _policy(house, section)
@@ -340,32 +339,71 @@ def _source_documents(house: House, section: SourceSection, observer: Observer, 
     return kept, len(refused)
 
 
-def _refuse_mislabelled(house: House, source: RegisteredSource, records: Sequence[Record]) -> None:
-    """A public source is trained on without privacy: a sample of it goes through the detectors, again whenever its bytes change. A person may confirm by name."""
-    if not records or source.section.basis is Basis.GENERATED:
+def _refuse_drift(house: House, source: RegisteredSource, records: Sequence[Record]) -> None:
+    """A sample of the rows that came since the last look goes through the detectors: what looks more sensitive than the source is declared stops the ingest. A person may confirm by name.
+
+    New rows are looked at by themselves: among all the old ones they would be too few to count.
+    """
+    section, key = source.section, f"classified/{digest_of([source.name])[-20:]}"
+    if section.basis is Basis.GENERATED or section.sensitivity is Sensitivity.SPECIAL:
         return
-    about = source.digest
-    confirmed = [e for e in house.log.entries(about) if e.predicate is Predicate.OVERRIDDEN]
-    proposed = classify(records)
-    if proposed.exceeds(Sensitivity.INTERNAL) and not confirmed:
-        remedy = f"Declare its sensitivity, or have a named person confirm it: `discreet catalog confirm {source.name} --by NAME --reason TEXT`."
+    seen = (_result(house, key, "") or {"index": -1})["index"]
+    told = [e for e in house.log.select(Predicate.COLLECTED) if e.index > seen and e.fields["source"] == source.name]
+    fresh = {digest for entry in told for digest in entry.subjects}
+    new = [record for record in records if record.digest in fresh]
+    if not new:
+        return
+    proposed, bar = classify(new), max(section.sensitivity, Sensitivity.INTERNAL, key=list(Sensitivity).index)
+    confirmed = [e for e in house.log.entries(source.digest) if e.predicate is Predicate.OVERRIDDEN]
+    if proposed.exceeds(bar) and not confirmed:
+        remedy = f"Declare {proposed.sensitivity.value} (`discreet catalog register {source.name} --again`), or have a named person confirm it: `discreet catalog confirm {source.name} --by NAME --reason TEXT`."
         found = ", ".join(label.value for label in proposed.shares)
-        raise TrackRefused("a public source whose sample holds no personal data", value=f"{source.name}: {found}", remedy=remedy)
+        raise TrackRefused(
+            f"a source whose new rows look no more sensitive than {section.sensitivity.value}", value=f"{source.name}: {found}", remedy=remedy
+        )
+    with house.store.transaction() as tx:
+        tx.execute(delete(_stages).where(_stages.c.name == key))
+        _record(tx, key, "", {"index": told[-1].index})
 
 
-def confirm_public(house: House, name: str, *, by: str, reason: str) -> None:
-    """Records that a named person read the sample and holds these bytes to be public.
+def propose_sensitivity(house: House, name: str) -> dict[str, Any]:
+    """Returns what a sample of a source, as it lies there now, suggests about its sensitivity: a proposal, applied by nobody. Shares stay inside.
+
+    Raises:
+        NotFound: when there is no such source.
+        SourceMissing, SourceEmpty, SourceNotText, RecordInvalid, RecordConflict: as `Catalog.collect`.
+    """
+    house.access.require(Action.REGISTER_SOURCE, who=current_user())
+    section = _section(house, name)
+    source = house.catalog.present(house.project, section)
+    proposed = classify(house.catalog.sample(source))
+    return {
+        "source": name,
+        "declared": section.sensitivity.value,
+        "proposed": proposed.sensitivity.value,
+        "exceeds": proposed.exceeds(section.sensitivity),
+        "sampled": proposed.num_sampled,
+        "shares": {label.value: share for label, share in proposed.shares.items()},
+    }
+
+
+def _section(house: House, name: str) -> SourceSection:
+    section = next((section for section in house.project.source if section.name == name), None)
+    if section is None:
+        raise NotFound("a [[source]] of that name in discreet.toml", value=name)
+    return section
+
+
+def confirm_sensitivity(house: House, name: str, *, by: str, reason: str) -> None:
+    """Records that a named person read the sample and holds these bytes to be no more sensitive than they are declared.
 
     Raises:
         NotFound: when there is no such source.
     """
     house.access.require(Action.REGISTER_SOURCE, who=current_user())
-    section = next((section for section in house.project.source if section.name == name), None)
-    if section is None:
-        raise NotFound("a [[source]] of that name in discreet.toml", value=name)
-    source = house.catalog.register(house.project, section)
+    source = house.catalog.register(house.project, _section(house, name))
     fields: dict[str, JSON] = {
-        "rule": "the sample of a public source holds no personal data",
+        "rule": "new rows look no more sensitive than their source is declared",
         "reason": for_log(house, reason),
         "name": name,
         "by": by,
@@ -962,7 +1000,12 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
             tx.execute(delete(_stages).where(_stages.c.name == f"plan/{run}"))
             _record(tx, f"plan/{run}", "", plan.to_json())
             if plan.allow_large_delta:
-                fields: dict[str, JSON] = {"rule": "delta < 1 / population", "value": plan.delta, "reason": for_log(house, plan.allow_large_delta), "run": run}
+                fields: dict[str, JSON] = {
+                    "rule": "delta < 1 / population",
+                    "value": plan.delta,
+                    "reason": for_log(house, plan.allow_large_delta),
+                    "run": run,
+                }
                 house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(plan.digest,), fields=fields))
     kind = Kind.TRAINING if plan.search is None else Kind.SEARCH
     return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run, kind=kind)

@@ -192,15 +192,24 @@ class Catalog:
         files = _read(source.path, source.section) if source.generated is None else [("", source.generated.reveal())]
         if _digest_of_files(files, source.section.format) != source.digest:
             raise _changed(source.name)
+        collected, num_dropped = self._living(source, files)
+        with self._store.transaction() as tx:
+            self._write(tx, source, collected, num_dropped=num_dropped)
+        return collected
+
+    def sample(self, source: RegisteredSource) -> list[Record]:
+        """Returns the records of a source as it lies there now, for classification; logs nothing and keeps no record. Errors as `collect`."""
+        return self._living(source, _read(source.path, source.section))[0]
+
+    def _living(self, source: RegisteredSource, files: Sequence[_File]) -> tuple[list[Record], int]:
+        """The records of everybody who was not erased, and how many others there are."""
         rows = _collapse(_rows(files, source.section), source.name)
         subjects = [source.subject(self._keyring, row.unit) for row in rows]
         with self._store.transaction() as tx:
             gone = erased(tx, self._keyring, list(dict.fromkeys(subjects)))
         keys = self._keyring.subjects([subject for subject in subjects if subject not in gone])
-        collected = [_record(source, subject, keys[subject], row) for row, subject in zip(rows, subjects, strict=True) if subject in keys]
-        with self._store.transaction() as tx:
-            self._write(tx, source, collected, num_dropped=len(rows) - len(collected))
-        return collected
+        living = [_record(source, subject, keys[subject], row) for row, subject in zip(rows, subjects, strict=True) if subject in keys]
+        return living, len(rows) - len(living)
 
     def present(self, project: Project, section: SourceSection) -> RegisteredSource:
         """Returns a source as it lies there now, whatever was registered: what a person may see and what must go does not wait for a registration.
@@ -216,12 +225,7 @@ class Catalog:
         Raises:
             SourceNotText, RecordInvalid, RecordConflict: as `collect`.
         """
-        rows = _collapse(_rows(_read(source.path, source.section), source.section), source.name)
-        subjects = [source.subject(self._keyring, row.unit) for row in rows]
-        with self._store.transaction() as tx:
-            gone = erased(tx, self._keyring, list(dict.fromkeys(subjects)))
-        keys = self._keyring.subjects([subject for subject in subjects if subject not in gone])
-        present = [_record(source, subject, keys[subject], row) for row, subject in zip(rows, subjects, strict=True) if subject in keys]
+        present, _ = self._living(source, _read(source.path, source.section))
         with self._store.transaction() as tx:
             state = _states(tx, source.name)
             new = [record for record in present if record.digest not in state]
