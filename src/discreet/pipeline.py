@@ -1020,8 +1020,8 @@ def open_project_budget(house: House, *, delta: float) -> None:
     section = house.project.budget
     if section.name not in {held.name for held in house.ledger.budgets()}:
         house.access.require(Action.OPEN_BUDGET, who=current_user())
-        held = {"epsilon": section.epsilon, "delta": section.delta or delta, "period": _period(house)}
-        house.ledger.open(section.name, unit=house.project.privacy.unit, **held)
+        unit = house.project.privacy.unit
+        house.ledger.open(section.name, epsilon=section.epsilon, delta=section.delta or delta, unit=unit, period=_period(house))
 
 
 def _period(house: House) -> Period | None:
@@ -1841,7 +1841,7 @@ def synthetic_file(house: House, digest: Digest) -> Path | None:
 
 def _adapter_digest(folder: Path) -> Digest | None:
     try:
-        return model.adapter_digest(folder)
+        return model.adapter_digest(folder) if folder.is_dir() else None  # it may have gone with the run beside it
     except NotFound:
         return None
 
