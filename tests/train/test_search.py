@@ -14,6 +14,7 @@ from discreet.config import SearchSection, TrainSection
 from discreet.dp.mechanism import Plan, calibrate
 from discreet.errors import NothingLearned
 from discreet.evidence.statement import Predicate
+from discreet.governance import erasure
 from discreet.keys import Key
 from discreet.record import Digest
 from discreet.train import search
@@ -149,6 +150,8 @@ def test_a_search_is_one_charge_and_its_losers_leave_no_trace(tmp_path: Path, ne
         result = pipeline.train(house, pipeline.Silent())
         assert set(result["chosen"]) == {"learning_rate"}
         assert result["guarantee"]["search"] == {"tries": "each", "mean": 2.0, "shape": 1.0, "score_epsilon": 0.5}
+        transcript = dataclasses.replace(pipeline._transcript(result["guarantee"]), unit="record")
+        assert erasure.group_epsilon(transcript, 2) == float("inf"), "no bound for a group follows from the price of a search"
         spent = house.log.select(Predicate.SPENT)
         assert [entry.fields["kind"] for entry in spent] == ["search"]
         trained = next(entry for entry in house.log.select(Predicate.TRAINED) if entry.fields["track"] == "dp")

@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from discreet.dp import adaptive, clipping, noise
 from discreet.dp.clipping import ClippedSum
+from discreet.dp.combine import Combine
 from discreet.dp.mechanism import Plan
 from discreet.dp.noise import Memory, Noised
 from discreet.keys import Key, Stream
@@ -93,6 +94,12 @@ class Ranks:
         told = torch.zeros(1, dtype=torch.long)
         dist.broadcast(told, 0)
         return bool(told)
+
+    def of_first(self, tensor: Tensor) -> Tensor:
+        """Returns rank 0's tensor, on the CPU; the others give one of its shape and type, which is overwritten."""
+        if self.size > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
 
     def wait(self) -> None:
         """Returns when every rank has called it."""
@@ -228,6 +235,19 @@ def private_step(
         )
     update(model, optimizer, noised.gradients, divisor=plan.expected_batch)
     return work(units, batches)
+
+
+def summed_together(model: nn.Module, units: Units, *, clip_norm: float, token_budget: int, combine: Combine, ranks: Ranks) -> dict[str, Tensor]:
+    """Returns the clipped sum of all ranks, on every rank, without noise: a site of a fleet adds its own before anything leaves it (federated/).
+
+    Args:
+        units: those that were drawn, the same on every rank.
+        token_budget: padded tokens of a micro-batch of one rank, >= 1.
+    """
+    batches = arranged(units, token_budget, Rows.PADDED)
+    dealt = shares([padded_size(units, batch) for batch in batches], ranks.size)
+    mine = [batches[index] for index in dealt[ranks.rank]]
+    return _all_reduced(summed(model, units, mine, clip_norm=clip_norm, token_budget=token_budget, combine=combine).gradients, ranks)
 
 
 def _summed_in_step(model: nn.Module, units: Units, chosen: Sequence[MicroBatch], plan: Plan, *, clip_norm: float, rounds: int) -> ClippedSum:
