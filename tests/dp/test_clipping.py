@@ -229,6 +229,13 @@ def test_oracle_for_norms_of_model_libraries(norm: type[nn.Module]) -> None:
     check(nn.Sequential(nn.Linear(6, 6), layer, nn.Linear(6, 2)).double(), square_loss, torch.randn(4, 5, 6).double(), [0, 1, 2, 1])
 
 
+def test_a_norm_of_one_plus_w_is_recognised_whatever_the_first_token_is() -> None:
+    """A padded row begins with zeros, for which w * x and (1 + w) * x are the same."""
+    x = torch.randn(3, 5, 6).double()
+    x[0, 0] = 0.0
+    check(nn.Sequential(GemmaLikeNorm(), nn.Linear(6, 2)).double(), square_loss, x, [0, 1, 2])
+
+
 def test_library_layers_have_rules() -> None:
     """The slow path would hide a lost rule: it is exact too."""
     for model in (llama(), gpt2(), lora()):

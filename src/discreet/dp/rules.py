@@ -362,9 +362,8 @@ def _scale_norm(module: nn.Module, inputs_ULd: Tensor, grad_ULd: Tensor) -> Uses
     )  # whole, also where the weight is a shard
     with torch.no_grad():
         derivative_ULd = _forward(module, {"weight": one}, inputs_ULd)
-        if bool(
-            (_forward(module, {"weight": nothing}, inputs_ULd[:1, :1]) != 0).any()
-        ):  # one token tells w * x, which is 0 for every token, from (1 + w) * x
+        some_11d = _numbers(1, 1, *weight.shape, like=inputs_ULd)
+        if bool((_forward(module, {"weight": nothing}, some_11d) != 0).any()):  # (1 + w) * x and not w * x; a token of the batch may be zero in both
             derivative_ULd = derivative_ULd - _forward(module, {"weight": nothing}, inputs_ULd)
     yield "weight", Kept(wide(derivative_ULd).mul_(grad_ULd).sum(1))
 
