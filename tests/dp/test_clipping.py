@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from discreet.dp import clipping, rules
-from discreet.dp.clipping import ClippedSum, Weighing, clipped_sum, clipped_unit, groups_by_block, groups_by_layer
+from discreet.dp.clipping import ClippedSum, Weighing, clipped_sum, clipped_unit, groups_by_layer
 from discreet.dp.combine import Combine
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft 0.21 reads it from transformers
@@ -609,7 +609,14 @@ def test_the_mean_is_over_the_documents_of_each_unit() -> None:
     assert error(found, oracle(model, mean_loss, {**batch, "count": count}, units, 0.5)) < 1e-9
 
 
-@pytest.mark.parametrize("grouping", [groups_by_layer, groups_by_block])
+def by_kind(model: nn.Module) -> dict[str, str]:
+    return {
+        name: "norm" if "norm" in name else "head" if "embed" in name else name.split("_proj")[0].rpartition(".")[2]
+        for name in groups_by_layer(model)
+    }
+
+
+@pytest.mark.parametrize("grouping", [groups_by_layer, by_kind])
 def test_groups_are_clipped_by_their_own_norms(grouping: Callable[[nn.Module], dict[str, str]]) -> None:
     model, batch = llama().double(), tokens(3, 7)
     groups = grouping(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from discreet.config import SearchSection, TrainSection
 from discreet.dp.mechanism import Plan, calibrate
 from discreet.errors import NothingLearned
 from discreet.evidence.statement import Predicate
+from discreet.governance.erasure import group_epsilon
 from discreet.keys import Key
 from discreet.record import Digest
 from discreet.train import search
@@ -55,7 +57,7 @@ class Lab:
             reservation="r1",
         )
 
-    def search(self, section: SearchSection, key: int = 1) -> search.Winner:
+    def search(self, section: SearchSection, key: int = 1) -> search.Winner[Trained]:
         return search.search(
             self.plan,
             section,
@@ -70,7 +72,7 @@ class Lab:
 
 def searched(
     folder: Path, section: SearchSection = GRID, *, key: int = 1, loss: Callable[[float], float] = lambda rate: abs(rate - 0.002)
-) -> tuple[Lab, search.Winner]:
+) -> tuple[Lab, search.Winner[Trained]]:
     lab = Lab(folder / f"{key}", planned(section), loss)
     return lab, lab.search(section, key)
 
@@ -153,6 +155,9 @@ def test_a_search_is_one_charge_and_its_losers_leave_no_trace(tmp_path: Path, ne
         assert [entry.fields["kind"] for entry in spent] == ["search"]
         trained = next(entry for entry in house.log.select(Predicate.TRAINED) if entry.fields["track"] == "dp")
         assert (trained.fields["kind"], trained.fields["chosen"]) == ("winner of a search", result["chosen"])
+        plain = {name: value for name, value in result["guarantee"].items() if name != "search"}
+        assert group_epsilon(pipeline._transcript(plain), 2) < math.inf
+        assert group_epsilon(pipeline._transcript(result["guarantee"]), 2) == math.inf, "of one run, not of the search: no bound is claimed"
         runs = folder / ".discreet" / "runs"
         assert {path.name for path in (runs / result["run"]).iterdir()} <= {"adapter", "private"}
         assert not [path for path in runs.rglob("*") if path.is_file() and "adapter" not in path.parts]

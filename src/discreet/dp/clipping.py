@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -255,12 +254,6 @@ def clipped_unit(
 def groups_by_layer(model: nn.Module) -> dict[str, str]:
     """Names one group for each layer that holds trained parameters: per-layer clipping."""
     return {name: name.rpartition(".")[0] for name in _trained(model)}
-
-
-def groups_by_block(model: nn.Module) -> dict[str, str]:
-    """Names one group for each numbered block of a model (`layers.7`), and one for what is outside of blocks: group-wise clipping."""
-    found = {name: re.match(r"(?:.*?\.)?[A-Za-z_]+\.\d+(?=\.)", name) for name in _trained(model)}
-    return {name: match.group() if match else "" for name, match in found.items()}
 
 
 @final

@@ -94,6 +94,13 @@ class Ranks:
         dist.broadcast(told, 0)
         return bool(told)
 
+    def agreed(self, value: float) -> float:
+        """What rank 0 says; every rank calls it."""
+        told = torch.tensor([value], dtype=torch.float64)
+        if self.size > 1:
+            dist.broadcast(told, 0)
+        return float(told)
+
     def wait(self) -> None:
         """Returns when every rank has called it."""
         if self.size > 1:
@@ -208,12 +215,7 @@ def private_step(
     course.take(step)
     units = drawn(corpus, plan, run_key=run_key, step=step)
     batches = arranged(units, token_budget, rows)
-    dealt = shares([padded_size(units, batch) for batch in batches], ranks.size)
-    chosen = [batches[index] for index in dealt[ranks.rank]]
-    if isinstance(model, FSDPModule):
-        total = _summed_in_step(model, units, chosen, plan, clip_norm=course.clip_norm, rounds=max(map(len, dealt)))
-    else:
-        total = summed(model, units, chosen, clip_norm=course.clip_norm, token_budget=token_budget, combine=plan.combine)
+    total = partial_sum(model, units, batches, plan, clip_norm=course.clip_norm, token_budget=token_budget, ranks=ranks)
     noised = add_noise(total, noise_multiplier=plan.noise_multiplier, key=run_key.stream("noise", step), ranks=ranks, memory=course.memory)
     if plan.adaptive is not None:
         moving, votes = plan.adaptive, run_key.stream("votes", step)
@@ -228,6 +230,24 @@ def private_step(
         )
     update(model, optimizer, noised.gradients, divisor=plan.expected_batch)
     return work(units, batches)
+
+
+def partial_sum(
+    model: nn.Module, units: Units, batches: Sequence[MicroBatch], plan: Plan, *, clip_norm: float, token_budget: int, ranks: Ranks
+) -> ClippedSum:
+    """This rank's part of a step's clipped sum: over its share of the micro-batches, or, where weights are sharded, its shard of the sum over all of them."""
+    dealt = shares([padded_size(units, batch) for batch in batches], ranks.size)
+    chosen = [batches[index] for index in dealt[ranks.rank]]
+    if isinstance(model, FSDPModule):
+        return _summed_in_step(model, units, chosen, plan, clip_norm=clip_norm, rounds=max(map(len, dealt)))
+    return summed(model, units, chosen, clip_norm=clip_norm, token_budget=token_budget, combine=plan.combine)
+
+
+def whole_sum(partial: ClippedSum, ranks: Ranks) -> dict[str, Tensor]:
+    """What the ranks have clipped together, before noise: of generated units, for a rehearsal. Every rank calls it."""
+    if any(isinstance(part, DTensor) for part in partial.gradients.values()):
+        return {name: gathered(part) for name, part in partial.gradients.items()}
+    return _all_reduced(partial.gradients, ranks)
 
 
 def _summed_in_step(model: nn.Module, units: Units, chosen: Sequence[MicroBatch], plan: Plan, *, clip_norm: float, rounds: int) -> ClippedSum:
