@@ -537,7 +537,7 @@ def repeats(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     held = {key: p.detach() for key, p in module._parameters.items() if p is not None}
     if not any(is_rowwise(leaf, num_rows) for leaf in tree_flatten((args, dict(kwargs)))[0]) or num_rows < 1:
         return False
-    with torch.random.fork_rng(), torch.autocast("cpu", enabled=False):
+    with torch.random.fork_rng(), torch.autocast(next(iter(held.values())).device.type, enabled=False):
         try:
             answer = _forward(module, held, *args, **kwargs)
             if not is_rowwise(answer, num_rows):
@@ -584,7 +584,7 @@ def is_rowwise(leaf: Any, num_rows: int) -> bool:
 
 def _numbers(*shape: int, like: Tensor) -> Tensor:
     """Fixed numbers in [-1, 1] without visible order."""
-    count = torch.arange(1, 1 + math.prod(shape), dtype=torch.float64)
+    count = torch.arange(1, 1 + math.prod(shape), dtype=torch.float64, device=like.device)
     return (count * 0.6180339887).frac().mul(2).sub(1).view(shape).to(like)
 
 
