@@ -1,12 +1,12 @@
-"""Cost of a whole private optimiser step, and of ragged text.
+"""Cost of a whole private optimiser step, and how real text is laid out.
 
     python benchmarks/train_step.py padding --texts TEXTS.jsonl --fields dialogue,note
     python benchmarks/train_step.py step    --texts ... --fields ... [--batch 256] [--repeat 3]
-    python benchmarks/train_step.py ragged  --texts ... --fields ... [--train lora|all] [--batches 3]
+    python benchmarks/train_step.py lengths --texts ... --fields ... > LENGTHS
 
 `padding` counts padded positions beside each token, at batches of 16 and 256. `step` alternates the whole private step (layout, clipped sum, noise, optimiser, and the
-epsilon so far by RDP) with the plain step on the same documents in the same micro-batches; the ratio is of process CPU time. `ragged` gives real tokens a CPU second of
-ours against Opacus (hooks and ghost, the faster counts; `pip install --no-deps opacus==1.6.* opt_einsum`) on padded batches of 16; it is left out when not installed.
+epsilon so far by RDP) with the plain step on the same documents in the same micro-batches; the ratio is of process CPU time. `lengths` prints the tokens of each document, for
+`dp_step.py --lengths`, which sets ours against the others on such batches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from discreet.dp import noise
 from discreet.dp.accounting import RdpFilter, rdp
 from discreet.dp.mechanism import event_of
 from discreet.keys import Key
-from discreet.train.step import Rows, arranged, document_losses, laid_out, padded, summed, tokenize, update, work
+from discreet.train.step import Rows, arranged, document_losses, laid_out, summed, tokenize, update, work
 
 CLIP_NORM, NOISE = 0.5, 1.0
 Documents = list[Tensor]
@@ -74,7 +74,7 @@ def whole_step(base: models.Base, documents: Documents, arguments: argparse.Name
 
     def private(step: int) -> None:
         laid = arranged(units(batch), arguments.token_budget, Rows.PADDED)
-        total = summed(module, units(batch), laid, clip_norm=CLIP_NORM)
+        total = summed(module, units(batch), laid, clip_norm=CLIP_NORM, token_budget=arguments.token_budget)
         noised = noise.add(total, noise_multiplier=NOISE, key=key.stream("noise", step))
         update(module, optimizer, noised.gradients, divisor=len(batch))
         scale.epsilon_of(one_step * step)
@@ -86,7 +86,7 @@ def whole_step(base: models.Base, documents: Documents, arguments: argparse.Name
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    summed(module, units(batch[:2]), arranged(units(batch[:2]), 2048, Rows.PADDED), clip_norm=CLIP_NORM)  # the probe of the first call
+    private(0)  # the probes of the first call
     pairs = [(cpu_seconds(plain), cpu_seconds(lambda n=n: private(n + 1))) for n in range(arguments.repeat)]
     plain_s, private_s = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratios = sorted(private / plain for plain, private in pairs)
@@ -103,61 +103,9 @@ def section(arguments: argparse.Namespace) -> ModelSection:
     return ModelSection(train=(arguments.train,), lora_rank=8, max_tokens=arguments.max_tokens)
 
 
-def ragged(base: models.Base, documents: Documents, arguments: argparse.Namespace) -> dict[str, Any]:
-    batches = batches_of(documents, 16, arguments.batches)
-    module = models.attach(base, section(arguments))
-    runs: dict[str, Callable[[Documents], object]] = {
-        "ours": lambda batch: summed(module, units(batch), arranged(units(batch), arguments.token_budget, Rows.PADDED), clip_norm=CLIP_NORM)
-    }
-    runs["ours"](batches[0][:2])
-    try:
-        runs |= opacus_runs(base, arguments)
-    except ImportError:
-        print("opacus is not installed: left out", flush=True)
-    speeds: dict[str, list[float]] = {name: [] for name in runs}
-    for batch in batches:
-        for name, run in runs.items():
-            speeds[name].append(sum(map(len, batch)) / cpu_seconds(lambda run=run, batch=batch: run(batch)))
-    return {name: round(statistics.median(values), 1) for name, values in speeds.items()}
-
-
-def opacus_runs(base: models.Base, arguments: argparse.Namespace) -> dict[str, Callable[[Documents], object]]:
-    from opacus.grad_sample import GradSampleModule
-    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
-
-    hooked = GradSampleModule(models.attach(base, section(arguments)), loss_reduction="sum", strict=False)
-    ghost = GradSampleModuleFastGradientClipping(models.attach(base, section(arguments)), loss_reduction="sum", max_grad_norm=CLIP_NORM, strict=False)
-
-    def losses(module: Any, batch: Sequence[Tensor]) -> Tensor:
-        return document_losses(module._module, padded(list(batch)))
-
-    def hooks(batch: Documents) -> None:
-        losses(hooked, batch).sum().backward()
-        samples = [p.grad_sample for p in hooked.parameters() if p.requires_grad]
-        norms = torch.stack([s.flatten(1).norm(dim=1) for s in samples]).norm(dim=0)
-        weights = (CLIP_NORM / norms).clamp(max=1.0)
-        for sample in samples:
-            torch.einsum("i,i...", weights, sample)
-        hooked.zero_grad(set_to_none=True)
-        for parameter in hooked.parameters():
-            parameter.grad_sample = None
-
-    def two_passes(batch: Documents) -> None:
-        each = losses(ghost, batch)
-        each.sum().backward(retain_graph=True)
-        weights = ghost.get_clipping_coef()
-        ghost.zero_grad(set_to_none=True)
-        ghost.disable_hooks()
-        (weights * each).sum().backward()
-        ghost.enable_hooks()
-        ghost.zero_grad(set_to_none=True)
-
-    return {"opacus hooks": hooks, "opacus ghost": two_passes}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["padding", "step", "ragged"])
+    parser.add_argument("what", choices=["padding", "step", "lengths"])
     parser.add_argument("--texts", required=True)
     parser.add_argument("--fields", required=True)
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "discreet" / "models")
@@ -165,15 +113,14 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--token-budget", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
     base = models.load_base(models.SMOLLM2, cache=arguments.cache)
     documents = documents_of(arguments, base)
-    if arguments.what == "padding":
-        found: dict[str, Any] = padding(documents, arguments)
-    else:
-        found = (whole_step if arguments.what == "step" else ragged)(base, documents, arguments)
+    if arguments.what == "lengths":
+        print("\n".join(str(len(document)) for document in documents))
+        return
+    found: dict[str, Any] = padding(documents, arguments) if arguments.what == "padding" else whole_step(base, documents, arguments)
     print(json.dumps({"what": arguments.what, "train": arguments.train, "texts": Path(arguments.texts).parent.name, **found}), flush=True)
 
 
