@@ -399,6 +399,21 @@ def latency(documents: Sequence[Document]) -> dict[str, float]:
     return rows
 
 
+def credentials(system: System, documents: Sequence[Document]) -> dict[str, float | None]:
+    """Returns, of lines: credentials that are covered under the label SECRET, and SECRET spans that touch a credential; harmless lines under SECRET."""
+    found = covered = gold = right = harmless = 0
+    for document in documents:
+        spans = [(s, e) for s, e, label in system(document.text) if label == "SECRET"]
+        real = [(s, e) for s, e, label in document.gold if label == "SECRET"]
+        inside = {i for s, e in spans for i in range(s, e)}
+        gold += len(real)
+        covered += sum(all(i in inside for i in range(s, e) if document.text[i].isalnum()) for s, e in real)
+        found += len(spans)
+        right += sum(any(s < e2 and s2 < e for s2, e2 in real) for s, e in spans)
+        harmless += bool(spans and not real)
+    return {"recall": ratio(covered, gold), "precision": ratio(right, found), "harmless lines called SECRET": harmless}
+
+
 def show(title: str, scores: dict[str, Score]) -> None:
     rows = {name: summary(score) for name, score in scores.items()}
     print(f"\n## {title}\n")
@@ -458,6 +473,9 @@ def main() -> None:
         if name == "aci_notes":
             results["CPU ms for 200 words, median"] = latency(documents)
             print(results["CPU ms for 200 words, median"])
+        if name == "secrets, made here":
+            results["credentials"] = {title: credentials(system, documents) for title, system in systems.items() if system is not peer}
+            print(results["credentials"])
         if options.split == "dev":
             ours = scores["discreet"]
             for label, context in ours.misses[: options.misses]:

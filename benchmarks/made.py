@@ -69,6 +69,11 @@ HARMLESS = (
     "{name} = os.environ['{upper}']", '{name}: "${{{upper}}}"', "def get_{name}(self, key): return self._{name}", "password = getpass.getpass()", "token = next(tokens)", "# set the {name} before you start the server",
     'sha256 = "{sha}"', "commit {hex}", 'id = "{uuid}"', "integrity: sha512-{b64}==", '{name} = "changeme"', '{name}: "<your-{name}>"', 'password_field = "user[password]"', "if token != expected_token: raise Unauthorized()",
     '{name} = None', '"{name}": "********"', 'key = "primary"', "secretName: web-tls", "version = '12.4.18-rc2'", 'src="/static/js/main.{short}.chunk.js"', "API_URL=https://api.example.org/v2/tokens", "xsrf_header_name = 'X-XSRF-TOKEN'",
+    "key_file: /run/secrets/{name}", "ssl_certificate_key /etc/ssl/private/server-{short}.key;", "token: str = Field(min_length=20)", "{name}=args.{name}", "client = Client({name}=settings.{camel}, timeout=30)",
+    "PASSWORD_MIN_LENGTH = 12", 'token_url = "https://auth.example.org/oauth2/v2.0/token"', "image: registry.example.org/app@sha256:{sha}", "github.com/pkg/errors v0.9.1 h1:{b64}=", 'ETag: "{hex}"',
+    "trace_id={sha} span_id={short}", "{upper}=your-{name}-here", "{name}: xxxxxxxxxxxxxxxx", "{name} = YOUR_{upper}", "{name}: {{{{ vault_{name} }}}}", "{name}: <%= ENV['{upper}'] %>", "csrf_token: {{{{ csrf_token() }}}}",
+    "secret_arn = arn:aws:secretsmanager:eu-west-1:000000000000:secret:prod/{name}", "color: #{short};", "if not check_password(user, {name}): return 403", "throw new Error('{name} is missing');", "request_id={uuid} {name}=[FILTERED]",
+    "curl -H \"Authorization: Bearer ${upper}\" https://api.test", "--password-file /etc/app/{name}.txt", "data:image/png;base64,{b64}", "public_key = ssh-rsa {b64}", "return render(request, 'reset_password.html', {{'{name}_form': form}})",
 )  # fmt: skip
 NAMES = (
     "password",
@@ -144,13 +149,13 @@ class Maker:
         words = {"name": name, "upper": name.upper(), "camel": name.split("_")[0] + "".join(w.capitalize() for w in name.split("_")[1:])}
         text, spans, at = "", [], 0
         for match in _SLOT.finditer(template):
-            text += template[at : match.start()]
+            text += template[at : match.start()].replace("{{", "{").replace("}}", "}")
             value, label = (words[match[1]], None) if match[1] in words else self.value(match[1])
             if label:
                 spans.append((len(text), len(text) + len(value), label))
             text += value
             at = match.end()
-        return text + template[at:], spans
+        return text + template[at:].replace("{{", "{").replace("}}", "}"), spans
 
 
 def queries(seed: int) -> list[Made]:

@@ -120,7 +120,7 @@ class Unrecorded:
     def rounds(self, session: str) -> int:
         return 0
 
-    def count(self, session: str, stage: str, *, other_than: int) -> int:
+    def count(self, session: str, *stages: str, other_than: int) -> int:
         return 0
 
 

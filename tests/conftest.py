@@ -6,18 +6,25 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import socket
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
 from hypothesis import settings
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
+
+if TYPE_CHECKING:
+    from discreet.train.parallel import Ranks
 
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
@@ -108,3 +115,29 @@ def new_project(tiny_base: Path) -> Callable[[Path], Path]:
         return folder
 
     return make
+
+
+def on_two_ranks(work: Callable[[Ranks], None]) -> None:
+    """Forks two processes that meet over gloo; nothing is imported a second time."""
+    from discreet.train import parallel
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                with parallel.joined("cpu") as ranks:
+                    work(ranks)
+                    ranks.wait()
+                code = 0
+            except BaseException:  # the child must end here, whatever happened
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0], "see the traceback of a rank above"

@@ -16,10 +16,11 @@ import pyarrow.parquet
 import pytest
 from sqlalchemy import text
 
-from discreet import corpus, demo, derived, model, pipeline
+from discreet import cli, corpus, demo, derived, federate, model, pipeline
 from discreet.config import load
 from discreet.deid import policy as deid
 from discreet.errors import (
+    AccessDenied,
     BudgetExhausted,
     DigestMismatch,
     ErasureIncomplete,
@@ -44,6 +45,7 @@ from discreet.governance.consent import Reason
 from discreet.governance.erasure import Finding
 from discreet.pipeline import House, Silent
 from discreet.record import Basis, Digest, Sensitivity
+from discreet.train import preference
 
 NewProject = Callable[[Path], Path]
 
@@ -316,6 +318,41 @@ def test_csv_parquet_and_a_folder_of_texts_train_too(project: Path):
         assert [section.format for section in house.project.source] == ["csv", "parquet", "text"]
         assert house.log.select(Predicate.FROZEN)[-1].fields["name"] == "evaluation"
     assert trained["moved"] == trained["parameters"] > 0
+
+
+def test_pairs_are_learnt_by_preference_through_the_whole_pipeline(project: Path):
+    """DPO from the source to the release: the marks survive de-identification, a pair is a document of its patient, and the log says what kind of tuning it was."""
+    notes = [json.loads(line) for line in (project / "notes.jsonl").read_text().splitlines()]
+    for note in notes:
+        note["text"] = f"{note['text']}{preference.CHOSEN}Call back in two days.{preference.REJECTED}No answer."
+    (project / "notes.jsonl").write_text("".join(json.dumps(note) + "\n" for note in notes))
+    settings = project / "discreet.toml"
+    settings.write_text(settings.read_text().replace("[train]", '[train]\nobjective = "preference"'))
+    with pipeline.open_house(project) as house:
+        told = pipeline.run(house, until=None, observer=Silent())
+        result = told["train"]
+        assert result["moved"] == result["parameters"] > 0
+        assert pipeline.released_name(house)
+        assert result["guarantee"]["unit"] == "patient"
+        [trained] = [entry for entry in house.log.select(Predicate.TRAINED) if entry.fields["track"] == "dp"]
+        assert trained.fields["kind"] == "preference tuning"
+        snapshot = corpus.open_snapshot(_root(house), keyring=house.keyring, folder=house.snapshots)
+        texts = pipeline._all_texts(house, snapshot)
+        base = model.load_base(house.project.model.base, cache=house.project.state / "models")
+        pairs = [preference.encode(each, base, max_tokens=house.project.model.max_tokens, beta=0.1) for each in texts]
+        assert sum(pair is not None for pair in pairs) > 0.9 * len(notes) - 10, "all but the opted-out, beside canaries"
+        assert any(pair is None for pair in pairs), "the canaries are no pairs"
+
+
+def test_ranks_and_a_learning_gateway_start_for_those_who_may(project: Path):
+    with (project / "discreet.toml").open("a") as file:
+        file.write('\n[access]\nowner = ["olga"]\nengineer = ["emil"]\n')
+    with pytest.raises(AccessDenied):
+        pipeline.train_together(project, Silent())
+    with pytest.raises(AccessDenied), cli._learner(project, "notes"):
+        pass
+    with pytest.raises(AccessDenied):
+        federate.enroll(project, Silent())
 
 
 def test_a_raised_budget_keeps_the_runs_that_were_reserved_from_it(copied: House):

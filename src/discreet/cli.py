@@ -1285,10 +1285,12 @@ def federate_client(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """Takes part with this site until the session is closed; exit 4 when its receipts are not honoured."""
+    """Takes part with this site until the session is closed; exit 4 when its receipts are not honoured. On several processes: `torchrun --no-python ... discreet federate client`."""
     from discreet import federate as fleets
 
     result = fleets.attend(project, fleet=fleet, superlink=superlink, observer=_Bars(), verifier=shlex.split(verifier))
+    if result is None:  # another rank prints
+        return
     said = "each counted once under the agreed model and plan" if result["valid"] else f"NOT HONOURED: {'; '.join(result['failed'])}"
     _print(as_json, result, [f"receipt    {result['site']}: {result['rounds']} uploads, {said}"])
     if not result["valid"]:

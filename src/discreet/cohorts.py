@@ -107,11 +107,6 @@ def touched(tx: Connection, people: Sequence[str]) -> tuple[int, ...]:
     return tuple(sorted(_grouped(tx, set(people))))
 
 
-def num_people(tx: Connection, cohorts: Sequence[int]) -> int:
-    """Returns how many people are in cohorts: internal (PITFALLS 41)."""
-    return int(tx.execute(select(func.coalesce(func.sum(_cohorts.c.size), 0)).where(_cohorts.c.id.in_(cohorts))).scalar_one())
-
-
 def add(tx: Connection, cohorts: Sequence[int], charges: Mapping[Digest, Mapping[str, Any]], times: Mapping[Digest, int]) -> None:
     """Writes charges into the history of cohorts.
 

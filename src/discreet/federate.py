@@ -16,6 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,10 +29,12 @@ from discreet.federated import fleet as fleets
 from discreet.federated import processes
 from discreet.federated import site as parts
 from discreet.federated.site import Coordinator, Exchange, Site
+from discreet.governance.access import Action, current_user
 from discreet.model import Base, PublicText
 from discreet.pipeline import Observer
 from discreet.record import Basis, Sensitivity
 from discreet.store import write_atomically
+from discreet.train import parallel
 from discreet.train.step import mean_loss, tokenize
 
 SIZES = {"patients": 150, "documents": 320, "public": 300, "held_out": 40}
@@ -89,8 +92,13 @@ def _write_base(folder: Path, public: Path) -> None:
 
 
 def enroll(folder: Path, observer: Observer) -> Enrolled:
-    """Freezes a site's corpus through its own pipeline, opens its base model and returns its public key. Idempotent."""
+    """Freezes a site's corpus through its own pipeline, opens its base model and returns its public key. Idempotent.
+
+    Raises:
+        AccessDenied: when the user of this process may not run the project.
+    """
     with pipeline.open_house(folder) as house:
+        house.access.require(Action.RUN, who=current_user())
         frozen = pipeline.ingest(house, observer)
         base = pipeline.load_base(house, frozen.public, observer)
         project = house.project
@@ -164,8 +172,8 @@ def serve(folder: Path, *, host: str, port: int, timeout: float, observer: Obser
     return result
 
 
-def attend(folder: Path, *, fleet: Path, superlink: str, observer: Observer, verifier: Sequence[str] = ()) -> dict[str, Any]:
-    """Takes part with one site until the session is closed, and returns what the site verified of it.
+def attend(folder: Path, *, fleet: Path, superlink: str, observer: Observer, verifier: Sequence[str] = ()) -> dict[str, Any] | None:
+    """Takes part with one site until the session is closed, and returns what the site verified of it; None on every rank but the first under `torchrun`.
 
     Args:
         folder: of the site's project.
@@ -178,18 +186,25 @@ def attend(folder: Path, *, fleet: Path, superlink: str, observer: Observer, ver
         TermsRefused: when the coordinator's attestation is not accepted.
     """
     processes.tool("flower-supernode")
-    site = Site(folder, fleet_folder=fleet)
-    place = _flower(site.place)
-    try:
-        if verifier:
-            evidence = fleet / "attestation"
-            site.check_attestation(evidence.read_bytes() if evidence.is_file() else b"", verifier=verifier)
-        shutil.copyfile(fleet / "ca.crt", place / "ca.crt")
-        outcome = site.outcome() or processes.attend(site, place=place, superlink=superlink, observer=observer)
-        said = {"valid": outcome["valid"], "failed": outcome["failed"], "rounds": outcome["rounds"], "transcript": outcome["head"]}
-        return {"site": site.name, "fleet": site.fleet.name, "session": site.session.id, **said, "guarantee": site.worker.agreement.guarantee()}
-    finally:
-        site.close()
+    with parallel.joined(config.load(folder).run.device) as ranks:
+        if not ranks.writes and not ranks.follow():
+            return None
+        with closing(Site(folder, fleet_folder=fleet, ranks=ranks)) as site:
+            if not ranks.writes:
+                site.worker.assist()
+                return None
+            place = _flower(site.place)
+            if verifier:
+                evidence = fleet / "attestation"
+                site.check_attestation(evidence.read_bytes() if evidence.is_file() else b"", verifier=verifier)
+            shutil.copyfile(fleet / "ca.crt", place / "ca.crt")
+            outcome = site.outcome()
+            if outcome is None:
+                site.worker.ranks.announce(True)  # opened by the first rank first, which makes the run's key
+                outcome = processes.attend(site, place=place, superlink=superlink, observer=observer)
+            ranks.announce(False)
+            said = {"valid": outcome["valid"], "failed": outcome["failed"], "rounds": outcome["rounds"], "transcript": outcome["head"]}
+            return {"site": site.name, "fleet": site.fleet.name, "session": site.session.id, **said, "guarantee": site.agreement.guarantee()}
 
 
 def leave(folder: Path, *, fleet: Path) -> dict[str, Any]:

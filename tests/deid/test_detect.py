@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -33,6 +34,19 @@ def test_spans_are_in_range_sorted_disjoint_and_not_empty(text: str) -> None:
         assert 0 < span.score <= 1
         assert span.label in Label.__members__
         at = span.end
+
+
+@pytest.mark.parametrize(
+    ("text", "cards"),
+    [("altitude=240\n20171223-22:17:23", 0), ("port 62270\n2015-10-18 18:01:53", 0), ("card 4111 1111\n1111 1111 ok", 1), ("3782-8224\n63-10005", 1)],
+)
+def test_a_number_and_the_date_of_the_next_line_are_no_card(text: str, cards: int) -> None:
+    assert sum(span.label == "CARD" for span in detect(text)) == cards
+
+
+def test_what_an_earlier_span_covers_is_not_covered_again() -> None:
+    spans = [Span(0, 5, "PERSON", 0.9), Span(3, 8, "DATE", 0.9), Span(4, 5, "ID", 0.9), Span(8, 9, "ID", 0.5)]
+    assert [(s.start, s.end) for s in module._disjoint(spans)] == [(0, 5), (5, 8), (8, 9)]
 
 
 @settings(max_examples=150, deadline=None)
@@ -84,7 +98,7 @@ def test_the_model_keeps_to_the_text_as_well(text: str) -> None:
 def test_the_model_does_not_read_across_what_an_earlier_round_has_found() -> None:
     text = "db = connect('app', 'realize3793$')Andrewside Imaging (accessionoib 33392005961 givenoib 33392005961 given"
     spans = find(text)
-    assert all(one.end <= other.start for one, other in zip(spans, spans[1:], strict=False))
+    assert all(one.end <= other.start for one, other in itertools.pairwise(spans))
     assert [text[s.start : s.end] for s in spans if s.label == "ID"] == ["33392005961"] * 2
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -41,8 +42,11 @@ class Quiet:
         self.figures.append(figures)
 
 
+BOUNDED = {"noise": "central", "participation": "bounded", "separation": 2}
+
+
 @lru_cache
-def agreement(groups: int, minimum: int) -> Agreement:
+def agreement(groups: int, minimum: int, bounded: bool) -> Agreement:
     usual: dict[str, Any] = {
         "name": "f",
         "sites": tuple("abcdef"),
@@ -51,6 +55,7 @@ def agreement(groups: int, minimum: int) -> Agreement:
         "expected_batch": 120,
         "epsilon": 8.0,
         "delta": 1e-3,
+        **(BOUNDED if bounded else {}),
     }
     return fleets.agree(FleetFile(**usual, clip_norm=1.0, site_bound=40, minimum=minimum, groups=groups, learning_rate=0.1), dimension=D)
 
@@ -58,8 +63,8 @@ def agreement(groups: int, minimum: int) -> Agreement:
 class Fleet:
     """Six sites that always contribute the same vector, as an exchange. `lost` answers nothing from a stage on; `dies_at` counts exchanges."""
 
-    def __init__(self, folder: Path, *, groups: int = 1, minimum: int = 4) -> None:
-        self.folder, self.agreement = folder, agreement(groups, minimum)
+    def __init__(self, folder: Path, *, groups: int = 1, minimum: int = 4, bounded: bool = False) -> None:
+        self.folder, self.agreement = folder, agreement(groups, minimum, bounded)
         self.identities = {name: Ed25519PrivateKey.from_private_bytes(hashlib.sha256(name.encode()).digest()) for name in "abcdef"}
         self.here, self.lost, self.dies_at = set("abcdef"), dict[str, str](), 0
         self.vectors = {name: np.full(D, 2.0, np.float32) for name in "abcdef"}
@@ -154,6 +159,10 @@ def test_rounds_go_on_with_who_is_there_and_the_view_says_what_was_spent(tmp_pat
     result = run.run(fleet)
     assert (result["rounds"], result["aborted"], result["absent"]) == (3, 0, [])
     assert [figure["clients"] for figure in run.observer.figures] == [5, 5, 5]  # type: ignore[attr-defined]  # Quiet keeps them
+    for way, sent in (("up", result["bytes_up"]), ("down", result["bytes_down"])):
+        shown = [float(str(figure[way]).removesuffix(" kB")) for figure in run.observer.figures]  # type: ignore[attr-defined]
+        assert shown == sorted(shown)
+        assert 0 < shown[-1] <= sent / 1e3 + 0.5
     spent = [float(str(figure["epsilon"])) for figure in run.observer.figures]  # type: ignore[attr-defined]
     assert spent == sorted(spent)
     assert spent[-1] == pytest.approx(result["guarantee"]["epsilon"], abs=0.01)
@@ -252,3 +261,24 @@ def test_nothing_on_the_coordinators_disk_or_in_the_transcript_opens_a_noise_fre
     for total in bare:
         assert total not in told
         assert hashlib.sha256(total).hexdigest().encode() not in told
+
+
+@pytest.mark.parametrize("dies_at", [8, 13])
+def test_a_bounded_session_spends_the_steps_of_one_unit_and_its_noise_survives_the_coordinator(tmp_path: Path, dies_at: int) -> None:
+    """Three steps, a unit in every second one: two of its own are paid for. A killed coordinator draws the correlated noise of the steps before again, to the bit."""
+    first = Fleet(tmp_path, bounded=True)
+    parts.coordinator_keys(tmp_path).purpose("federation-noise")  # made at its first use: here, so that the copy has it too
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    run = first.coordinator()
+    result = run.run(first)
+    assert (result["rounds"], result["aborted"], result["guarantee"]["steps_of_a_unit"]) == (3, 0, 2)
+    spent = [float(str(figure["epsilon"])) for figure in run.observer.figures]  # type: ignore[attr-defined]  # Quiet keeps them
+    assert spent[0] == spent[1] < spent[2] == pytest.approx(result["guarantee"]["epsilon"], abs=0.01)
+    second = Fleet(tmp_path / "copy", bounded=True)
+    second.dies_at = dies_at
+    with pytest.raises(KeyboardInterrupt):
+        second.coordinator().run(second)
+    again = second.coordinator()
+    again.run(second)
+    assert np.array_equal(again.trainer.parameters, run.trainer.parameters)
+    assert all(receipt["valid"] for receipt in result["receipts"].values())

@@ -13,9 +13,10 @@ import dp_accounting
 import numpy as np
 import pytest
 import torch
+from tests.conftest import on_two_ranks
 
 from discreet import model as models
-from discreet.config import ModelSection
+from discreet.config import ModelSection, RunSection
 from discreet.dp.accounting import rdp_epsilon
 from discreet.dp.discrete import ROUNDING_BETA
 from discreet.errors import ConfigInvalid, PlanInvalid, SourceMissing, TermsRefused
@@ -26,7 +27,8 @@ from discreet.federated.site import agreement_for
 from discreet.keys import Key, Stream
 from discreet.model import PublicText
 from discreet.record import Basis, Digest, Sensitive, Sensitivity
-from discreet.train.step import PrivateCorpus
+from discreet.train.parallel import ALONE, Ranks
+from discreet.train.step import PrivateCorpus, tokenize
 
 BASE = Digest("sha256:" + "0" * 64)
 
@@ -135,6 +137,10 @@ def test_the_median_of_groups_outvotes_one_poisoned_group() -> None:
     good = np.full(4, 10.0, np.float32)
     trainer.apply([good, good, -1e6 * good], agreed)
     assert (trainer.parameters < 0).all()
+    single = agree(fleet(sites=tuple("abc"), minimum=3), 4).encoding
+    assert (agreed.encoding.local_std, agreed.encoding.noise_multiplier) == (single.local_std, single.noise_multiplier), (
+        "each group has the noise of a fleet of its own"
+    )
     assert fleets.groups_of("ihgfedcba", 3) == [["a", "d", "g"], ["b", "e", "h"], ["c", "f", "i"]]
 
 
@@ -177,7 +183,7 @@ def test_epsilon_agrees_with_what_was_published_for_a_fleet() -> None:
 
 def test_both_matrices_of_an_adapter_or_b_alone(tmp_path: Path) -> None:
     """With A frozen the sum of the sites' updates is that of the models and half is sent; with both trained the same protocol carries both. Another layout is another plan."""
-    base = models.build_tiny(PublicText.of(["a b c d"], sensitivity=Sensitivity.PUBLIC, basis=Basis.GENERATED), cache=tmp_path, steps=0)
+    base = tiny(tmp_path)
     digests, dimensions = set(), []
     for train in (("lora_B",), ("lora",)):
         agreed = agreement_for(fleet(), base, ModelSection(base="tiny", train=train))
@@ -191,6 +197,59 @@ def test_both_matrices_of_an_adapter_or_b_alone(tmp_path: Path) -> None:
     assert dimensions[1] > 1.5 * dimensions[0]
     other = agreement_for(fleet(), base, ModelSection(base="tiny", train=("lora_B",), lora_targets=("q_proj", "o_proj")))
     assert len({*digests, other.digest}) == 3
+
+
+# Several processes of one site
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_two_processes_of_a_site_contribute_what_one_does(tmp_path: Path) -> None:
+    """The first rank answers, the other computes its share of every sum: the same integers, up to a rounding that another order of additions turned."""
+    base, section = tiny(tmp_path), ModelSection(base="tiny", train=("lora_B",))
+    agreed = agreement_for(fleet(population=40, expected_batch=20, delta=1e-2), base, section)
+    texts = [f"a b c d {n} " * (1 + n % 3) for n in range(40)]
+    units = tuple((document,) for document in tokenize(texts, base, max_tokens=16))
+    corpus = PrivateCorpus(units=Sensitive(units), names=tuple(f"S{n:02d}" for n in range(40)))
+    start = np.linspace(-0.1, 0.1, agreed.encoding.dimension, dtype=np.float32)
+    payloads = [fleets.payload_of(start, base=base.digest, clip_norm=1.0, step=step) for step in range(2)]
+
+    def worker(ranks: Ranks) -> fleets.Worker:
+        return fleets.Worker.of(
+            agreed, base=base, section=section, corpus=corpus, run_key=Key(bytes(32)), run=RunSection(token_budget=64), ranks=ranks
+        )
+
+    alone = [worker(ALONE).contribution(dataclasses.replace(terms(), number=step), payload) for step, payload in enumerate(payloads)]
+    quiet = fleets.Worker.of(agreed, base=base, section=section, corpus=corpus, run_key=Key(b"\x01" * 32), run=RunSection(token_budget=64))
+    assert np.mean(quiet.contribution(terms(), payloads[0]) == alone[0]) < 0.5, "noise of another key is other noise"
+
+    def work(ranks: Ranks) -> None:
+        if not ranks.writes:
+            worker(ranks).assist()
+            return
+        first = worker(ranks)
+        for step, payload in enumerate(payloads):
+            together = first.contribution(dataclasses.replace(terms(), number=step), payload)
+            off = (together - alone[step]).astype(np.int16)
+            assert np.abs(off).max() <= 1
+            assert np.mean(off == 0) > 0.99
+        ranks.announce(False)
+
+    on_two_ranks(work)
+
+
+@pytest.mark.parametrize(("changes", "weights"), [({"unit": "site", "local_steps": 2}, "replicated"), ({}, "sharded")])
+def test_what_several_processes_of_a_site_cannot_share_is_refused(tmp_path: Path, changes: dict[str, Any], weights: Any) -> None:
+    base, section = tiny(tmp_path), ModelSection(base="tiny", train=("lora_B",))
+    corpus = PrivateCorpus(units=Sensitive(()), names=())
+    agreed = agreement_for(fleet(**changes), base, section)
+    with pytest.raises(PlanInvalid, match="several processes"):
+        fleets.Worker.of(
+            agreed, base=base, section=section, corpus=corpus, run_key=Key(bytes(32)), run=RunSection(weights=weights), ranks=Ranks(rank=0, size=2)
+        )
+
+
+def tiny(folder: Path) -> models.Base:
+    return models.build_tiny(PublicText.of(["a b c d"], sensitivity=Sensitivity.PUBLIC, basis=Basis.GENERATED), cache=folder, steps=0)
 
 
 # Bounded participation

@@ -44,8 +44,9 @@ class Memory:
             self.answers[session, number, stage] = (request, answer())
         return self.answers[session, number, stage][1]
 
-    def count(self, session: str, stage: str, *, other_than: int) -> int:
-        return sum((known, at) == (session, stage) and number != other_than for known, number, at in self.answers)
+    def count(self, session: str, *stages: str, other_than: int) -> int:
+        rounds = [{number for known, number, at in self.answers if (known, at) == (session, stage)} for stage in stages]
+        return len(set.intersection(*rounds) - {other_than})
 
     def rounds(self, session: str) -> int:
         return max((number for known, number, _ in self.answers if known == session), default=-1) + 1

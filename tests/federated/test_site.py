@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from discreet import federate, pipeline
-from discreet.errors import DiscreetError, TermsRefused
+from discreet.errors import AccessDenied, DiscreetError, TermsRefused
 from discreet.evidence.statement import Predicate
 from discreet.federated import processes as flower
 from discreet.federated import site as parts
@@ -134,6 +134,34 @@ def test_a_site_that_leaves_for_good_and_one_that_comes_late(fleet: Path) -> Non
         assert house.ledger.show("fleet-hospitals").remaining_epsilon < 1.0
 
 
+def test_a_fleet_that_cannot_be_sampled_trains_with_bounded_participation(fleet: Path) -> None:
+    """Every unit in every second of three steps. A coordinator that names an opened step again, in a round of another number, gets nothing; each ledger was charged two steps."""
+    path = fleet / "fleet.toml"
+    text = path.read_text().replace("rounds = 2", "rounds = 3").replace('noise = "distributed"', 'noise = "central"')
+    path.write_text(text + '\nparticipation = "bounded"\nseparation = 2\n')
+    observer = Quiet()
+    base, section = parts.kept_model(fleet)
+    sites = {name: Site(fleet / name, fleet_folder=fleet) for name in NAMES}
+    run = parts.coordinator(fleet, base=base, section=section, observer=observer)
+    exchange = parts.InProcess(sites, observer)
+    run._round(exchange)
+    run.trainer.number = 0
+    run._round(exchange)
+    assert sum("a step that was not opened before" in note for note in observer.notes) == len(NAMES)
+    run.trainer.number = 1
+    result = run.run(exchange)
+    for site in sites.values():
+        site.close()
+    assert (result["rounds"], result["aborted"]) == (3, 1)
+    assert all(receipt["valid"] and receipt["rounds"] == 3 for receipt in result["receipts"].values())
+    said = result["guarantee"]
+    assert (said["participation"], said["steps_of_a_unit"], said["sampling_probability"]) == ("bounded", 2, 1.0)
+    with pipeline.open_house(fleet / "north") as house:
+        assert house.ledger.show("fleet-hospitals").remaining_epsilon < 1.0
+        [closed] = house.log.select(Predicate.CLOSED)
+        assert closed.fields["steps"] == 2
+
+
 def test_a_site_joins_only_a_coordinator_whose_attestation_is_accepted(fleet: Path) -> None:
     """The verifier sees the evidence and the binding; whatever it does but accept, the site does not join."""
     site = Site(fleet / "north", fleet_folder=fleet)
@@ -146,6 +174,15 @@ def test_a_site_joins_only_a_coordinator_whose_attestation_is_accepted(fleet: Pa
     site.close()
 
 
+def test_a_site_answers_for_those_who_may_run_it(fleet: Path) -> None:
+    with (fleet / "north" / "discreet.toml").open("a") as file:
+        file.write('\n[access]\nowner = ["olga"]\nengineer = ["emil"]\n')
+    with pytest.raises(AccessDenied):
+        Site(fleet / "north", fleet_folder=fleet)
+    with pytest.raises(AccessDenied):
+        federate.leave(fleet / "north", fleet=fleet)
+
+
 # Real processes
 
 
@@ -155,14 +192,14 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
     yield started
     for process in started:
         if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
 
 
 @pytest.mark.timeout(1800)
 def test_real_processes_over_tls(fleet: Path, processes: list[subprocess.Popen[bytes]]) -> None:
-    """`federate server` and three `federate client` over TLS: a stranger is refused; a site dies by SIGKILL in the middle of a round, which two of three
-    finish; then the server dies by SIGKILL, and the one that is started in its place ends the session; the site that died comes back late."""
+    """`federate server` and three `federate client` over TLS, one of them two processes under `torchrun`: a stranger is refused; a site dies by SIGKILL in the middle of a
+    round, which two of three finish; then the server dies by SIGKILL, and the one that is started in its place ends the session; the site that died comes back late."""
     if not (Path(sys.executable).parent / "flower-superlink").is_file():
         pytest.skip("flwr is not installed beside this Python: pip install --no-deps flwr==1.41.0")
     path = fleet / "fleet.toml"
@@ -170,17 +207,18 @@ def test_real_processes_over_tls(fleet: Path, processes: list[subprocess.Popen[b
     port, logs = flower.free_port(), fleet / "logs"
     logs.mkdir()
 
-    def start(name: str, *arguments: str) -> subprocess.Popen[bytes]:
+    def start(name: str, *arguments: str, ranks: int = 1) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", "from discreet.cli import main; main()", "federate", *arguments, "--json"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--no-python"]
         with (logs / f"{name}.out").open("wb") as out, (logs / f"{name}.log").open("ab") as log:
-            processes.append(subprocess.Popen(command, stdout=out, stderr=log))
+            processes.append(subprocess.Popen([*(torchrun if ranks > 1 else []), *command], stdout=out, stderr=log, start_new_session=True))
         return processes[-1]
 
     def server() -> subprocess.Popen[bytes]:
         return start("server", "server", "-C", str(fleet), "--port", str(port), "--timeout", "180")
 
-    def client(name: str, folder: Path) -> subprocess.Popen[bytes]:
-        return start(name, "client", f"127.0.0.1:{port}", "-C", str(folder), "--fleet", str(fleet))
+    def client(name: str, folder: Path, ranks: int = 1) -> subprocess.Popen[bytes]:
+        return start(name, "client", f"127.0.0.1:{port}", "-C", str(folder), "--fleet", str(fleet), ranks=ranks)
 
     stranger = fleet / "stranger"
     shutil.copytree(fleet / "north", stranger)
@@ -190,7 +228,7 @@ def test_real_processes_over_tls(fleet: Path, processes: list[subprocess.Popen[b
     first = server()
     wait_until(lambda: "listening" in (logs / "server.log").read_text(), 400)
     refused = client("stranger", stranger)
-    nodes = {name: client(name, fleet / name) for name in NAMES}
+    nodes = {name: client(name, fleet / name, ranks=2 if name == "south" else 1) for name in NAMES}
     victim = fleet / "west" / ".discreet" / "federation" / "cohort.request"
     wait_until(victim.is_file, 500)
     os.kill(nodes["west"].pid, signal.SIGKILL)
@@ -207,7 +245,11 @@ def test_real_processes_over_tls(fleet: Path, processes: list[subprocess.Popen[b
     assert all(receipt["valid"] for receipt in result["receipts"].values())
     for name in ("north", "south"):
         assert nodes[name].wait(120) == 0
-        assert json.loads((logs / f"{name}.out").read_text())["valid"]
+        said = json.loads((logs / f"{name}.out").read_text())
+        assert said["valid"], "one document, whatever the number of processes"
+    again = client("north", fleet / "north")
+    assert again.wait(120) == 0, "a client that is started after the end says the same"
+    assert json.loads((logs / "north.out").read_text())["valid"]
 
 
 def wait_until(holds: Callable[[], bool], seconds: float) -> None:

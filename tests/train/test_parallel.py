@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -19,6 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from tests.conftest import on_two_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
@@ -42,30 +41,6 @@ from .conftest import NOTES, made_up
 
 KEY = Key(bytes(range(32)))
 DOCUMENTS = torch.linspace(-1, 1, 42).view(7, 6).sin()
-
-
-def _on_two_ranks(work: Callable[[Ranks], None]) -> None:
-    """Forks two processes that meet over gloo; nothing is imported a second time."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                with parallel.joined("cpu") as ranks:
-                    work(ranks)
-                    ranks.wait()
-                code = 0
-            except BaseException:  # the child must end here, whatever happened
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0], "see the traceback of a rank above"
 
 
 def _small() -> nn.Module:
@@ -107,7 +82,7 @@ def test_two_ranks_release_what_one_rank_releases(noise_multiplier: float) -> No
             moved = parallel.next_clip_norm(_partial(mine), **how, ranks=ranks)
             assert moved == adaptive.update(_partial(range(count)), **how), "votes of the other rank are missing"
 
-    _on_two_ranks(work)
+    on_two_ranks(work)
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -141,9 +116,9 @@ def test_sharded_ranks_train_the_model_of_one(base: Base, plan: Plan, tmp_path: 
         return work
 
     alone("alone", "one")
-    _on_two_ranks(together(2))
+    on_two_ranks(together(2))
     shutil.copytree(tmp_path / "ranks", tmp_path / "handed over")
-    _on_two_ranks(together(0))
+    on_two_ranks(together(0))
     alone("handed over", "three")
     one, two, three = (_weights(tmp_path / name) for name in ("one", "two", "three"))
     assert one.keys() == two.keys()
@@ -237,7 +212,7 @@ def test_the_ranks_that_will_train_rehearse(is_sharded: bool) -> None:
                 patch.setattr(parallel, "_owned", lambda tensors, _: sorted(tensors))
                 assert "mechanism: noise" in failed(ranks)
 
-    _on_two_ranks(work)
+    on_two_ranks(work)
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -288,8 +263,8 @@ def test_ranks_search_as_one_does(tmp_path: Path) -> None:
 
         return work
 
-    _on_two_ranks(together(tmp_path / "two", 1000))
-    _on_two_ranks(together(tmp_path / "torn", 2))
+    on_two_ranks(together(tmp_path / "two", 1000))
+    on_two_ranks(together(tmp_path / "torn", 2))
     assert searched(tmp_path / "torn", ALONE) == (alone[2:], chosen)
     assert [path.name for path in (tmp_path / "two").iterdir() if path.is_dir()] == ["adapter"]
 
@@ -343,7 +318,7 @@ def test_ranks_train_only_for_whoever_may(new_project: Callable[[Path], Path], t
             else:
                 assert pipeline.train_together(folder, pipeline.Silent()) is None
 
-    _on_two_ranks(work)
+    on_two_ranks(work)
     settings.write_text(settings.read_text().replace("[access]\nengineer = ['somebody else']", ""))
     with pipeline.open_house(folder) as house:
         assert not house.ledger.open_runs()

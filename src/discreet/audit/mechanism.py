@@ -465,6 +465,6 @@ def _read(weight: Tensor) -> Float:
 def _norms(probe: nn.Module, drawn: step.Units, plan: Plan, budget: int, ranks: Ranks) -> list[float]:
     """Norm of what each canary of a step contributes before noise, in clip norms: canaries are orthogonal, so each is its own coordinate."""
     batches = step.arranged(drawn, budget, Rows.PADDED)
-    partial = parallel.partial_sum(probe, drawn, batches, plan, clip_norm=plan.clip_norm, token_budget=budget, ranks=ranks)
+    partial = parallel.partial_sum(probe, drawn, batches, clip_norm=plan.clip_norm, token_budget=budget, combine=plan.combine, ranks=ranks)
     along_M = parallel.whole_sum(partial, ranks)["canaries.weight"][:, 0].abs() / plan.clip_norm
     return [float(along_M[position]) for position in sorted({_position(documents[0]) + 1 for documents in drawn})]

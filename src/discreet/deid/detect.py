@@ -94,7 +94,17 @@ def detect(
         found += [Span(*view.original(s.start, s.end), s.label, s.score) for s in spans]
         view = view.blank([(s.start, s.end) for s in spans])
         regions = _around((match.span() for match in _OPAQUES.finditer(view.text)), view.text)  # elsewhere nothing has changed
-    return sorted((s for s in found if s.label in wanted), key=lambda s: s.start)
+    return _disjoint(sorted((s for s in found if s.label in wanted), key=lambda s: (s.start, -s.end)))
+
+
+def _disjoint(spans: Iterable[Span]) -> list[Span]:
+    """Returns sorted spans without what an earlier one covers already: whatever the rounds found, no character is written over twice."""
+    kept: list[Span] = []
+    for span in spans:
+        start = max(span.start, kept[-1].end) if kept else span.start
+        if start < span.end:
+            kept.append(span if start == span.start else Span(start, span.end, span.label, span.score))
+    return kept
 
 
 def _whole(view: View, spans: Iterable[Span]) -> list[Span]:
@@ -130,11 +140,12 @@ _NAMED = frozenset((Label.PERSON, Label.LOCATION, Label.ORG))
 def _read(view: View, values: Sequence[tuple[Label, str]], regions: Regions, reader: Reader | None, wanted: Collection[Label]) -> list[Span]:
     """One round over the regions of a view: every candidate, then the resolution rule. Spans are indices of the view."""
     text = view.text
-    windows = _automaton()(text, regions)
+    named = not _NAMED.isdisjoint(wanted)
+    windows = _automaton(named=named)(text, regions)
     candidates = [*_rows(text, windows, wanted), *_known(text, values)]
     if reader is not None:
         candidates += [Span(*tag) for tag in reader.read(text, regions, _words())]
-    if not _NAMED.isdisjoint(wanted):
+    if named:
         candidates += _names(text, candidates, regions, windows)
     candidates += _uncovered(text, values, regions, windows, candidates, wanted)
     candidates += _backwards(text, windows.get(_TURNED_AT, ()))
@@ -151,6 +162,7 @@ def _uncovered(
     text: str, values: Sequence[tuple[Label, str]], regions: Regions, windows: Mapping[int, Regions], plain: Sequence[Span], wanted: Collection[Label]
 ) -> Iterator[Span]:
     """Yields what stands behind escapes, encodings, markup and line breaks, as places of the text."""
+    named = not _NAMED.isdisjoint(wanted)
     view = View(text, [0], [0], [-1])
     for _ in range(MAX_DEPTH):
         edits, kinds = hidden(view.text, _is_word, [windows.get(number, ()) for number in _CODES], regions)
@@ -158,9 +170,9 @@ def _uncovered(
             return
         view, places = _edited(view, edits)
         regions = _around(places, view.text)
-        windows = _automaton()(view.text, regions)
+        windows = _automaton(named=named)(view.text, regions)
         found = [*_rows(view.text, windows, wanted), *_known(view.text, values)]
-        if not _NAMED.isdisjoint(wanted):
+        if named:
             found += _names(view.text, found, regions, windows)
         yield from _touching(found, places, kinds, view, plain)
 
@@ -186,9 +198,17 @@ def _touching(found: Iterable[Span], places: Sequence[tuple[int, int]], kinds: S
         if not touched:
             continue
         start, end = view.original(span.start, span.end)
+        if touched == {BREAK} and span.label == Label.CARD and not _in_card_groups(view.text[span.start : span.end]):
+            continue
         if touched == {BREAK} and (span.score < SHAPE or span.label not in _BROKEN_MAY or _has_own(span.label, start, end, plain)):
             continue
         yield Span(start, end, span.label, span.score)
+
+
+def _in_card_groups(number: str) -> bool:
+    """Says whether a number over two lines is grouped as on a card, but for the gap that the break may have taken: a count and the next line's date are not."""
+    *groups, last = [len(group) for group in re.split("[ -]+", number)]
+    return (all(size % 4 == 0 for size in groups) and last >= 3) or [*groups, last] in ([4, 6, 5], [10, 5], [4, 11])
 
 
 def _has_own(label: str, start: int, end: int, plain: Sequence[Span]) -> bool:
@@ -256,6 +276,8 @@ def scan(row: Pattern, text: str) -> Iterator[tuple[int, int]]:
 def _scan(row: Pattern, expression: re.Pattern[str], text: str, regions: Regions) -> Iterator[tuple[int, int]]:
     group: str | int = "value" if "value" in expression.groupindex else 0
     context = _context(row.context) if row.context else None
+    if context is not None and row.digits:  # behind a cue alone there is mostly nothing to read
+        regions = [part for part in regions if _DIGIT.search(text, *part)]
     for match in _within(expression, text, regions):
         start, end = match.span(group)
         if row.validator is not None and not row.validator(text[start:end]):
@@ -274,6 +296,7 @@ def _anchored(row: Pattern, text: str, start: int, end: int) -> bool:
 
 _BEFORE, _AFTER = 90, 120
 _SPACE = re.compile(r"\s")
+_DIGIT = re.compile("[0-9]")
 
 
 def _around(marks: Iterable[tuple[int, int]], text: str) -> list[tuple[int, int]]:
@@ -300,20 +323,20 @@ _ONCE = threading.Lock()
 
 
 @cache
-def _automaton() -> automaton.Windows:
+def _automaton(*, named: bool = False) -> automaton.Windows:
     with _ONCE:  # a cache alone would let every thread of the first moment build its own
-        return _built()
+        return _built(named)
 
 
 @cache
-def _built() -> automaton.Windows:
-    return automaton.windows(_sought())
+def _built(named: bool) -> automaton.Windows:
+    return automaton.windows(_sought(named=named))
 
 
-def _sought() -> list[automaton.Sought]:
-    """Everything that the one pass looks for: the rows (where they need a cue, behind it), the expressions of names, and those of `decode`."""
+def _sought(*, named: bool) -> list[automaton.Sought]:
+    """Everything that the one pass looks for: the rows (where they need a cue, behind it), the expressions of `decode`, and those of names where names are wanted."""
     rows = [automaton.Sought(_compiled(i), _context(row.context) if row.context else None) for i, row in enumerate(_ROWS)]
-    return [*rows, *map(automaton.Sought, (*_CUES, *EXPRESSIONS))]
+    return [*rows, *map(automaton.Sought, (*EXPRESSIONS, _TURNED, *(_CUES if named else ())))]
 
 
 def _rows(text: str, windows: Mapping[int, Regions], wanted: Collection[Label]) -> Iterator[Span]:
@@ -567,7 +590,7 @@ _LIVES = re.compile(
 
 def _names(text: str, others: Sequence[Span], regions: Regions, windows: Mapping[int, Regions]) -> Iterator[Span]:
     """Yields people and towns: cues, titles, lists and pairs of the gazetteer, then every other mention of what was found."""
-    cued = {id(expression): windows.get(number, ()) for number, expression in enumerate(_CUES, len(_ROWS))}
+    cued = {id(expression): windows.get(number, ()) for number, expression in enumerate(_CUES, _TURNED_AT + 1)}
     people = [*_cued(text, cued), *_listed(text, regions), *_caseless(text, regions)]
     taken = [s for s in others if s.label is Label.PERSON]
     yield from people
@@ -615,9 +638,20 @@ def _cued(text: str, cued: Mapping[int, Regions]) -> Iterator[Span]:
         said = match["value"]
         titled = _TITLE_LOWER.match(text, match.start()) is not None
         listed = list(itertools.takewhile(lambda t: _is_lower_name(t, titled=titled), said.split(" "))) if said.islower() else []  # noqa: B023 - used at once
+        start = match.start("value")
+        if not listed and said.islower() and _is_greeted(text, match.start(), start, said.split(" ")[0]):
+            listed = said.split(" ")[:1]
         if listed:
-            start = match.start("value")
             yield Span(start, start + len(" ".join(listed)), Label.PERSON, SHAPE)
+
+
+_GREETING = re.compile(r"(?:hi|hey|hello|good morning|good afternoon)\b", re.IGNORECASE)
+_GREETED = re.compile(r" ?(?:[,.!?]|\n|\Z)| (?:how|good to|nice to|great to|what|welcome|thanks|thank|it's|i'm|i am|so)\b")
+
+
+def _is_greeted(text: str, start: int, at: int, word: str) -> bool:
+    """Says whether somebody is greeted by a first name in lower case that is also a word ("hi hope , how are you"): what follows must be the rest of a greeting."""
+    return "U" in names().get(word, "") and _GREETING.match(text, start) is not None and _GREETED.match(text, at + len(word)) is not None
 
 
 def _is_lower_name(word: str, *, titled: bool) -> bool:
@@ -793,11 +827,11 @@ _REGIONS = frozenset(patterns.STATE_NAMES.split("|")) | frozenset(
 
 _PLACES = re.compile(rf"(?<![\w-])(?:{'|'.join(re.escape(p) for p in sorted(places(), key=len, reverse=True))})(?![\w-])")
 _CUES = (
-    _TITLED, _COLON, _NAMING, _CREDENTIALED, _PHRASE, _RELATION, _ADDRESSED, _COMMA, _COLON_LOWER, _TITLED_LOWER, _DIRECTION, _TOWN, _LIVES, _PLACES, _TURNED,
+    _TITLED, _COLON, _NAMING, _CREDENTIALED, _PHRASE, _RELATION, _ADDRESSED, _COMMA, _COLON_LOWER, _TITLED_LOWER, _DIRECTION, _TOWN, _LIVES, _PLACES,
 )  # fmt: skip
-"""Expressions of names that the automaton looks for beside the rows, and of lines written backwards."""
-_TURNED_AT = len(_ROWS) + _CUES.index(_TURNED)
-_CODES = range(len(_ROWS) + len(_CUES), len(_ROWS) + len(_CUES) + len(EXPRESSIONS))
+"""Expressions of names that the automaton looks for beside the rows, encodings and lines written backwards."""
+_CODES = range(len(_ROWS), len(_ROWS) + len(EXPRESSIONS))
+_TURNED_AT = _CODES.stop
 
 
 # Resolution -------------------------------------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load
 
+from discreet.deid.languages import KINDS
 from discreet.deid.normalise import OPAQUE
+from discreet.deid.patterns import STATE_NAMES
 from discreet.errors import RequestInvalid
 
 WEIGHTS = "tagger.safetensors"
@@ -310,12 +312,24 @@ def _believed(name: str, label: str, score: float) -> bool:
     capital = any(word[0].isupper() for word in words)
     if len(words) == 1 and name.isupper() and len(name) <= {"ORG": 5, "LOCATION": 3}.get(label, 0):
         return score >= ACRONYM
+    if not capital and not _may_be_small(words, label):
+        return False
     if not strange:
         usual = label != "PERSON" or any(word.lower() in listed for word in words)
         return capital and usual and score >= SURE[label] and not (label == "PERSON" and name.isupper())
     if label == "PERSON" and any(word.lower() in listed for word in strange):
         return score >= AGREED
     return score >= (LEAST[label] if capital else SURE[label])
+
+
+def _may_be_small(words: Sequence[str], label: str) -> bool:
+    """Says of a name without capitals whether it may be one: an organisation says what it is ("regional hospital", not "fatty foods"), and a state is no place that is looked for."""
+    if label == "ORG":
+        return not KINDS.isdisjoint(words)
+    return label != "LOCATION" or " ".join(words) not in _STATES
+
+
+_STATES = frozenset(STATE_NAMES.lower().split("|"))
 
 
 def rules() -> dict[str, object]:

@@ -45,7 +45,7 @@ import stdnum.pl.pesel
 import stdnum.se.personnummer
 import stdnum.us.ssn
 
-VERSION = "5"
+VERSION = "6"
 """Part of every policy's digest: raised whenever a row or a rule of `detect` changes what is found."""
 
 
@@ -190,13 +190,20 @@ def _is_ssn(value: str) -> bool:
 
 
 _IS_CODE = re.compile(
-    r"\$?[A-Za-z_]\w*(?:\.[A-Za-z_]\w*){0,6}(?:\(|\[)|\$[A-Za-z_{(]|\{\{|%\(|[a-z]+(?:[._-][a-z]+)*\Z|[A-Z]+(?:_[A-Z]+)*\Z|self\.|process\.env"
+    r"\$?[A-Za-z_]\w*(?:\.[A-Za-z_]\w*){0,6}(?:\(|\[|\{)|\$[A-Za-z_{(]|\{\{|%\(|<%|[(){}\[\]]|[a-z]+(?:[._-][a-z]+)*\Z|[A-Z]+(?:_[A-Z]+)*\Z|self\.|process\.env"
+    r"|[A-Za-z_][A-Za-z_.]*[)}\]]{1,4}\Z|[a-z]+(?:[A-Z][a-z]+)+\Z|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+[)}\]]{0,4}\Z|(?:[a-z]{2,20}\.){2,8}[\w./@-]+\Z|https?://[^\s@]+\Z|(?:/[\w.-]+){2,}\Z|arn:aws:"
 )
+"""Calls, variables, templates, dotted names, addresses and paths: where a secret is kept, not the secret."""
+_EXAMPLE = re.compile(
+    r"(?:your|my|insert|replace|example|dummy|placeholder|change|enter)[_ -]?(?:\w{1,20}[_ -]?){0,4}(?:here|key|token|secret|password|me)?\Z|(.)\1{5,}\Z|[x*.#-]{6,}\Z",
+    re.IGNORECASE,
+)
+"""What stands in documentation in place of a secret."""
 
 
 def _is_secret(value: str) -> bool:
     """A password or token, not a word and not code: it mixes digits or marks with letters, or both cases."""
-    if _IS_CODE.match(value):
+    if _IS_CODE.match(value) or (_EXAMPLE.match(value) and not any(c.isdigit() for c in value)):
         return False
     kinds = sum(
         (
@@ -268,6 +275,11 @@ def _is_month_day(value: str) -> bool:
     return _is_day(2000, month, day) or _is_day(2000, day, month)
 
 
+def _is_day_of_month(value: str) -> bool:
+    """A day and a month in words: "3 mars", of which the planet is none ("4 mars" alone proves too little without its year or weekday)."""
+    return re.fullmatch(r"\d{1,2} mars", value) is None
+
+
 def _is_named_date(value: str) -> bool:
     """`may 10` in lower case is a verb and a number unless a year follows."""
     has_year = re.search(r"\d{4}|'\d\d", value) is not None
@@ -291,6 +303,18 @@ _STATE = rf"(?:{'|'.join(STATES)}|{STATE_NAMES})"
 _MONTH = r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)"
 _WEEKDAY = r"(?:(?:mon|tues?|wed(?:nes)?|thu(?:rs?)?|fri|sat(?:ur)?|sun)(?:day)?\.?,? {1,2})"
 _TIME = r"(?:(?:,? {1,2}(?:at {1,2})?|T)(?:[01]?\d|2[0-3]):[0-5]\d(?::[0-5]\d)?(?:\.\d{1,6})?(?: ?[ap]\.?m\b\.?)?(?:Z\b|[+-]\d\d:?\d\d)?)"
+# folded, as the view is: no accents
+_MONTH_ES = "enero|febrero|marzo|abril|mayo|junio|julio|agosto|sep?tiembre|octubre|noviembre|diciembre"
+_MONTH_FR = "janv(?:ier)?|fevr?(?:ier)?|mars|avr(?:il)?|mai|juin|juil(?:let)?|aout|sept(?:embre)?|oct(?:obre)?|nov(?:embre)?|dec(?:embre)?"
+_MONTH_DE = "jan(?:uar)?|janner|feb(?:ruar)?|marz|apr(?:il)?|mai|juni|juli|aug(?:ust)?|sept?(?:ember)?|okt(?:ober)?|nov(?:ember)?|dez(?:ember)?"
+_GERMAN_ONLY = "januar|janner|februar|marz|mai|juni|juli|okt(?:ober)?|dez(?:ember)?"
+_WEEKDAY_ES = "(?:lunes|martes|miercoles|jueves|viernes|sabado|domingo)"
+_WEEKDAY_FR = "(?:lundi|mardi|mercredi|jeudi|vendredi|samedi|dimanche)"
+_WEEKDAY_DE = "(?:montag|dienstag|mittwoch|donnerstag|freitag|samstag|sonnabend|sonntag|(?:mo|di|mi|do|fr|sa|so)(?=[.,]))"
+_ANCHORS_ES = ("ene", "feb", "mar", "abr", "may", "jun", "jul", "ago", "sep", "set", "oct", "nov", "dic")
+_ANCHORS_FR = ("jan", "fev", "mar", "avr", "mai", "jui", "aou", "sep", "oct", "nov", "dec")
+_ANCHORS_DE = ("jan", "feb", "mar", "apr", "mai", "jun", "jul", "aug", "sep", "okt", "nov", "dez")
+_CLOCK = r"(?:[01]?\d|2[0-3])(?:[:.h][0-5]\d| ?h)(?: ?h| ?uhr)?(?![\w])"
 _CODE = r"(?<![\w-])(?=[A-Z-]{0,8}\d)[A-Z0-9](?:-?[A-Z0-9]){2,19}(?![\w-]|\.\d)"
 _WORD = r"[A-Z][A-Za-z'-]{0,30}"
 _STREET = (
@@ -525,6 +549,14 @@ PATTERNS: tuple[Pattern, ...] = (
             "password = os.environ['PW']",
             "bypass=On2Off3x",
             'password: "${DB_PASSWORD}"',
+            'params={"api_key": api_key}',
+            "login(password=passWord)",
+            "token=Token{78af589 done",
+            "token: android.os.BinderProxy@2bd79ce",
+            "key_file_token = /run/secrets/Db1",
+            'token_url: "https://id.example.org/Oauth2"',
+            "api_key = YOUR_API_KEY_HERE",
+            "secret = config.Secrets.Db1",
         ),
     ),
     Pattern(
@@ -1184,6 +1216,82 @@ PATTERNS: tuple[Pattern, ...] = (
         source="ISO 8601 basic, HL7",
         matches=("DOB «19540113»",),
         rejects=("19541313", "20230230"),
+    ),
+    Pattern(
+        label=Label.DATE,
+        expression=rf"(?<![\w/.-])(?:{_WEEKDAY_ES},? )?(?:dia )?(?:0?[1-9]|[12]\d|3[01])o? ?(?:de |-|/)? ?(?:{_MONTH_ES})(?![a-z])(?:(?:,? (?:de[l]? (?:ano )?)?|-|/)(?:1[89]|20|21)\d{{2}}(?!\d))?(?: a las {_CLOCK})?",
+        score=STRONG,
+        validator=_is_day_of_month,
+        anchors=_ANCHORS_ES,
+        locale="ES",
+        source="RAE, Ortografía",
+        matches=(
+            "el «3 de mayo de 2019» por",
+            "«lunes, 12 de febrero»",
+            "ingresa el «1º de enero del 2020»",
+            "«15/marzo/2018»",
+            "«7 septiembre 2011 a las 10:30»",
+        ),
+        rejects=("30 de mayonesa", "de mayo", "mayo", "40 de enero"),
+    ),
+    Pattern(
+        label=Label.DATE,
+        expression=rf"(?<![\w-])(?:{_MONTH_ES}) (?:de[l]? (?:ano )?)?(?:1[89]|20|21)\d{{2}}(?![\w-])",
+        score=STRONG,
+        anchors=_ANCHORS_ES,
+        locale="ES",
+        source="RAE, Ortografía",
+        matches=("desde «marzo de 2021».", "«agosto del año 2020»"),
+        rejects=("enero de 12", "marzo"),
+    ),
+    Pattern(
+        label=Label.DATE,
+        expression=rf"(?<![\w/.-])(?:{_WEEKDAY_FR},? )?(?:1er|0?[1-9]|[12]\d|3[01])[ -](?:{_MONTH_FR})(?![a-z])(?:\.?[ -](?:1[89]|20|21)\d{{2}}(?!\d))?(?:,? a {_CLOCK})?",
+        score=STRONG,
+        validator=_is_day_of_month,
+        anchors=_ANCHORS_FR,
+        locale="FR",
+        source="Imprimerie nationale, Lexique",
+        matches=("le «1er février 2020» à Lyon", "«mardi 14 août»", "né le «3 déc. 1957»", "«12 juillet 1998 à 14h30»"),
+        rejects=("40 janvier", "12 marsouins", "juin"),
+    ),
+    Pattern(
+        label=Label.DATE,
+        expression=rf"(?<![\w-])(?:{_MONTH_FR})\.? (?:1[89]|20|21)\d{{2}}(?![\w-])",
+        score=STRONG,
+        anchors=_ANCHORS_FR,
+        locale="FR",
+        source="Imprimerie nationale, Lexique",
+        matches=("depuis «août 2019».", "en «décembre 1999»"),
+        rejects=("aout 12", "fevrier"),
+    ),
+    Pattern(
+        label=Label.DATE,
+        expression=rf"(?<![\w/.-])(?:{_WEEKDAY_DE}\.?,? (?:den |dem |der )?)?(?:(?:0?[1-9]|[12]\d|3[01])\. ?(?:{_MONTH_DE})(?![a-z])\.? ?(?:1[89]|20|21)\d{{2}}(?!\d)"
+        rf"|(?:(?<=am )|(?<=vom )|(?<=zum )|(?<=den )|(?<=bis )|(?<=seit )|(?<=ab )|(?<=tag, )|(?<=tag ))(?:0?[1-9]|[12]\d|3[01])\. ?(?:{_MONTH_DE})(?![a-z])|(?:0?[1-9]|[12]\d|3[01])\. ?(?:{_GERMAN_ONLY})(?![a-z]))(?:,? (?:um )?{_CLOCK})?",
+        score=STRONG,
+        anchors=_ANCHORS_DE,
+        locale="DE",
+        source="DIN 5008",
+        matches=(
+            "am «3. März 2020» in",
+            "am «4. April» war",
+            "«Montag, den 12. Mai»",
+            "am «7. Juni»",
+            "geb. «24. Dez. 1961»",
+            "«1.Oktober 2018 um 9:30 Uhr»",
+        ),
+        rejects=("40. Mai", "3. Marzipan", "Dezember", "2. April shows", "1. Jan went home"),
+    ),
+    Pattern(
+        label=Label.DATE,
+        expression=rf"(?<![\w-])(?:{_MONTH_DE})\.? (?:1[89]|20|21)\d{{2}}(?![\w-])",
+        score=STRONG,
+        anchors=_ANCHORS_DE,
+        locale="DE",
+        source="DIN 5008",
+        matches=("seit «März 2020».", "«Dezember 1999»"),
+        rejects=("Juli 12", "Oktober"),
     ),
     Pattern(
         label=Label.DATE,

@@ -3,9 +3,10 @@
     expected people = population x share(age) x share(sex) x share(place) x share(rarest term)
 
 Of each kind the rarest value in the text counts once; kinds are multiplied as if they were independent, which makes people look rarer where they go together (a disease of old age),
-so the figure errs to the careful side there. Shares are public and rounded: ages as if all years up to 80 were equally common, states by the census of 2020, a ZIP code by the mean over all codes, a
-town that is named without more as the 20,000 people below which HIPAA does not let a place stand (45 CFR 164.514(b)(2)(i)(B)), rare conditions and offices by the order of magnitude of their published
-prevalence (the EU calls a disease rare from 1 in 2,000, Regulation (EC) 141/2000), a superlative ("the only", "the first woman to") as one in 10,000. Nothing is learnt from the texts at hand, so on the
+so the figure errs to the careful side there. Shares of states are those of the census (U.S. Census Bureau, 2020 Census Apportionment Results, 26 April 2021, resident population, rounded to 0.1 million).
+All others are *assumed*, not measured: ages as if all years up to 80 were equally common, a ZIP code by the mean over all codes, a town that is named without more as the 20,000 people below which HIPAA
+does not let a place stand (45 CFR 164.514(b)(2)(i)(B)), conditions, offices and trades by an order of magnitude of our own (the EU calls a disease rare from 1 in 2,000, Regulation (EC) 141/2000; about 6 % of
+people have one of them: Nguengang Wakap et al., EJHG 28 (2020)), a superlative ("the only", "the first woman to") as one in 10,000. Give `terms` your own figures: they count before these. Nothing is learnt from the texts at hand, so on the
 training path one person's words never depend on another's (PITFALLS 39).
 
 `k_map` counts, for every row of a table, the people of a population table with the same values; `generalise_table` finds the least coarse table in which all of them are at least k (k-map; with the table itself
@@ -36,7 +37,7 @@ VERSION = 1
 """Raised when a table or a ladder changes: what a policy with k makes of a text changes with it."""
 
 POPULATION = 331_000_000
-"""People of the reference population: the United States in 2020."""
+"""People of the reference population: the United States, census of 2020 (331,449,281 residents)."""
 
 
 @final
@@ -206,7 +207,7 @@ _REGIONS: Mapping[str, tuple[float, str]] = MappingProxyType(
         "the West": (78.6, "Alaska 0.7 Arizona 7.2 California 39.5 Colorado 5.8 Hawaii 1.5 Idaho 1.8 Montana 1.1 Nevada 3.1 New_Mexico 2.1 Oregon 4.2 Utah 3.3 Washington 7.7 Wyoming 0.6"),
     }
 )  # fmt: skip
-"""Census regions and their states: people in millions, census of 2020."""
+"""Census regions and their states: people in millions, census of 2020; the South has the District of Columbia's 0.7 as well."""
 
 
 @cache
@@ -253,7 +254,7 @@ _GROUPS: Mapping[str, tuple[float, str]] = MappingProxyType(
         "tradesperson": (0.05, "lighthouse_keeper:1e-6 glassblower:1e-5 organist:1e-4 taxidermist:1e-5 beekeeper:4e-4 harpist:1e-5 puppeteer:1e-5 falconer:1e-5 luthier:1e-5 bagpiper:1e-5 midwife:4e-5 jockey:1e-5 trapeze_artist:1e-6"),
     }
 )  # fmt: skip
-"""Group -> share of people it fits, and its terms with the order of magnitude of their share."""
+"""Group -> share of people it fits, and its terms with the order of magnitude of their share: assumed values, of which a caller's `terms` replace any."""
 
 
 @cache

@@ -123,7 +123,11 @@ class Weak:
         _, widest = tree.getwidth()
         self.reach = int(widest) + _ahead(tree) + 2
         caseless = bool(expression.flags & re.IGNORECASE)
-        self.source = _before(tree, caseless) + _sequence(_ends(_followed(list(tree))), caseless, tree.state)
+        before = _before(tree, caseless)
+        items = _end(_followed(list(tree)))
+        begun = _begin(items)
+        whole = begun == [item for item in items if item[0] not in _NOTHING]
+        self.source = before + _sequence(items if whole else begun, caseless, tree.state, first=whole and not before)
         if not self.source:
             raise ValueError(f"Expected an expression that needs at least one character, got {expression.pattern!r}.")
 
@@ -172,37 +176,58 @@ def _followed(items: list[Any]) -> list[Any]:
     return items
 
 
-def _ends(items: list[Any]) -> list[Any]:
-    """Returns the sequence with what repeats at its ends repeated as seldom as it may; a match of the whole still holds a match of it."""
+def _begin(items: list[Any]) -> list[Any]:
+    """Returns the sequence with what repeats at its beginning repeated as seldom as it may; a match of the whole still holds a match of it."""
     items = [item for item in items if item[0] not in _NOTHING]
-    for at in (0, -1):
-        while items:
-            operator, argument = items[at]
-            if operator in _REPEATS:
-                low, _, inner = argument
-                if low == 0:
-                    items.pop(at)
-                    continue
-                items[at] = (sre.MAX_REPEAT, (low, low, inner))
-            elif operator is sre.SUBPATTERN and len(items) == 1:
-                group, add, remove, inner = argument
-                items[at] = (operator, (group, add, remove, _ends(list(inner))))
-            break
+    while items and items[0][0] in _REPEATS and items[0][1][0] == 0:
+        items.pop(0)
+    if items and items[0][0] in _REPEATS:
+        low, _, inner = items[0][1]
+        items[0] = (sre.MAX_REPEAT, (low, low, inner))
+    elif len(items) == 1 and items[0][0] is sre.SUBPATTERN:
+        group, add, remove, inner = items[0][1]
+        items[0] = (sre.SUBPATTERN, (group, add, remove, _begin(list(inner))))
     return items
 
 
-def _emit(item: Any, caseless: bool, state: Any) -> str:
+def _end(items: list[Any]) -> list[Any]:
+    """Returns the sequence with what repeats at its end, within its last group or branches too, repeated as seldom as it may: each match is reported where it ends, so one end is enough."""
+    items = _followed(items)
+    while items:
+        operator, argument = items[-1]
+        if operator in _REPEATS:
+            low, _, inner = argument
+            last = [(sre.MAX_REPEAT, (low, low, inner))] if low > 1 else _end(list(inner)) if low else []
+        elif operator is sre.SUBPATTERN:
+            group, add, remove, inner = argument
+            inner = _end(list(inner))
+            last = [(operator, (group, add, remove, inner))] if inner else []
+        elif operator is sre.BRANCH:
+            branches = [_end(list(branch)) for branch in argument[1]]
+            last = [(operator, (argument[0], branches))] if all(branches) else []
+        else:
+            return items
+        items = [*items[:-1], *last]
+        if last:
+            return items
+    return items
+
+
+def _emit(item: Any, caseless: bool, state: Any, *, first: bool = False) -> str:
+    """Returns one item; where it stands first, with what must stand before it."""
     operator, argument = item
+    if operator is sre.ASSERT and argument[0] < 0 and first:
+        return _sequence(argument[1], caseless, state)
     if operator in _NOTHING:
         return ""
     if operator in (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN):
         return _class(operator, argument, caseless)
     if operator is sre.BRANCH:
-        return f"(?:{'|'.join(_sequence(branch, caseless, state) for branch in argument[1])})"
+        return f"(?:{'|'.join(_sequence(branch, caseless, state, first=first) for branch in argument[1])})"
     if operator is sre.SUBPATTERN:
         _, add, remove, inner = argument
         caseless = (caseless or bool(add & re.IGNORECASE)) and not remove & re.IGNORECASE
-        return f"(?:{_sequence(inner, caseless, state)})"
+        return f"(?:{_sequence(inner, caseless, state, first=first)})"
     if operator is sre.ATOMIC_GROUP:
         return f"(?:{_sequence(argument, caseless, state)})"
     if operator in _REPEATS:
@@ -217,8 +242,12 @@ def _emit(item: Any, caseless: bool, state: Any) -> str:
     raise ValueError(f"Expected an expression of which a weaker form is known, got {operator}.")
 
 
-def _sequence(items: Iterable[Any], caseless: bool, state: Any) -> str:
-    return "".join(_emit(item, caseless, state) for item in items)
+def _sequence(items: Iterable[Any], caseless: bool, state: Any, *, first: bool = False) -> str:
+    pieces = []
+    for item in items:
+        pieces.append(_emit(item, caseless, state, first=first))
+        first = first and not pieces[-1] and item[0] in _NOTHING
+    return "".join(pieces)
 
 
 def _class(operator: Any, argument: Any, caseless: bool) -> str:
@@ -274,9 +303,12 @@ def _in(part: Any, character: str) -> bool:
 
 
 def _hyperscan(sought: Sequence[Sought]) -> Windows:
+    import hyperscan
+
     weak = [Weak(s.cue or s.expression) for s in sought]
     reaches = [w.reach + (CUE_REACH + Weak(s.expression).reach if s.cue else 0) for w, s in zip(weak, sought, strict=True)]
-    database = _database([w.source for w in weak])
+    flags = [hyperscan.HS_FLAG_SINGLEMATCH if reach > FARTHEST else 0 for reach in reaches]  # one place opens the whole region
+    database = _database([w.source for w in weak], flags)
     lock = threading.Lock()
 
     def find(text: str, regions: Regions) -> dict[int, Regions]:
@@ -351,11 +383,11 @@ KEPT = 3
 """Automata that the cache holds at most: those of the versions used last."""
 
 
-def _database(sources: Sequence[str]) -> Any:
+def _database(sources: Sequence[str], flags: Sequence[int]) -> Any:
     """Returns the automaton of the sources, from the cache where it is there."""
     import hyperscan
 
-    digest = hashlib.sha256("\0".join([version("hyperscan"), *sources]).encode()).hexdigest()
+    digest = hashlib.sha256("\0".join([version("hyperscan"), *sources, *map(str, flags)]).encode()).hexdigest()
     path = _folder() / f"scan-{digest[:32]}.hs"
     stored = _trusted(path)
     if stored is not None:
@@ -364,9 +396,7 @@ def _database(sources: Sequence[str]) -> Any:
         except hyperscan.HyperscanError:
             pass  # made by another processor or version: built anew below
     database = hyperscan.Database(mode=hyperscan.HS_MODE_BLOCK)
-    database.compile(
-        expressions=[source.encode() for source in sources], ids=list(range(len(sources))), elements=len(sources), flags=[0] * len(sources)
-    )
+    database.compile(expressions=[source.encode() for source in sources], ids=list(range(len(sources))), elements=len(sources), flags=flags)
     if len(sources) >= WORTH_KEEPING:
         _keep(path, hyperscan.dumpb(database))
     return database

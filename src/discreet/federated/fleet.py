@@ -22,8 +22,8 @@ Guarantees: the plan is reserved and spent in each site's own ledger before its 
 Sources: McMahan et al. 2018 (DP-FedAvg); Kairouz et al. 2021 (distributed discrete Gaussian); Andrew et al. 2021; Sun et al. 2024 (FFA-LoRA: A frozen, the sum is exact);
 Kairouz et al. 2021, arXiv 2103.00039 (DP-FTRL); Choquette-Choo et al. 2023, arXiv 2306.08153 (banded); Kalinin & Lampert 2024 (the banded square root).
 
-Does not cover: verifying another client's norm bound or noise (not possible under masking; colluders are counted instead); bounded participation
-against a coordinator that names the wrong step (it adds the noise, so it is trusted with the sum).
+Does not cover: verifying another client's norm bound or noise (not possible under masking; colluders are counted instead); the noise itself under bounded
+participation (the coordinator adds it and is trusted with the sum; that no unit takes part more often than was paid for each site sees to: site.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from discreet.config import ModelSection, digest_of
+from discreet.config import ModelSection, RunSection, digest_of
 from discreet.dp import adaptive, csprng, discrete
 from discreet.dp.accounting import RdpFilter, rdp_epsilon
 from discreet.dp.discrete import Encoding
@@ -56,7 +56,8 @@ from discreet.federated.secagg import Server, Terms
 from discreet.keys import Key, Stream
 from discreet.model import Base, attach, trained_parameters
 from discreet.record import Digest, Sensitive
-from discreet.train.step import PrivateCorpus, Rows, arranged, drawn, public_step, summed
+from discreet.train.parallel import ALONE, Ranks, summed_together
+from discreet.train.step import PrivateCorpus, drawn, public_step
 
 FILE_NAME = "fleet.toml"
 BIT_WIDTH = 0.2
@@ -345,10 +346,24 @@ class Worker:
     corpus: PrivateCorpus
     run_key: Key
     token_budget: int = 512
+    ranks: Ranks = ALONE
 
     @staticmethod
-    def of(agreement: Agreement, *, base: Base, section: ModelSection, corpus: PrivateCorpus, run_key: Key, token_budget: int = 512) -> Worker:
-        return Worker(agreement=agreement, base=base, module=attach(base, section), corpus=corpus, run_key=run_key, token_budget=token_budget)
+    def of(
+        agreement: Agreement, *, base: Base, section: ModelSection, corpus: PrivateCorpus, run_key: Key, run: RunSection, ranks: Ranks = ALONE
+    ) -> Worker:
+        """Opens the worker of a site, on the device and with the token budget of its `[run]`.
+
+        Args:
+            ranks: this process among the site's own (`torchrun`); the first one answers, the others `assist`.
+
+        Raises:
+            PlanInvalid: when several processes are to share what one has to do.
+        """
+        if ranks.size > 1 and (agreement.fleet.unit == "site" or run.weights == "sharded"):
+            raise PlanInvalid('unit = "subject" and [run] weights = "replicated" for a site of several processes', value=ranks.size)
+        module = attach(base, section).to(run.device)
+        return Worker(agreement=agreement, base=base, module=module, corpus=corpus, run_key=run_key, token_budget=run.token_budget, ranks=ranks)
 
     def contribution(self, terms: Terms, payload: bytes) -> Words:
         """Returns this site's clipped, rounded and noised vector for one round, modulo 2^bits."""
@@ -358,11 +373,21 @@ class Worker:
         if self.agreement.fleet.unit == "site":
             vector = self._site_update(step, start, clip_norm, is_in=self._is_in(step, applied))
         else:
-            vector = self._subject_sum(step, clip_norm, self._in_turn(applied))
+            if clip_norm != self.agreement.plan.clip_norm:
+                raise TermsRefused("the clip norm of the plan", value=clip_norm)
+            self._turn_of(applied)  # refused before the other ranks are asked
+            if self.ranks.size > 1:
+                self.ranks.announce(True)
+            vector = self._subject_sum(start, step, applied)
         encoding = self.agreement.encoding
         sent = _quiet(encoding) if self.agreement.fleet.noise is Noise.CENTRAL else encoding
         integers = discrete.encode(vector, sent, signs=round_signs(terms), secret=self.run_key.stream("federated", step))
         return (integers & ((1 << encoding.bits) - 1)).astype(WORD[encoding.bits])
+
+    def assist(self) -> None:
+        """Computes this rank's part of every contribution that the first rank announces; returns when it says that there are no more."""
+        while self.ranks.follow():
+            self._subject_sum(np.zeros(self.agreement.encoding.dimension, np.float32), 0, 0)
 
     def personalise(self, vector: Reals) -> int:
         """Trains the module on, from the final shared parameters, for this site alone. Returns the number of tokens read."""
@@ -396,14 +421,15 @@ class Worker:
             raise TermsRefused(f"a step below the {self.agreement.fleet.rounds} of the plan", value=applied)
         return applied % self.agreement.fleet.separation
 
-    def _subject_sum(self, step: int, clip_norm: float, corpus: PrivateCorpus) -> Reals:
-        if clip_norm != self.agreement.plan.clip_norm:
-            raise TermsRefused("the clip norm of the plan", value=clip_norm)
+    def _subject_sum(self, start: Reals, step: int, applied: int) -> Reals:
+        """The sum of the drawn units' gradients in clip norms. All ranks compute it at the model and step of the first, which alone masks and sends it."""
         plan = self.agreement.plan
+        unflatten(self.module, self.ranks.of_first(torch.from_numpy(start)).numpy())
+        step, applied = self.ranks.of_first(torch.tensor([step, applied])).tolist()
+        corpus = self._in_turn(applied)
         units = drawn(corpus, plan, run_key=self.run_key, step=step) if corpus.names else []
-        batches = arranged(units, self.token_budget, Rows.PADDED)
-        total = summed(self.module, units, batches, clip_norm=plan.clip_norm, token_budget=self.token_budget, combine=plan.combine)
-        return flatten(total.gradients) / np.float32(clip_norm)
+        total = summed_together(self.module, units, clip_norm=plan.clip_norm, token_budget=self.token_budget, combine=plan.combine, ranks=self.ranks)
+        return flatten(total) / np.float32(plan.clip_norm)
 
     def _site_update(self, step: int, start: Reals, clip_norm: float, *, is_in: bool) -> Reals:
         """The site's own update, clipped as a whole; zero (but noised and masked all the same) when it is not in."""

@@ -67,11 +67,11 @@ class Journal:
         with self._store.transaction() as tx:
             return bytes(tx.execute(select(_answers.c.answer).filter_by(session=session, round=number, stage=stage)).scalar_one_or_none() or b"")
 
-    def count(self, session: str, stage: str, *, other_than: int) -> int:
-        """Returns in how many rounds of a session a stage was answered, one round left out."""
+    def count(self, session: str, *stages: str, other_than: int) -> int:
+        """Returns in how many rounds of a session every one of these stages was answered, one round left out."""
         with self._store.transaction() as tx:
-            numbers = tx.execute(select(_answers.c.round).filter_by(session=session, stage=stage)).scalars().all()
-        return sum(number != other_than for number in numbers)
+            found = [set(tx.execute(select(_answers.c.round).filter_by(session=session, stage=stage)).scalars()) for stage in stages]
+        return len(set.intersection(*found) - {other_than})
 
     def sweep(self, session: str, before: int) -> None:
         """Empties the answers of rounds before `before`; that they were given stays on record."""

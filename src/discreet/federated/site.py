@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -40,12 +40,15 @@ from discreet.federated import fleet as fleets
 from discreet.federated import secagg, transcript
 from discreet.federated.fleet import Agreement, Correlated, FleetFile, Noise, Reals, Trainer, Worker
 from discreet.federated.journal import Journal
+from discreet.federated.masks import Words
 from discreet.federated.secagg import STAGES, Opened, Policy, Receipt, Roster, Terms
+from discreet.governance.access import Access, Action, current_user
 from discreet.keys import Key, Keyring, open_master
 from discreet.ledger import CloseReason, Ledger
 from discreet.model import Base
 from discreet.record import Digest
 from discreet.store import Store, write_atomically
+from discreet.train.parallel import ALONE, Ranks
 from discreet.train.step import PrivateCorpus
 
 ROSTER = "roster.json"
@@ -128,12 +131,17 @@ def prepare(folder: Path, *, name: str, snapshot: Digest, base: Path) -> None:
 class Site:
     """A site of the fleet, open: its project's database, keys, ledger and log, and the round it is in."""
 
-    def __init__(self, folder: Path, *, fleet_folder: Path) -> None:
+    def __init__(self, folder: Path, *, fleet_folder: Path, ranks: Ranks = ALONE) -> None:
         """Opens a prepared site.
+
+        Args:
+            fleet_folder: of fleet.toml and roster.json.
+            ranks: this process among those of the site (`torchrun`): the first one answers, the others `worker.assist`.
 
         Raises:
             SourceMissing: when the site was not prepared, or the fleet has no roster.
             NotFound: when the roster does not name this site with its key.
+            AccessDenied: when the user of this process may not run the project.
         """
         self.project = config.load(folder)
         self.place = self.project.state / "federation"
@@ -146,12 +154,14 @@ class Site:
         self._keyring = Keyring(self._store, open_master(self.project.master_location()))
         self._log = Log(self._store, self._keyring, f"discreet.{self.project.project.name}")
         self._ledger = Ledger(self._store, self._keyring, self._log)
+        Access(self.project.access, store=self._store, keyring=self._keyring, log=self._log).require(Action.RUN, who=current_user())
         self.identity = self._keyring.signer("federation")
         if self.session.roster.clients.get(self.name) != self.identity.public_key().public_bytes_raw():
             raise NotFound("a roster that names this site with its key", value=self.name)
         self.journal = Journal(self._store)
         self.said = ""
         self._member: Generator[bytes, bytes, Receipt] | None = None
+        self._ranks = ranks
         self._worker: Worker | None = None
 
     def close(self) -> None:
@@ -167,7 +177,7 @@ class Site:
         Raises:
             TermsRefused: when it does not accept.
         """
-        bound = binding(self.session, self.worker.agreement)
+        bound = binding(self.session, self.agreement)
         try:
             accepted = subprocess.run([*verifier, bound], input=evidence, capture_output=True, timeout=ATTESTATION_S, check=False).returncode == 0
         except (OSError, subprocess.TimeoutExpired):
@@ -230,7 +240,7 @@ class Site:
 
     @property
     def _spent_steps(self) -> int:
-        return self.worker.agreement.spent_steps(min(len(self.receipts()), self.fleet.rounds))
+        return self.agreement.spent_steps(min(len(self.receipts()), self.fleet.rounds))
 
     def _taken_up(self, kind: str) -> Generator[bytes, bytes, Receipt]:
         """The round that an earlier process of this site was in: its requests again, answered from the journal."""
@@ -243,7 +253,7 @@ class Site:
 
     def _new_member(self) -> Generator[bytes, bytes, Receipt]:
         member = secagg.client(
-            lambda terms, payload: self.worker.contribution(terms, payload),
+            self._contribution,
             name=self.name,
             identity=self.identity,
             policy=self.policy,
@@ -253,9 +263,19 @@ class Site:
         next(member)
         return member
 
+    def _contribution(self, terms: Terms, payload: bytes) -> Words:
+        """The worker's vector. Under bounded participation a step that was opened is not taken part in again, whatever the coordinator names: no unit is in more steps than were
+        paid for, nor in two that are closer than `separation`."""
+        if self.agreement.is_bounded:
+            step = fleets.read_payload(payload, base=self.base.digest)[2]
+            self.journal.once(terms.session, terms.number, f"step-{step}", payload, lambda: b"taken part")
+            if self.journal.count(terms.session, f"step-{step}", STAGES[-1], other_than=terms.number):
+                raise TermsRefused("a step that was not opened before", value=step, remedy="Nothing left this client.")
+        return self.worker.contribution(terms, payload)
+
     @property
     def policy(self) -> Policy:
-        agreement = self.worker.agreement
+        agreement = self.agreement
         return Policy(
             roster=self.session.roster,
             session=self.session.id,
@@ -267,18 +287,36 @@ class Site:
             rounds=self.fleet.rounds,
         )
 
+    @cached_property
+    def base(self) -> Base:
+        """The base model that the site enrolled with."""
+        return models.load_base(self._base_path, cache=self.project.state / "models")
+
+    @cached_property
+    def agreement(self) -> Agreement:
+        """What the site makes of fleet.toml for itself; it outlives the session."""
+        return agreement_for(self.fleet, self.base, self.project.model)
+
     @property
     def worker(self) -> Worker:
-        """The site's model and corpus, opened when first needed."""
+        """The site's model and corpus, opened when first needed.
+
+        Raises:
+            Forgotten: when the session is over and the run's key destroyed.
+        """
         if self._worker is None:
-            base = models.load_base(self._base_path, cache=self.project.state / "models")
             snapshot = corpus.open_snapshot(self._root, keyring=self._keyring, folder=self.project.state / "snapshots")
             count = 1 + max((position for held in snapshot.units.reveal().values() for position in held), default=-1)
             texts = corpus.texts(snapshot, range(count), self._keyring)
-            private = PrivateCorpus.of(snapshot, texts, base, max_tokens=self.project.model.max_tokens)
-            agreement = agreement_for(self.fleet, base, self.project.model)
+            private = PrivateCorpus.of(snapshot, texts, self.base, max_tokens=self.project.model.max_tokens)
             self._worker = Worker.of(
-                agreement, base=base, section=self.project.model, corpus=private, run_key=self._run_key, token_budget=self.project.run.token_budget
+                self.agreement,
+                base=self.base,
+                section=self.project.model,
+                corpus=private,
+                run_key=self._run_key,
+                run=self.project.run,
+                ranks=self._ranks,
             )
         return self._worker
 
@@ -288,7 +326,7 @@ class Site:
 
     def _charge(self) -> None:
         """Opens the fleet's budget in this site's ledger, reserves the whole plan and spends it: before the first contribution, once."""
-        plan, run = self.worker.agreement.plan, f"federated-{self.session.id}"
+        plan, run = self.agreement.plan, f"federated-{self.session.id}"
         budget = f"fleet-{self.fleet.name}"
         self._ledger.open(budget, epsilon=self.fleet.epsilon, delta=self.fleet.delta, unit=plan.unit)
         snapshot = corpus.open_snapshot(self._root, keyring=self._keyring, folder=self.project.state / "snapshots")
@@ -337,7 +375,7 @@ class Site:
 
     def _personalise(self, payload: bytes) -> None:
         if self.fleet.personal_steps:
-            vector, _, _ = fleets.read_payload(payload, base=self.worker.base.digest)
+            vector, _, _ = fleets.read_payload(payload, base=self.base.digest)
             self.worker.personalise(vector)
             models.save_adapter(self.worker.module, self.place / "personal")
 
@@ -553,8 +591,12 @@ class Coordinator:
             sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=self.agreement.spent_steps(done)
         )
         spent = rdp_epsilon(event, delta=plan.delta)
-        figures = {"clients": survivors, "epsilon": f"{spent:.2f}", "up": f"{self.received / 1e6:.1f} MB", "down": f"{self.sent / 1e6:.1f} MB"}
+        figures = {"clients": survivors, "epsilon": f"{spent:.2f}", "up": _size(self.received), "down": _size(self.sent)}
         self.observer.progress("rounds", done, self.agreement.fleet.rounds, figures)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"
 
 
 def coordinator(folder: Path, *, base: Base, section: ModelSection, observer: Observer) -> Coordinator:

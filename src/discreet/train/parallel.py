@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from discreet.dp import adaptive, clipping, noise
 from discreet.dp.clipping import ClippedSum
+from discreet.dp.combine import Combine
 from discreet.dp.mechanism import Plan
 from discreet.dp.noise import Memory, Noised
 from discreet.keys import Key, Stream
@@ -94,12 +95,11 @@ class Ranks:
         dist.broadcast(told, 0)
         return bool(told)
 
-    def agreed(self, value: float) -> float:
-        """What rank 0 says; every rank calls it."""
-        told = torch.tensor([value], dtype=torch.float64)
+    def of_first(self, tensor: Tensor) -> Tensor:
+        """Returns rank 0's tensor, on the CPU; the others give one of its shape and type, which is overwritten."""
         if self.size > 1:
-            dist.broadcast(told, 0)
-        return float(told)
+            dist.broadcast(tensor, 0)
+        return tensor
 
     def wait(self) -> None:
         """Returns when every rank has called it."""
@@ -215,7 +215,7 @@ def private_step(
     course.take(step)
     units = drawn(corpus, plan, run_key=run_key, step=step)
     batches = arranged(units, token_budget, rows)
-    total = partial_sum(model, units, batches, plan, clip_norm=course.clip_norm, token_budget=token_budget, ranks=ranks)
+    total = partial_sum(model, units, batches, clip_norm=course.clip_norm, token_budget=token_budget, combine=plan.combine, ranks=ranks)
     noised = add_noise(total, noise_multiplier=plan.noise_multiplier, key=run_key.stream("noise", step), ranks=ranks, memory=course.memory)
     if plan.adaptive is not None:
         moving, votes = plan.adaptive, run_key.stream("votes", step)
@@ -233,30 +233,42 @@ def private_step(
 
 
 def partial_sum(
-    model: nn.Module, units: Units, batches: Sequence[MicroBatch], plan: Plan, *, clip_norm: float, token_budget: int, ranks: Ranks
+    model: nn.Module, units: Units, batches: Sequence[MicroBatch], *, clip_norm: float, token_budget: int, combine: Combine, ranks: Ranks
 ) -> ClippedSum:
     """This rank's part of a step's clipped sum: over its share of the micro-batches, or, where weights are sharded, its shard of the sum over all of them."""
     dealt = shares([padded_size(units, batch) for batch in batches], ranks.size)
     chosen = [batches[index] for index in dealt[ranks.rank]]
     if isinstance(model, FSDPModule):
-        return _summed_in_step(model, units, chosen, plan, clip_norm=clip_norm, rounds=max(map(len, dealt)))
-    return summed(model, units, chosen, clip_norm=clip_norm, token_budget=token_budget, combine=plan.combine)
+        return _summed_in_step(model, units, chosen, clip_norm=clip_norm, combine=combine, rounds=max(map(len, dealt)))
+    return summed(model, units, chosen, clip_norm=clip_norm, token_budget=token_budget, combine=combine)
 
 
 def whole_sum(partial: ClippedSum, ranks: Ranks) -> dict[str, Tensor]:
-    """What the ranks have clipped together, before noise: of generated units, for a rehearsal. Every rank calls it."""
+    """What the ranks have clipped together, before noise and whole; every rank calls it. It leaves nobody's hands as it is."""
     if any(isinstance(part, DTensor) for part in partial.gradients.values()):
         return {name: gathered(part) for name, part in partial.gradients.items()}
     return _all_reduced(partial.gradients, ranks)
 
 
-def _summed_in_step(model: nn.Module, units: Units, chosen: Sequence[MicroBatch], plan: Plan, *, clip_norm: float, rounds: int) -> ClippedSum:
+def summed_together(model: nn.Module, units: Units, *, clip_norm: float, token_budget: int, combine: Combine, ranks: Ranks) -> dict[str, Tensor]:
+    """Returns the clipped sum of all ranks, on every rank, without noise: a site of a fleet adds its own before anything leaves it (federated/).
+
+    Args:
+        units: those that were drawn, the same on every rank.
+        token_budget: padded tokens of a micro-batch of one rank, >= 1.
+    """
+    batches = arranged(units, token_budget, Rows.PADDED)
+    partial = partial_sum(model, units, batches, clip_norm=clip_norm, token_budget=token_budget, combine=combine, ranks=ranks)
+    return whole_sum(partial, ranks)
+
+
+def _summed_in_step(model: nn.Module, units: Units, chosen: Sequence[MicroBatch], *, clip_norm: float, combine: Combine, rounds: int) -> ClippedSum:
     """This rank's shard of the sum over all ranks. A unit above the token budget is computed whole."""
     total = ClippedSum.zero(model, clip_norm=clip_norm)
     nobody = padded([torch.zeros(2, dtype=torch.long)])
     for number in range(rounds):
         if number < len(chosen):
-            total += summed(model, units, [chosen[number]], clip_norm=clip_norm, token_budget=sys.maxsize, combine=plan.combine)
+            total += summed(model, units, [chosen[number]], clip_norm=clip_norm, token_budget=sys.maxsize, combine=combine)
         else:
             total += clipping.in_step(model, document_losses, nobody, clip_norm=clip_norm)
     return total

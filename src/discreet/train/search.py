@@ -121,7 +121,8 @@ def search(
     for number in range(len(done.scores), total):
         option = _option(plan.search, number, len(options), _coordinates(options), done, run_key)
         trained = run(number, settings(train, options[option]), place / _TRY)
-        done.add(option, ranks.agreed(score(number, trained) if ranks.writes else math.nan))
+        scored = torch.tensor([score(number, trained) if ranks.writes else math.nan], dtype=torch.float64)
+        done.add(option, float(ranks.of_first(scored)))
         if ranks.writes and folder:
             done.write(folder, run_key)
             for lost in set(range(number + 1)) - {done.best}:
