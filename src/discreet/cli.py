@@ -183,8 +183,6 @@ def train(
         return
     from discreet import pipeline
 
-    if search:
-        raise RequestInvalid("a search on one process", value=os.environ["WORLD_SIZE"], remedy="Run `discreet train --search` without torchrun.")
     if (result := pipeline.train_together(project, _Bars())) is not None:
         _print(as_json, result, [f"{key}: {value}" for key, value in _flat(result)])
 

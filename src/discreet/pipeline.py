@@ -235,7 +235,7 @@ def train_together(folder: Path, observer: Observer) -> dict[str, Any] | None:
 
 
 def _assist(house: House) -> None:
-    """Reads the run that rank 0 has reserved and spent, and takes its steps: this rank decides nothing and writes nothing.
+    """Reads the run that rank 0 has reserved, rehearses it, and takes its steps when it is spent: this rank decides nothing and writes nothing.
 
     Raises:
         RunInProgress: when not exactly one run is open.
@@ -246,13 +246,17 @@ def _assist(house: House) -> None:
         raise RunInProgress("exactly one open run for the ranks to share", value=len(opened), remedy="Start the ranks again.")
     [reservation] = opened
     plan = mechanism.plan_from_json(_result(house, f"plan/{reservation.run}", "") or {})
+    _rehearsed(house, plan, reservation.run)
+    if not house.ranks.follow():
+        return
     snapshot = corpus.open_snapshot(root, keyring=house.keyring, folder=house.snapshots)
     public, held_out = (_last_public(house, name) for name in ("public", "evaluation"))
     if held_out is None:
         raise NotFound("the held-out text that rank 0 froze")
     base, folder = load_base(house, public, silent), house.project.state / "runs" / reservation.run
     start = _public_track(house, base, public, held_out, folder, silent)
-    _take_steps(house, snapshot, held_out, plan, reservation, base, start, lambda _: None)
+    steps = _take_steps if plan.search is None else _search
+    steps(house, snapshot, held_out, plan, reservation, base, start, lambda _: None)
 
 
 @contextmanager
@@ -765,6 +769,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     )
     base = load_base(house, frozen.public, observer)
     folder = house.project.state / "runs" / run
+    house.ranks.announce(True)
     rehearsed = _rehearsed(house, plan, run)
     start = _public_track(house, base, frozen.public, frozen.held_out, folder, observer)
     began = time.monotonic()
@@ -776,7 +781,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     if plan.search is None:
         trained = _take_steps(house, frozen.snapshot, frozen.held_out, plan, reservation, base, start, on_step)
     else:
-        won = _search(house, frozen, run, plan, reservation, base, start, on_step)
+        won = _search(house, frozen.snapshot, frozen.held_out, plan, reservation, base, start, on_step)
         trained, chosen = won.trained, dict(won.chosen)
     moved, trainable = model.moved(base, house.project.model, start=start, adapter=trained.adapter)
     result = {
@@ -802,18 +807,18 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
 
 def _search(
     house: House,
-    frozen: Corpus,
-    run: str,
+    snapshot: Snapshot,
+    held_out: PublicText,
     plan: mechanism.Plan,
     reservation: Reservation,
     base: Base,
     start: Path | None,
     on_step: loop.OnStep,
-) -> searching.Winner:
+) -> searching.Winner[loop.Trained]:
     """Tries settings, each a private run under a key of its own, and keeps the best (`train/search.py`)."""
-    section, key = house.project.search, house.keyring.run(run)
-    spent, snapshot = house.ledger.spend(reservation), frozen.snapshot
-    setup, texts = _setup(house, base, held_out=frozen.held_out, start=start), _all_texts(house, snapshot)
+    run, section = reservation.run, house.project.search
+    key, spent = house.keyring.run(run), house.ledger.spend(reservation)
+    setup, texts = _setup(house, base, held_out=held_out, start=start), _all_texts(house, snapshot)
 
     def one(number: int, train_: TrainSection, adapter: Path) -> loop.Trained:
         return loop.train(
@@ -826,6 +831,7 @@ def _search(
             checkpoints=_checkpoints(house, f"{run}.{number}"),
             adapter=adapter,
             on_step=on_step,
+            ranks=house.ranks,
         )
 
     def score(number: int, trained: loop.Trained) -> float:
@@ -842,6 +848,7 @@ def _search(
         score=score,
         run_key=key,
         folder=house.project.state / "runs" / run,
+        ranks=house.ranks,
     )
 
 
@@ -875,7 +882,15 @@ def _rehearsed(house: House, plan: mechanism.Plan, run: str) -> list[dict[str, A
     Raises:
         OperationFailed: when the loop is not the mechanism that was accounted for. No budget was spent.
     """
-    layers = rehearsal.layers(plan, key=house.keyring.purpose("rehearsal").derive(run))
+    running = house.project.run
+    layers = rehearsal.layers(
+        plan,
+        key=house.keyring.purpose("rehearsal").derive(run),
+        section=house.project.search,
+        ranks=house.ranks,
+        device=running.device,
+        is_sharded=house.ranks.size > 1 and running.weights == "sharded",
+    )
     failed = [layer.name for layer in layers if layer.verdict is bounds.Verdict.FAIL]
     if failed:
         remedy = "Nothing was spent. The training code is not the mechanism that its epsilon is computed for."
