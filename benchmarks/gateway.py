@@ -3,7 +3,8 @@
     python benchmarks/gateway.py [--requests N] [--streams N] [--memory N] [--litellm VENV] [--json results.json]
 
 Processes: this one (the client), a fake upstream that echoes at once, and what stands in front of it, one at a time: the gateway with rules, the gateway with the name model, LiteLLM's proxy, LiteLLM
-with its presidio guardrail (and Presidio's own engines behind HTTP, which the guardrail asks). The prompt has 200 words with four identifiers. Measured: latency of one request after
+with its presidio guardrail (and Presidio's own engines behind HTTP, which the guardrail asks). Every prompt has 200 words in an order of its own with four identifiers, the same
+prompts for all. Measured: latency of one request after
 another (p50 and p99), time to the first byte of a streamed answer, requests per second with 16 clients, CPU time of everything but client and upstream for one request (which other
 work on the machine changes least), many streams at once, and the resident memory of the gateway after each quarter of `--memory` requests.
 
@@ -16,6 +17,8 @@ import argparse
 import asyncio
 import json
 import os
+import platform
+import random
 import socket
 import statistics
 import subprocess
@@ -52,7 +55,12 @@ WORDS = [
     "or",
     "chills",
 ]
-PROMPT = " ".join(["Dr. Aurelia Quistgaard, SSN 536-22-8145, aurelia@example.org, phone 415-555-0132:", *(WORDS[n % len(WORDS)] for n in range(190))])
+IDENTIFIED = "Dr. Aurelia Quistgaard, SSN 536-22-8145, aurelia@example.org, phone 415-555-0132:"
+NUM_WORDS = 200
+PROMPTS = random.Random(1)
+"""Every contender gets the same prompts in the same order: seeded anew for each."""
+
+
 UPSTREAM = """
 import json, sys, uvicorn
 async def app(scope, receive, send):
@@ -79,15 +87,28 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def prompt() -> str:
+    """Two hundred words in an order of their own, in sentences of eight to fifteen, the identifiers before one of them: no sentence is met twice, so no cache of sentences helps."""
+    words, sentences = PROMPTS.choices(WORDS, k=NUM_WORDS - len(IDENTIFIED.split())), []
+    while words:
+        size = PROMPTS.randint(8, 15)
+        sentences.append(" ".join(words[:size]).capitalize() + ".")
+        del words[:size]
+    place = PROMPTS.randrange(len(sentences))
+    sentences[place] = f"{IDENTIFIED} {sentences[place]}"
+    return " ".join(sentences)
+
+
 def asked(stream: bool) -> dict[str, object]:
-    return {"model": "m", "messages": [{"role": "user", "content": PROMPT}], "stream": stream}
+    return {"model": "m", "messages": [{"role": "user", "content": prompt()}], "stream": stream}
 
 
 async def latencies(client: httpx.AsyncClient, url: str, count: int) -> list[float]:
     taken = []
     for _ in range(count):
+        body = asked(False)
         began = time.perf_counter()
-        (await client.post(url, json=asked(False))).raise_for_status()
+        (await client.post(url, json=body)).raise_for_status()
         taken.append(1000 * (time.perf_counter() - began))
     return taken
 
@@ -95,8 +116,9 @@ async def latencies(client: httpx.AsyncClient, url: str, count: int) -> list[flo
 async def first_bytes(client: httpx.AsyncClient, url: str, count: int) -> list[float]:
     taken = []
     for _ in range(count):
+        body = asked(True)
         began = time.perf_counter()
-        async with client.stream("POST", url, json=asked(True)) as response:
+        async with client.stream("POST", url, json=body) as response:
             async for _chunk in response.aiter_bytes():
                 taken.append(1000 * (time.perf_counter() - began))
                 break
@@ -182,6 +204,7 @@ def cpu_seconds(pids: list[int]) -> float:
 
 
 async def measured(client: httpx.AsyncClient, url: str, pids: list[int], count: int) -> dict[str, object]:
+    PROMPTS.seed(1)
     await latencies(client, url, 10)
     before = cpu_seconds(pids)
     taken = sorted(await latencies(client, url, count))
@@ -197,6 +220,13 @@ async def measured(client: httpx.AsyncClient, url: str, pids: list[int], count: 
         "requests_per_s": round(rate, 1),
         "cpu_ms_per_request": round(cpu, 2),
     }
+
+
+def hardware() -> str:
+    """The processor, how many cores of it this process may use, and the Python."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
 
 
 def wait_for(port: int, seconds: float = 180) -> None:
@@ -248,7 +278,8 @@ def main() -> None:
     up = free_port()
     upstream = subprocess.Popen([sys.executable, "-c", UPSTREAM, str(up)])
     wait_for(up)
-    found: dict[str, object] = {"direct": asyncio.run(one(f"http://127.0.0.1:{up}", [], options.requests))}
+    found: dict[str, object] = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware(), "load": os.getloadavg()[0]}
+    found["direct"] = asyncio.run(one(f"http://127.0.0.1:{up}", [], options.requests))
     started: list[subprocess.Popen[bytes]] = []
 
     def start(command: list[str], port: int, **env: str) -> subprocess.Popen[bytes]:

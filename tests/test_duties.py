@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from discreet import duties, pipeline
-from discreet.errors import AccessDenied, BudgetExhausted, EvidenceInvalid, NotFound, PlanInvalid
+from discreet.deid import policy as deid
+from discreet.errors import AccessDenied, BudgetExhausted, EvidenceInvalid, NotFound, PlanInvalid, RequestInvalid
 from discreet.evidence.log import verify_bundle, verify_certificate
 from discreet.evidence.statement import Predicate
+from discreet.governance import residue
 from discreet.governance.access import Action, Principal
 from discreet.ledger import Kind
 from discreet.pipeline import House
@@ -183,3 +185,82 @@ def test_a_certificate_is_checked_with_the_key_alone(acting: As, folder: Path, t
 def test_an_unknown_budget_is_not_raised(acting: As) -> None:
     with acting("olga") as house, pytest.raises(NotFound):
         duties.raise_budget(house, "nothing", epsilon=2.0, reason="none")
+
+
+def test_re_identification_is_denied_by_default_needs_two_people_once_and_says_so(acting: As) -> None:
+    """Emil (engineer) proposes, Petra (officer) approves, for one person; the log keeps who, how many and an HMAC, never the person or a value."""
+    who, value = "MRN-4711", "quistgaard@example.org"
+    with acting("emil") as house:
+        subject, key = pipeline.subject_key(house, who)
+        text = deid.redact(f"Write to {value}.", "token", key=key, subject=subject).text
+        pipeline.subject_key(house, "MRN-2")
+    assert value not in text
+    for name in ("olga", "emil", "petra", "axel", "pia", "stranger"):
+        with acting(name) as house, pytest.raises(AccessDenied):
+            pipeline.restore_tokens(house, who, text, policy="token")
+    for name in ("olga", "petra", "axel", "pia", "stranger"):
+        with acting(name) as house, pytest.raises(AccessDenied):
+            duties.propose(house, Action.REIDENTIFY, who)
+    with acting("emil") as house:
+        duties.propose(house, Action.REIDENTIFY, who)
+        with pytest.raises(AccessDenied):
+            duties.approve(house, Action.REIDENTIFY, who)
+    for name in ("olga", "axel", "pia", "stranger"):
+        with acting(name) as house, pytest.raises(AccessDenied):
+            duties.approve(house, Action.REIDENTIFY, who)
+    with acting("petra") as house:
+        duties.approve(house, Action.REIDENTIFY, who)
+        with pytest.raises(AccessDenied):
+            pipeline.restore_tokens(house, who, text, policy="token")
+    with acting("emil") as house:
+        with pytest.raises(AccessDenied):
+            pipeline.restore_tokens(house, "MRN-2", text, policy="token")
+        assert pipeline.restore_tokens(house, who, text, policy="token") == (f"Write to {value}.", 1)
+        with pytest.raises(AccessDenied):
+            pipeline.restore_tokens(house, who, text, policy="token")
+        approved, opened = house.log.select(Predicate.ACCESS_GRANTED)
+        assert (approved.fields["by"], approved.fields["proposed_by"]) == ("petra", "emil")
+        assert {name: opened.fields[name] for name in ("kind", "by", "values", "role")} == {
+            "kind": "re-identification",
+            "by": "emil",
+            "values": 1,
+            "role": "engineer",
+        }
+        assert opened.subjects == (approved.fields["about"],)
+        house.store.close()
+        assert residue.find(house.project.state, [who, value]) == []
+        for entry in (approved, opened):
+            assert subject not in entry.envelope.decode()
+            assert not entry.predicate.public
+
+
+def test_what_an_approval_is_for_has_a_closed_form(acting: As) -> None:
+    with acting("olga") as house:
+        for action, about in ((Action.RELEASE, "the model of Aurelia Quistgaard"), (Action.RAISE_BUDGET, "queries for Aurelia Quistgaard")):
+            with pytest.raises(RequestInvalid) as refused:
+                duties.propose(house, action, about)
+            assert "Quistgaard" not in str(refused.value)
+        duties.propose(house, Action.RAISE_BUDGET, "queries to 2")
+
+
+REASON, NAMED = "Dr. Aurelia Quistgaard asked for it, SSN 536-22-8145, aurelia@example.org", ("Quistgaard", "536-22-8145", "aurelia@example.org")
+
+
+def test_a_reason_reaches_the_log_without_identifiers(acting: As, folder: Path) -> None:
+    """Of a raised budget, a broken glass, and a rollback that somebody accepted."""
+    with acting("olga") as house:
+        budget(house)
+        duties.propose(house, Action.RAISE_BUDGET, "queries to 2")
+    with acting("petra") as house:
+        duties.approve(house, Action.RAISE_BUDGET, "queries to 2")
+        duties.break_glass(house, Action.RUN, REASON)
+    with acting("olga") as house:
+        duties.raise_budget(house, "queries", epsilon=2.0, reason=REASON)
+    with acting("petra"):
+        pass
+    duties.accept_rollback(folder, by="Petra", reason=REASON)
+    with acting("axel") as house:
+        said = [house.log.select(kind)[-1] for kind in (Predicate.BUDGET_RAISED, Predicate.ACCESS_GRANTED, Predicate.OVERRIDDEN)]
+        assert all("asked for it" in entry.fields["reason"] for entry in said)
+        house.store.close()
+        assert residue.find(house.project.state, NAMED) == []

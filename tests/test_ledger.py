@@ -28,7 +28,7 @@ from discreet.errors import BudgetExhausted, ClockBackwards, NotFound, Operation
 from discreet.evidence.log import Log
 from discreet.evidence.statement import Predicate
 from discreet.keys import Key, Keyring
-from discreet.ledger import CarryOver, CloseReason, Kind, Ledger, Period, Spend, State, affordable_steps
+from discreet.ledger import CarryOver, CloseReason, Kind, Ledger, Period, Spend, State, unopened
 from discreet.record import Digest, Sensitive, Sensitivity, Snapshot, SubjectId
 from discreet.store import Store
 
@@ -82,6 +82,11 @@ def plan():
     )
 
 
+def pay(ledger, name, epsilon):
+    """A pure query, charged to everyone."""
+    return ledger.charge(name, [Spend(kind=Kind.STATISTICS, epsilon=epsilon)])[0]
+
+
 def snapshot(name="train", sources=("notes",), people=("S1",)):
     root = Digest("sha256:" + (name.encode().hex() * 64)[:64])
     units = {SubjectId(person): (position,) for position, person in enumerate(people)}
@@ -109,7 +114,7 @@ def test_budgets_are_listed_with_what_was_spent(house):
     assert house.ledger.budgets() == []
     for name in ("b", "a"):
         house.ledger.open(name, epsilon=1.0, delta=1e-6, unit="patient")
-    house.ledger.reserve_epsilon("a", 0.25)
+    pay(house.ledger, "a", 0.25)
     assert [budget.name for budget in house.ledger.budgets()] == ["a", "b"]
     shown = house.ledger.show("a").to_json()
     assert (shown["spent_epsilon"], shown["remaining_epsilon"], shown["num_reservations"]) == (0.25, 0.75, 1)
@@ -140,7 +145,7 @@ def test_names_are_plain(house, name):
 
 
 def test_an_unopened_budget_is_not_found(house, plan):
-    for use in (house.ledger.show, house.ledger.filter, lambda name: house.ledger.reserve_epsilon(name, 0.1)):
+    for use in (house.ledger.show, house.ledger.filter, lambda name: pay(house.ledger, name, 0.1)):
         with pytest.raises(NotFound, match="budget open"):
             use("none")
     with pytest.raises(NotFound):
@@ -395,11 +400,11 @@ def test_impossible_step_counts_are_refused(opened, plan, steps):
 
 def test_pure_queries_add_up_to_the_budget_and_not_beyond(house):
     house.ledger.open("queries", epsilon=1.0, delta=1e-6, unit="patient")
-    left = [house.ledger.reserve_epsilon("queries", 0.1).remaining_epsilon for _ in range(10)]
+    left = [pay(house.ledger, "queries", 0.1).remaining_epsilon for _ in range(10)]
     assert left == pytest.approx([0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
     for epsilon in (0.1, 1e-3):
         with pytest.raises(BudgetExhausted):
-            house.ledger.reserve_epsilon("queries", epsilon)
+            pay(house.ledger, "queries", epsilon)
     assert house.ledger.show("queries").num_reservations == 10
 
 
@@ -407,7 +412,7 @@ def test_many_small_queries_compose_better_than_they_add(house):
     """0.2 a query: the sum passes 8 after 40 of them, the RDP orders have room for more."""
     house.ledger.open("queries", epsilon=8.0, delta=1e-6, unit="patient")
     for _ in range(45):
-        last = house.ledger.reserve_epsilon("queries", 0.2)
+        last = pay(house.ledger, "queries", 0.2)
     assert 0 < last.remaining_epsilon < 8.0
     assert house.ledger.filter("queries").remaining_epsilon() == last.remaining_epsilon
 
@@ -416,11 +421,11 @@ def test_a_gaussian_uses_up_order_infinity(tight, plan):
     """After a mechanism with a delta the sum of epsilons proves nothing: only the RDP orders admit."""
     tight.ledger.reserve("main", plan, snapshot(), "run-1")
     with pytest.raises(BudgetExhausted):
-        tight.ledger.reserve_epsilon("main", 0.5)
+        pay(tight.ledger, "main", 0.5)
 
 
 def test_a_query_leaves_less_for_a_plan(tight, plan):
-    tight.ledger.reserve_epsilon("main", 0.3)
+    pay(tight.ledger, "main", 0.3)
     with pytest.raises(BudgetExhausted):
         tight.ledger.reserve("main", plan, snapshot(), "run-1")
 
@@ -429,16 +434,16 @@ def test_a_query_leaves_less_for_a_plan(tight, plan):
 def test_worthless_spends_are_refused(house, epsilon):
     house.ledger.open("queries", epsilon=1.0, delta=1e-6, unit="patient")
     with pytest.raises(PlanInvalid):
-        house.ledger.reserve_epsilon("queries", epsilon)
+        pay(house.ledger, "queries", epsilon)
     assert house.ledger.show("queries").num_reservations == 0
 
 
 @pytest.mark.parametrize("epsilon", [1e-9, 1e-200, sys.float_info.min])
 def test_a_spend_that_the_floats_would_lose_is_refused(house, epsilon):
     house.ledger.open("queries", epsilon=1.0, delta=1e-6, unit="patient")
-    house.ledger.reserve_epsilon("queries", 0.5)
+    pay(house.ledger, "queries", 0.5)
     with pytest.raises(PlanInvalid, match="accounted for"):
-        house.ledger.reserve_epsilon("queries", epsilon)
+        pay(house.ledger, "queries", epsilon)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -450,7 +455,7 @@ def test_admitted_pure_queries_are_within_some_order(house, wanted):
     admitted = []
     for epsilon in wanted:
         try:
-            house.ledger.reserve_epsilon(name, epsilon)
+            pay(house.ledger, name, epsilon)
         except BudgetExhausted:
             continue
         admitted.append(epsilon)
@@ -499,7 +504,7 @@ def test_threads_share_transactions_and_each_gets_its_own_answer(house):
     def ask(number):
         barrier.wait()
         try:
-            outcomes.append(house.ledger.reserve_epsilon("queries" if number else "nothing", 0.1).id)
+            outcomes.append(pay(house.ledger, "queries" if number else "nothing", 0.1).id)
         except (BudgetExhausted, NotFound) as refusal:
             outcomes.append(type(refusal))
 
@@ -521,10 +526,10 @@ def test_what_breaks_a_shared_transaction_is_told_to_all_of_them(house, monkeypa
     house.ledger.open("queries", epsilon=1.0, delta=1e-6, unit="patient")
     monkeypatch.setattr(house.ledger._log, "append_all", lambda tx, statements: (_ for _ in ()).throw(OperationFailed("a disk")))
     with pytest.raises(OperationFailed, match="a disk"):
-        house.ledger.reserve_epsilon("queries", 0.1)
+        pay(house.ledger, "queries", 0.1)
     monkeypatch.undo()
     assert house.ledger.show("queries").num_reservations == 0
-    house.ledger.reserve_epsilon("queries", 0.1)
+    pay(house.ledger, "queries", 0.1)
 
 
 def test_a_query_with_a_delta_takes_it_from_what_was_kept_for_queries(house):
@@ -592,14 +597,14 @@ def test_a_period_unlocks_its_share_and_carries_over_by_its_rule(house, clock, c
         fresh = open_house(f"{house.url}-{number}")
         fresh.ledger.open("paced", epsilon=2.0, delta=1e-6, unit="patient", period=Period(days=10, count=4, carry_over=carry_over))
         if number:
-            fresh.ledger.reserve_epsilon("paced", 0.1)
+            pay(fresh.ledger, "paced", 0.1)
         clock(day)
         if number == 3:
             most = {CarryOver.NONE: 0.0, CarryOver.ONE: 0.5, CarryOver.ALL: 1.9}[carry_over]
         with pytest.raises(BudgetExhausted, match="locked"):
-            fresh.ledger.reserve_epsilon("paced", most + 0.01)
+            pay(fresh.ledger, "paced", most + 0.01)
         if most:
-            fresh.ledger.reserve_epsilon("paced", most)
+            pay(fresh.ledger, "paced", most)
         fresh.store.close()
 
 
@@ -607,11 +612,29 @@ def test_a_period_never_admits_what_the_whole_budget_would_not(house, clock):
     house.ledger.open("paced", epsilon=1.0, delta=1e-6, unit="patient", period=Period(days=1, count=2, carry_over=CarryOver.ALL))
     for day in range(2):
         clock(day)
-        house.ledger.reserve_epsilon("paced", 0.5)
+        pay(house.ledger, "paced", 0.5)
     clock(2)
     with pytest.raises(BudgetExhausted):
-        house.ledger.reserve_epsilon("paced", 0.01)
+        pay(house.ledger, "paced", 0.01)
     assert house.ledger.show("paced").unlocked == 1.0
+
+
+@pytest.mark.parametrize("carry_over", CarryOver)
+def test_a_plan_is_fitted_to_what_the_periods_have_unlocked(house, clock, carry_over):
+    """Calibrated against the filter of an unopened or an open budget, it is admitted; and what one period takes, the next finds spent."""
+    period = Period(days=10, count=4, carry_over=carry_over)
+    clock(0)
+    fresh = unopened(epsilon=EPSILON, delta=DELTA, unit="patient", period=period)
+    house.ledger.open("paced", epsilon=EPSILON, delta=DELTA, unit="patient", period=period)
+    assert house.ledger.filter("paced").spent == pytest.approx(fresh.spent)
+    assert all(0 < spent < limit for spent, limit in zip(fresh.spent, fresh.limits, strict=True))
+    terms = {"delta": DELTA, "population": 2000, "expected_batch": 64, "steps": 20, "clip_norm": 0.5, "unit": "patient", "cap": 1}
+    for number, day in enumerate((0, 10)):
+        clock(day)
+        fitted = calibrate(epsilon=EPSILON, budget=house.ledger.filter("paced"), **terms)
+        house.ledger.reserve("paced", fitted, snapshot(), f"run-{number}")
+        with pytest.raises(BudgetExhausted):
+            house.ledger.reserve("paced", fitted, snapshot(), f"again-{number}")
 
 
 def test_a_clock_set_back_unlocks_nothing(house, clock):
@@ -619,7 +642,7 @@ def test_a_clock_set_back_unlocks_nothing(house, clock):
     house.ledger.open("paced", epsilon=1.0, delta=1e-6, unit="patient", period=Period(days=1, count=2))
     clock(0)
     with pytest.raises(ClockBackwards):
-        house.ledger.reserve_epsilon("paced", 0.1)
+        pay(house.ledger, "paced", 0.1)
 
 
 @pytest.mark.parametrize(("days", "count"), [(0.0, 4), (math.nan, 4), (math.inf, 4), (1.0, 0)])
@@ -630,9 +653,9 @@ def test_impossible_periods_are_refused(days, count):
 
 def test_alerts_begin_at_half(house):
     house.ledger.open("queries", epsilon=1.0, delta=1e-6, unit="patient")
-    house.ledger.reserve_epsilon("queries", 0.4)
+    pay(house.ledger, "queries", 0.4)
     assert house.ledger.show("queries").alerts == ()
-    house.ledger.reserve_epsilon("queries", 0.4)
+    pay(house.ledger, "queries", 0.4)
     assert house.ledger.show("queries").alerts == ("budget 'queries': 80% of epsilon 1 is spent; nothing of it comes back",)
 
 
@@ -660,20 +683,10 @@ def test_a_raise_of_one_budget_raises_no_other(house):
     """Somebody bound by two budgets stays bound by the one that was not raised."""
     for name in ("first", "second"):
         house.ledger.open(name, epsilon=1.0, delta=1e-6, unit="patient")
-        house.ledger.reserve_epsilon(name, 0.3)
+        pay(house.ledger, name, 0.3)
     house.ledger.raise_to("first", 10.0, reason="the board decided")
     with pytest.raises(BudgetExhausted, match="second"):
-        house.ledger.reserve_epsilon("first", 0.6)
-
-
-def test_affordable_steps_are_the_most_that_fit(opened, plan):
-    left = opened.ledger.filter("main")
-    steps = affordable_steps(left, sampling_probability=0.03, noise_multiplier=1.0)
-    assert left.admits(event_of(sampling_probability=0.03, noise_multiplier=1.0, steps=steps))
-    assert not left.admits(event_of(sampling_probability=0.03, noise_multiplier=1.0, steps=steps + 1))
-    opened.ledger.reserve("main", plan, snapshot(), "run-1")
-    assert affordable_steps(opened.ledger.filter("main"), sampling_probability=0.03, noise_multiplier=1.0) < steps
-    assert affordable_steps(left, sampling_probability=0.03, noise_multiplier=0.1) == 0
+        pay(house.ledger, "first", 0.6)
 
 
 # Crashes and races
@@ -693,7 +706,7 @@ def _race(url, barrier, results, number, epsilon):
     house = open_house(url)
     barrier.wait()
     try:
-        house.ledger.reserve_epsilon("main", epsilon)
+        pay(house.ledger, "main", epsilon)
         results[number] = 1
     except BudgetExhausted:
         results[number] = 0
@@ -707,7 +720,7 @@ def test_thirty_two_processes_never_overspend(url, spent_before, expected):
     house = open_house(url)
     house.ledger.open("main", epsilon=1.0, delta=1e-6, unit="patient")
     for _ in range(spent_before):
-        house.ledger.reserve_epsilon("main", 0.3)
+        pay(house.ledger, "main", 0.3)
     house.store.close()
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(RACERS), context.Array("i", [-1] * RACERS)
@@ -748,7 +761,7 @@ def test_the_race_test_catches_a_ledger_that_does_not_lock(tmp_path, monkeypatch
 def _race_with(house, barrier, results, number):
     barrier.wait()
     try:
-        house.ledger.reserve_epsilon("main", 0.3)
+        pay(house.ledger, "main", 0.3)
         results[number] = 1
     except BudgetExhausted:
         results[number] = 0
@@ -813,9 +826,13 @@ def test_a_sampler_that_rdp_does_not_know_is_admitted_and_takes_the_reserve(hous
 
 def test_what_is_affordable_is_admitted_and_one_step_more_is_not(house):
     house.ledger.open("b", epsilon=TIGHT, delta=DELTA, unit="patient", period=Period(days=30, count=4))
-    house.ledger.reserve_epsilon("b", 0.05)
+    pay(house.ledger, "b", 0.05)
     steps = house.ledger.affordable("b", sampling_probability=0.05, noise_multiplier=2.0)
-    assert 0 < steps < affordable_steps(house.ledger.filter("b"), sampling_probability=0.05, noise_multiplier=2.0), "a period holds back"
+    paced, whole = house.ledger.filter("b"), RdpFilter.open(epsilon=TIGHT, delta=DELTA)
+    event = event_of(sampling_probability=0.05, noise_multiplier=2.0, steps=steps + 1)
+    assert steps > 0
+    assert not paced.admits(event), "a period holds back, and a plan is fitted to what it unlocks"
+    assert whole.admits(event)
 
     def spend(count):
         return [Spend(kind=Kind.TRAINING, event=event_of(sampling_probability=0.05, noise_multiplier=2.0, steps=count))]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -724,3 +726,146 @@ def test_whoever_is_past_retention_is_erased_on_the_timer(copied: House, monkeyp
     assert set(before) - set(copied.keyring.known_subjects()) == {subject}
     assert copied.log.select(Predicate.ERASED)[-1].fields["reason"] == "retention"
     assert pipeline.retention(copied)["erased"] == 0
+
+
+def _with_chats(house: House, rows: list[dict[str, str]]) -> House:
+    """The project with a source that the gateway writes to; nobody has registered it since it grew."""
+    settings = house.project.root / "discreet.toml"
+    chats = ["[[source]]", 'name = "chats"', 'path = "chats.jsonl"', 'unit = "patient"', 'owner = "DPO"', 'basis = "consent"', "retention_days = 10"]
+    settings.write_text("\n".join([settings.read_text(), *chats, f'purposes = ["{house.project.project.purpose}"]', ""]))
+    (house.project.root / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:1]))
+    grown = House(**{**{name: getattr(house, name) for name in house.__dataclass_fields__}, "project": load(house.project.root)})
+    grown.catalog.collect(grown.catalog.register(grown.project, grown.project.source[-1]))
+    (house.project.root / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return grown
+
+
+CHATS = [
+    {"id": "c1", "patient": "chat-1", "text": "The first prompt of Xanthippe."},
+    {"id": "c2", "patient": "chat-1", "text": "The second prompt of Xanthippe."},
+    {"id": "c3", "patient": "chat-2", "text": "A prompt of Yolanda."},
+]
+
+
+def test_erasure_and_access_reach_a_source_that_grew_since_its_registration(copied: House):
+    house = _with_chats(copied, CHATS)
+    held = pipeline.access_export(house, "chat-1")
+    assert [record["text"] for source in held["sources"] for record in source["records"]] == [CHATS[0]["text"], CHATS[1]["text"]]
+    for who, left in (("chat-1", [CHATS[2]]), ("chat-2", [])):
+        done = pipeline.erase(house, who)
+        assert (done["failed"], [json.loads(line) for line in (house.project.root / "chats.jsonl").read_text().splitlines()]) == ([], left)
+    assert pipeline.remains(house, ["chat-1", "chat-2", "Xanthippe", "Yolanda"]) == []
+    assert pipeline.access_export(house, "chat-2")["sources"] == []
+
+
+def test_retention_reaches_a_source_that_grew_since_its_registration(copied: House, monkeypatch: pytest.MonkeyPatch):
+    house = _with_chats(copied, CHATS)
+    assert pipeline.retention(house)["erased"] == 0
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 11 * 86_400)
+    assert pipeline.retention(house)["erased"] == 2
+    assert (house.project.root / "chats.jsonl").read_text() == ""
+    assert pipeline.retention(house)["erased"] == 0
+
+
+@pytest.fixture
+def with_public_track(project: Path) -> Iterator[House]:
+    """A project whose tiny base and whose first adapter learnt from public text without privacy, up to the trained model."""
+    settings = project / "discreet.toml"
+    said = re.sub(r"(?m)^base = .*$", 'base = "tiny"', settings.read_text())
+    settings.write_text(said.replace("public_steps = 0", "public_steps = 2"))
+    with pipeline.open_house(project) as opened:
+        pipeline.run(opened, until="train", observer=Silent())
+        yield opened
+
+
+def test_whoever_is_behind_a_public_record_reaches_all_that_was_trained_on_it(with_public_track: House):
+    """Base, adapter of the public track and the private model above them: trained without privacy on the record, so all go; training again is a new run at a new price."""
+    house, row = with_public_track, json.loads((with_public_track.project.root / "public_train.jsonl").read_text().splitlines()[3])
+    trained = pipeline._needed(house, "train")
+    public = next(entry.subjects[0] for entry in house.log.select(Predicate.TRAINED) if entry.fields["track"] == "public")
+    with house.store.transaction() as tx:
+        assert {trained["base"], trained["snapshot"], public} <= {a.digest for a in lineage.ancestors(tx, [Digest(trained["adapter"])])}
+        assert public in {a.digest for a in lineage.descendants(tx, [Digest(trained["base"])])}
+    patient = json.loads((house.project.root / "notes.jsonl").read_text().splitlines()[0])["patient"]
+    pipeline.erase(house, patient)
+    assert pipeline._finished(house, "train") is not None, "the private model is kept for a patient"
+    pipeline.erase(house, row["id"], source="public")
+    decided = {d: said for entry in house.log.select(Predicate.ERASED) for d, said in entry.fields.get("decisions", {}).items()}
+    assert all(decided[digest].startswith("withdrawn") for digest in (public, trained["base"], trained["adapter"]))
+    assert [*(house.project.state / "models").glob("*"), *(house.project.state / "runs").glob("*/*adapter*")] == []
+    assert pipeline.remains(house, [row["text"]]) == []
+    with pytest.raises(BudgetExhausted):
+        pipeline.train(house, Silent())
+    assert len(house.log.select(Predicate.SPENT)) == 1
+
+
+def test_what_a_killed_public_track_left_goes_with_any_erasure(copied: House):
+    """A state, and weights whose node was never written: nobody can be cut out of them, so they go whoever asks."""
+    runs = copied.project.state / "runs"
+    [run] = [path for path in runs.iterdir() if (path / "adapter").is_dir()]
+    (run / "public").mkdir()
+    (run / "public" / ".state-killed").write_bytes(b"sealed")
+    shutil.copytree(run / "adapter", run / pipeline.PUBLIC_ADAPTER)
+    described = run / pipeline.PUBLIC_ADAPTER / "adapter_config.json"
+    described.write_text(described.read_text() + " ")
+    (copied.project.state / "models" / "tiny-0").mkdir(parents=True)
+    done = pipeline.erase(copied, "nobody at all")
+    assert {"checkpoints", "unfinished weights"} <= set(done["stores"])
+    assert [
+        (run / "public" / ".state-killed").exists(),
+        (run / pipeline.PUBLIC_ADAPTER).exists(),
+        (copied.project.state / "models" / "tiny-0").exists(),
+    ] == [False] * 3
+    assert (run / "adapter").is_dir()
+
+
+OPEN = """
+[project]
+name = "ward"
+controller = "General Hospital"
+purpose = "note-assistant"
+[audit]
+canaries = 20
+[[source]]
+name = "public"
+path = "public.jsonl"
+owner = "us"
+sensitivity = "public"
+purposes = ["note-assistant"]
+basis = "legitimate_interests"
+role = "public"
+[[source]]
+name = "held-out"
+path = "held.jsonl"
+owner = "us"
+sensitivity = "public"
+purposes = ["note-assistant"]
+basis = "generated"
+role = "evaluation"
+"""
+PLAIN = [{"id": str(number), "text": f"The patient was seen for a cough, and {number} sat beside."} for number in range(150)]
+PERSONAL = {"id": "drifted", "text": "Dr. Aurelia Quistgaard writes to aurelia@example.org."}
+
+
+def test_new_rows_that_look_more_sensitive_than_the_source_stop_the_update(tmp_path: Path):
+    """One new row beside 150 old ones: looked at by itself, it is refused with a remedy, until a person confirms these very bytes."""
+    (tmp_path / "discreet.toml").write_text(OPEN)
+    (tmp_path / "held.jsonl").write_text(json.dumps(PLAIN[0]) + "\n")
+    path = tmp_path / "public.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PLAIN))
+    with pipeline.open_house(tmp_path) as house:
+        pipeline.ingest(house, Silent())
+        assert not pipeline.propose_sensitivity(house, "public")["exceeds"]
+        path.write_text(path.read_text() + json.dumps(PERSONAL) + "\n")
+        for _ in range(2):
+            with pytest.raises(TrackRefused, match="catalog confirm public") as refused:
+                pipeline.update(house, Silent())
+            assert "Quistgaard" not in str(refused.value)
+        pipeline.confirm_sensitivity(house, "public", by="Petra", reason="a character of a novel")
+        assert pipeline.ingest(house, Silent()).public is not None
+        path.write_text(path.read_text() + json.dumps(PERSONAL | {"id": "again"}) + "\n")
+        with pytest.raises(TrackRefused):
+            pipeline.update(house, Silent())
+        with pytest.raises(NotFound):
+            pipeline.propose_sensitivity(house, "nothing")

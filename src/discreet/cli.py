@@ -183,8 +183,6 @@ def train(
         return
     from discreet import pipeline
 
-    if search:
-        raise RequestInvalid("a search on one process", value=os.environ["WORLD_SIZE"], remedy="Run `discreet train --search` without torchrun.")
     if (result := pipeline.train_together(project, _Bars())) is not None:
         _print(as_json, result, [f"{key}: {value}" for key, value in _flat(result)])
 
@@ -419,7 +417,7 @@ def access_show(project: Folder = HERE, as_json: Json = False) -> None:
 
 @access.command("propose")
 def access_propose(action: str, about: str, project: Folder = HERE, as_json: Json = False) -> None:
-    """Proposes a release, a raised budget or a re-identification, which another person has to approve."""
+    """Proposes a release (ABOUT: the adapter's digest), a raised budget ("NAME to EPSILON") or a re-identification (the person), which another person has to approve."""
     _approval("propose", action, about, project, as_json)
 
 
@@ -438,14 +436,13 @@ def access_break_glass(
 
 
 def _approval(verb: str, action: str, about: str, project: Path, as_json: bool) -> None:
-    from discreet import pipeline
+    from discreet import duties, pipeline
     from discreet.governance.access import Action, current_user
 
     if action not in Action.__members__.values():
         raise RequestInvalid(f"an action out of {', '.join(Action)}", value=action)
     with pipeline.open_house(project, exclusive=False) as house:
-        named = {"reason": pipeline.for_log(house, about)} if verb == "break_glass" else {"about": about}
-        getattr(house.access, verb)(Action(action), who=current_user(), **named)
+        {"propose": duties.propose, "approve": duties.approve, "break_glass": duties.break_glass}[verb](house, Action(action), about)
     document = {
         "action": action,
         "state": {"propose": "proposed", "approve": "approved", "break_glass": "open for an hour"}[verb],
@@ -1028,13 +1025,24 @@ def catalog_confirm(
     project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
-    """Confirms by name that a source in which the detectors found something is public all the same."""
+    """Confirms by name that a source in whose new rows the detectors found more than it is declared is what it is declared."""
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        pipeline.confirm_public(house, name, by=by, reason=reason)
+        pipeline.confirm_sensitivity(house, name, by=by, reason=reason)
         sources = house.catalog.sources()
     _print(as_json, {"sources": sources}, [f"confirmed {name}"])
+
+
+@catalog.command("classify")
+def catalog_classify(name: str, project: Folder = HERE, as_json: Json = False) -> None:
+    """Proposes a sensitivity for a source by running a sample of it through the detectors. Applies nothing."""
+    from discreet import pipeline
+
+    with pipeline.open_house(project) as house:
+        done = pipeline.propose_sensitivity(house, name)
+    lines = [f"{name}: declared {done['declared']}, proposed {done['proposed']} from {done['sampled']} records"]
+    _print(as_json, done, [*lines, *(f"  {label}: in {share:.1%} of them" for label, share in done["shares"].items())])
 
 
 @catalog.command("list")

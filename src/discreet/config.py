@@ -241,6 +241,13 @@ class BudgetSection(_Section):
     name: Name = "default"
     epsilon: Positive = 8.0
     delta: Probability | None = Field(None, description="left out: the delta of [privacy]")
+    periods: Annotated[int, Field(ge=0)] = Field(
+        0, description="number of periods, each of which unlocks an equal share; 0: all of it from the start"
+    )
+    period_days: Positive = Field(91.0, description="length of a period in days, from the opening")
+    carry_over: Literal["none", "one", "all"] = Field(
+        "none", description="what becomes of an unused share: forfeited, kept for one period more, or kept"
+    )
 
 
 @final

@@ -5,6 +5,7 @@
     show, plan, evidence    whoever may read
     rotate the log's key    owner
     accept a rollback       privacy officer
+    propose, approve        two people, each with a role; whoever proposed does not approve
 
 Why here: the ledger and the log decide what is possible, `governance.access` who may; neither knows the other.
 
@@ -13,22 +14,49 @@ Does not cover: whoever calls `Ledger` and `Log` from Python, where `Access` is 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from discreet import pipeline
-from discreet.errors import PlanInvalid
+from discreet.errors import PlanInvalid, RequestInvalid
 from discreet.governance.access import Action, current_user
 from discreet.ledger import Kind, Period, Reservation, Spend
 from discreet.pipeline import House
 from discreet.store import write_atomically
 
+_FORMS = {Action.RELEASE: re.compile(r"sha256:[0-9a-f]{64}"), Action.RAISE_BUDGET: re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62} to [0-9.e+-]{1,16}")}
 FACTORS = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 
 
 def ask(house: House, action: Action) -> None:
     """Lets the user of this process act, or refuses. Errors as `Access.require`."""
     house.access.require(action, who=current_user())
+
+
+def propose(house: House, action: Action, about: str) -> None:
+    """Proposes what needs a second person. Errors as `Access.propose`; RequestInvalid when `about` is not of the action's form."""
+    house.access.propose(action, who=current_user(), about=_bound_to(house, action, about))
+
+
+def approve(house: House, action: Action, about: str) -> None:
+    """Approves what somebody else proposed. Errors as `Access.approve`; RequestInvalid when `about` is not of the action's form."""
+    house.access.approve(action, who=current_user(), about=_bound_to(house, action, about))
+
+
+def break_glass(house: House, action: Action, reason: str) -> None:
+    """Opens one action for an hour; the log keeps the reason without identifiers. Errors as `Access.break_glass`."""
+    house.access.break_glass(action, who=current_user(), reason=pipeline.for_log(house, reason))
+
+
+def _bound_to(house: House, action: Action, about: str) -> str:
+    """What exactly an approval is for, of a closed form: the log keeps it, and a person is named in it by an HMAC alone."""
+    if action is Action.REIDENTIFY:
+        return pipeline.reidentification(house, about)
+    form = _FORMS.get(action)
+    if form is not None and not form.fullmatch(about):
+        raise RequestInvalid(f"what {action.value} is about: an adapter's digest, or 'NAME to EPSILON'")
+    return about
 
 
 def open_budget(house: House, name: str, *, epsilon: float, delta: float, unit: str, query_delta: float, period: Period | None) -> dict[str, Any]:

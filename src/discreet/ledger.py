@@ -65,7 +65,9 @@ _EXACT = Context(prec=1000)
 _TOGETHER = 256
 """Queries of several threads that are charged in one transaction, at most."""
 
-_ALERTS = (0.5, 0.8, 0.95)
+_ALERT_FROM = 0.5
+"""Share of epsilon from which on a budget warns."""
+
 _DAY = 86400.0
 
 _budgets = Table(
@@ -365,6 +367,14 @@ class _Account:
         return replace(self, pace=_Pace(period=max(number, pace.period), start=start, allowance=allowance))
 
     @property
+    def closed_off(self) -> tuple[float, ...]:
+        """What is spent at each order, or locked in this period."""
+        if self.pace is None:
+            return self.spent
+        paced = zip(self.spent, self.terms.filter.limits, self.pace.start, self.pace.allowance, strict=False)  # without order infinity
+        return tuple(max(spent, limit - max(0.0, allowance - (spent - start))) for spent, limit, start, allowance in paced)
+
+    @property
     def is_within(self) -> bool:
         """Some order has room for everything that was spent, in the budget's life and in this period; and delta is left."""
         if self.delta > _decimal(self.terms.query_delta):
@@ -523,6 +533,7 @@ class Ledger:
 
     def filter(self, name: str, snapshot: Snapshot | None = None) -> RdpFilter:
         """Returns the filter of a budget for `dp.mechanism.calibrate`: at each order what the one who has spent most there has spent, so what it admits is admitted for all.
+        What the periods have not unlocked counts as spent.
 
         Args:
             snapshot: whose people; left out, everyone whom the budget has charged. Charging the returned value charges nobody.
@@ -537,7 +548,8 @@ class Ledger:
             else:
                 held = _accounts(tx, name, _cohorts_without_enrolling(tx, self._keyring, snapshot))
                 standing = [account for (_, budget), account in held.items() if budget == name]
-            most = tuple(max(column) for column in zip(*(account.spent for account in standing), strict=True))
+            at = now(tx)
+            most = tuple(max(column) for column in zip(*(account.rolled(at).closed_off for account in standing), strict=True))
             return _filter_of(terms, most, max(account.reserve for account in standing))
 
     def reserve(self, name: str, plan: Plan, snapshot: Snapshot, run: str, *, kind: Kind = Kind.TRAINING) -> Reservation:
@@ -596,17 +608,6 @@ class Ledger:
                 population = _population(snapshot)
                 cohorts.enroll(tx, population, lambda: cohorts.members(self._keyring, snapshot.units.reveal()))
             return self._charge(tx, [_query(name, spend, number + k, population, snapshot) for k, spend in enumerate(spends)], number)
-
-    def reserve_epsilon(self, name: str, epsilon: float) -> Reservation:
-        """Charges everyone a query that is epsilon-DP, by its RDP bound or, among pure queries only, by its epsilon. Every call is a new charge.
-
-        Args:
-            epsilon: finite, > 0 and not subnormal.
-
-        Raises:
-            BudgetExhausted, PlanInvalid, NotFound: as `reserve`.
-        """
-        return self.charge(name, [Spend(kind=Kind.STATISTICS, epsilon=epsilon)])[0]
 
     def composition(self, name: str) -> Composition:
         """Returns what those people of a budget who have spent most have spent, by both accountants.
@@ -814,18 +815,10 @@ def _least(held: Mapping[tuple[int, str], _Account], budget: str) -> float:
     return min(account.remaining_epsilon for (_, name), account in held.items() if name == budget)
 
 
-def affordable_steps(budget: RdpFilter, *, sampling_probability: float, noise_multiplier: float, most: int = 1 << 20) -> int:
-    """Returns the largest number of Poisson-sampled Gaussian steps that a budget, as it stands, still admits: 0 to `most`.
-
-    Args:
-        sampling_probability: in (0, 1].
-        noise_multiplier: > 0.
-    """
-
-    def fits(steps: int) -> bool:
-        return budget.admits(event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps))
-
-    return _largest(fits, most=most)
+def unopened(*, epsilon: float, delta: float, unit: str, period: Period | None = None) -> RdpFilter:
+    """Returns the filter that a budget would have on the day of its opening. Errors as `Ledger.open`."""
+    terms = _open_terms("unopened", unit, epsilon, delta, "add_remove", 0.0, period, opened_at=0.0)
+    return _filter_of(terms, _Account.fresh(terms).closed_off)
 
 
 def _largest(fits: Callable[[int], bool], *, most: int) -> int:
@@ -955,8 +948,8 @@ def _unlocked(terms: _Terms, at: float) -> float:
 
 def _alerts(terms: _Terms, remaining: float) -> tuple[str, ...]:
     share = 1 - remaining / terms.filter.epsilon
-    passed = [mark for mark in _ALERTS if share >= mark]
-    return (f"budget '{terms.name}': {share:.0%} of epsilon {terms.filter.epsilon:g} is spent; nothing of it comes back",) if passed else ()
+    said = f"budget '{terms.name}': {share:.0%} of epsilon {terms.filter.epsilon:g} is spent; nothing of it comes back"
+    return (said,) if share >= _ALERT_FROM else ()
 
 
 # Accounts

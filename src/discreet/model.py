@@ -292,6 +292,15 @@ def load_adapter(base: Base, folder: Path) -> nn.Module:
     raise NotFound("an adapter in this folder", value=folder.name)
 
 
+def base_digest(folder: Path) -> Digest:
+    """Returns the digest of a base model in a folder, as `load_base` gives it.
+
+    Raises:
+        ModelUnsafe: when the folder holds what may not be opened.
+    """
+    return _digest(_read_safely(folder))
+
+
 def adapter_digest(folder: Path) -> Digest:
     """Returns the SHA-256 over the sorted names and contents of an adapter's files.
 

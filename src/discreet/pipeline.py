@@ -27,13 +27,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 import numpy as np
 from sqlalchemy import Column, Connection, String, Table, Text, delete, insert, select
 
-from discreet import config, corpus, model
+from discreet import config, corpus, ledger, model
 from discreet.audit import bounds, deployed, extraction, membership, records, risk
 from discreet.audit import canaries as canary
 from discreet.audit import mechanism as rehearsal
@@ -50,6 +51,7 @@ from discreet.errors import (
     ConfigInvalid,
     DigestMismatch,
     ErasureIncomplete,
+    ModelUnsafe,
     NotAdmitted,
     NotFound,
     NotReleased,
@@ -57,7 +59,7 @@ from discreet.errors import (
     PlanInvalid,
     RecordInvalid,
     RunInProgress,
-    SourceChanged,
+    SourceEmpty,
     SourceMissing,
     TrackRefused,
 )
@@ -70,14 +72,14 @@ from discreet.governance.classify import classify
 from discreet.governance.consent import Consent
 from discreet.governance.erasure import Decision, Erasure, Finding, Identity, Reason, Transcript
 from discreet.keys import Key, Keyring, open_master
-from discreet.ledger import Budget, CloseReason, Kind, Ledger, Reservation
+from discreet.ledger import Budget, CarryOver, CloseReason, Kind, Ledger, Period, Reservation, State
 from discreet.model import Base, PublicText
-from discreet.record import Basis, Deidentified, Digest, Purpose, Record, Release, Sensitivity, Snapshot, SubjectId
+from discreet.record import Basis, Deidentified, Digest, Purpose, Record, Release, Sensitive, Sensitivity, Snapshot, SubjectId
 from discreet.serve import gateway
 from discreet.store import Store, metadata, write_atomically
 from discreet.train import loop, optimizers, parallel
 from discreet.train import search as searching
-from discreet.train.checkpoint import PURPOSE, Checkpoints, CheckpointStore
+from discreet.train.checkpoint import PUBLIC, Checkpoints, CheckpointStore
 from discreet.train.parallel import ALONE, Ranks
 from discreet.train.step import tokenize
 
@@ -105,6 +107,8 @@ RELEARNT = 16
 """Public texts that a model relearns from after an erasure."""
 SERVED_BATCH = 100
 """Requests in one statement of what was served."""
+
+PUBLIC_ADAPTER = "public-adapter"
 
 _stages = Table(
     "stages",
@@ -231,7 +235,7 @@ def train_together(folder: Path, observer: Observer) -> dict[str, Any] | None:
 
 
 def _assist(house: House) -> None:
-    """Reads the run that rank 0 has reserved and spent, and takes its steps: this rank decides nothing and writes nothing.
+    """Reads the run that rank 0 has reserved, rehearses it, and takes its steps when it is spent: this rank decides nothing and writes nothing.
 
     Raises:
         RunInProgress: when not exactly one run is open.
@@ -242,13 +246,17 @@ def _assist(house: House) -> None:
         raise RunInProgress("exactly one open run for the ranks to share", value=len(opened), remedy="Start the ranks again.")
     [reservation] = opened
     plan = mechanism.plan_from_json(_result(house, f"plan/{reservation.run}", "") or {})
+    _rehearsed(house, plan, reservation.run)
+    if not house.ranks.follow():
+        return
     snapshot = corpus.open_snapshot(root, keyring=house.keyring, folder=house.snapshots)
     public, held_out = (_last_public(house, name) for name in ("public", "evaluation"))
     if held_out is None:
         raise NotFound("the held-out text that rank 0 froze")
     base, folder = load_base(house, public, silent), house.project.state / "runs" / reservation.run
     start = _public_track(house, base, public, held_out, folder, silent)
-    _take_steps(house, snapshot, held_out, plan, reservation, base, start, lambda _: None)
+    steps = _take_steps if plan.search is None else _search
+    steps(house, snapshot, held_out, plan, reservation, base, start, lambda _: None)
 
 
 @contextmanager
@@ -322,8 +330,7 @@ def _source_documents(house: House, section: SourceSection, observer: Observer, 
     source = house.catalog.register(house.project, section, generated=generated)
     house.consent.load_opt_outs(source)
     records = house.catalog.collect(source)
-    if section.sensitivity is Sensitivity.PUBLIC:
-        _refuse_mislabelled(house, source, records)
+    _refuse_drift(house, source, records)
     admitted, refused = house.consent.admit_all(records, house.project.purpose)
     keys = house.keyring.subjects([each.record.subject for each in admitted])
     policy = _policy(house, section)
@@ -336,32 +343,71 @@ def _source_documents(house: House, section: SourceSection, observer: Observer, 
     return kept, len(refused)
 
 
-def _refuse_mislabelled(house: House, source: RegisteredSource, records: Sequence[Record]) -> None:
-    """A public source is trained on without privacy: a sample of it goes through the detectors, again whenever its bytes change. A person may confirm by name."""
-    if not records or source.section.basis is Basis.GENERATED:
+def _refuse_drift(house: House, source: RegisteredSource, records: Sequence[Record]) -> None:
+    """A sample of the rows that came since the last look goes through the detectors: what looks more sensitive than the source is declared stops the ingest. A person may confirm by name.
+
+    New rows are looked at by themselves: among all the old ones they would be too few to count.
+    """
+    section, key = source.section, f"classified/{digest_of([source.name])[-20:]}"
+    if section.basis is Basis.GENERATED or section.sensitivity is Sensitivity.SPECIAL:
         return
-    about = source.digest
-    confirmed = [e for e in house.log.entries(about) if e.predicate is Predicate.OVERRIDDEN]
-    proposed = classify(records)
-    if proposed.exceeds(Sensitivity.INTERNAL) and not confirmed:
-        remedy = f"Declare its sensitivity, or have a named person confirm it: `discreet catalog confirm {source.name} --by NAME --reason TEXT`."
+    seen = (_result(house, key, "") or {"index": -1})["index"]
+    told = [e for e in house.log.select(Predicate.COLLECTED) if e.index > seen and e.fields["source"] == source.name]
+    fresh = {digest for entry in told for digest in entry.subjects}
+    new = [record for record in records if record.digest in fresh]
+    if not new:
+        return
+    proposed, bar = classify(new), max(section.sensitivity, Sensitivity.INTERNAL, key=list(Sensitivity).index)
+    confirmed = [e for e in house.log.entries(source.digest) if e.predicate is Predicate.OVERRIDDEN]
+    if proposed.exceeds(bar) and not confirmed:
+        remedy = f"Declare {proposed.sensitivity.value} (`discreet catalog register {source.name} --again`), or have a named person confirm it: `discreet catalog confirm {source.name} --by NAME --reason TEXT`."
         found = ", ".join(label.value for label in proposed.shares)
-        raise TrackRefused("a public source whose sample holds no personal data", value=f"{source.name}: {found}", remedy=remedy)
+        raise TrackRefused(
+            f"a source whose new rows look no more sensitive than {section.sensitivity.value}", value=f"{source.name}: {found}", remedy=remedy
+        )
+    with house.store.transaction() as tx:
+        tx.execute(delete(_stages).where(_stages.c.name == key))
+        _record(tx, key, "", {"index": told[-1].index})
 
 
-def confirm_public(house: House, name: str, *, by: str, reason: str) -> None:
-    """Records that a named person read the sample and holds these bytes to be public.
+def propose_sensitivity(house: House, name: str) -> dict[str, Any]:
+    """Returns what a sample of a source, as it lies there now, suggests about its sensitivity: a proposal, applied by nobody. Shares stay inside.
+
+    Raises:
+        NotFound: when there is no such source.
+        SourceMissing, SourceEmpty, SourceNotText, RecordInvalid, RecordConflict: as `Catalog.collect`.
+    """
+    house.access.require(Action.REGISTER_SOURCE, who=current_user())
+    section = _section(house, name)
+    source = house.catalog.present(house.project, section)
+    proposed = classify(house.catalog.sample(source))
+    return {
+        "source": name,
+        "declared": section.sensitivity.value,
+        "proposed": proposed.sensitivity.value,
+        "exceeds": proposed.exceeds(section.sensitivity),
+        "sampled": proposed.num_sampled,
+        "shares": {label.value: share for label, share in proposed.shares.items()},
+    }
+
+
+def _section(house: House, name: str) -> SourceSection:
+    section = next((section for section in house.project.source if section.name == name), None)
+    if section is None:
+        raise NotFound("a [[source]] of that name in discreet.toml", value=name)
+    return section
+
+
+def confirm_sensitivity(house: House, name: str, *, by: str, reason: str) -> None:
+    """Records that a named person read the sample and holds these bytes to be no more sensitive than they are declared.
 
     Raises:
         NotFound: when there is no such source.
     """
     house.access.require(Action.REGISTER_SOURCE, who=current_user())
-    section = next((section for section in house.project.source if section.name == name), None)
-    if section is None:
-        raise NotFound("a [[source]] of that name in discreet.toml", value=name)
-    source = house.catalog.register(house.project, section)
+    source = house.catalog.register(house.project, _section(house, name))
     fields: dict[str, JSON] = {
-        "rule": "the sample of a public source holds no personal data",
+        "rule": "new rows look no more sensitive than their source is declared",
         "reason": for_log(house, reason),
         "name": name,
         "by": by,
@@ -399,17 +445,22 @@ def restore_tokens(house: House, unit: str, text: str, *, policy: str) -> tuple[
         NotFound: when the project has no key of theirs.
     """
     who, subject = current_user(), subject_of(house, unit)
-    house.access.require(Action.REIDENTIFY, who=who, about=subject)
+    about = reidentification(house, unit)
+    house.access.require(Action.REIDENTIFY, who=who, about=about)
     if not house.keyring.has_subject(subject):
         raise NotFound("a subject of whom this project has tokens")
     restored, count = deid.restore(text, house.keyring.subject(subject), policy=policy, subject=subject)
     fields: dict[str, JSON] = {"kind": "re-identification", "action": Action.REIDENTIFY.value, "by": who.name, "policy": policy, "values": count}
     with house.store.transaction() as tx:
-        digest = Digest("sha256:" + house.keyring.hmac("reidentified", subject.encode()).hex())
         house.log.append(
-            tx, Statement(predicate=Predicate.ACCESS_GRANTED, subjects=(digest,), fields={**fields, "role": ", ".join(house.access.roles(who))})
+            tx, Statement(predicate=Predicate.ACCESS_GRANTED, subjects=(about,), fields={**fields, "role": ", ".join(house.access.roles(who))})
         )
     return restored, count
+
+
+def reidentification(house: House, unit: str) -> Digest:
+    """Returns what an approval and a statement about opening a person's tokens are bound to: an HMAC that outlives their erasure and names nobody."""
+    return Digest("sha256:" + house.keyring.hmac("reidentified", subject_of(house, unit).encode()).hex())
 
 
 def _log_deidentified(house: House, source: str, documents: Sequence[Deidentified], policy: deid.Policy) -> None:
@@ -647,7 +698,7 @@ def _filter(house: House, delta: float, snapshot: Snapshot) -> tuple[accounting.
     try:
         return house.ledger.filter(section.name, snapshot), budget_fields(house.ledger.show(section.name))
     except NotFound:
-        fresh = accounting.RdpFilter.open(epsilon=section.epsilon, delta=section.delta or delta)
+        fresh = ledger.unopened(epsilon=section.epsilon, delta=section.delta or delta, unit=house.project.privacy.unit, period=_period(house))
         return fresh, {
             "name": section.name,
             "epsilon": section.epsilon,
@@ -711,11 +762,14 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     frozen = ingest(house, observer)
     observer.stage("train")
     run, plan, reservation = _reserve(house, frozen.snapshot)
+    for alert in house.ledger.show(house.project.budget.name).alerts:
+        observer.note(f"ALERT: {alert}")
     observer.note(
         f"{plan.steps} steps at noise multiplier {plan.noise_multiplier:.3f}: epsilon {plan.guarantee.epsilon:.2f} (PLD), delta {plan.delta:.2g}"
     )
     base = load_base(house, frozen.public, observer)
     folder = house.project.state / "runs" / run
+    house.ranks.announce(True)
     rehearsed = _rehearsed(house, plan, run)
     start = _public_track(house, base, frozen.public, frozen.held_out, folder, observer)
     began = time.monotonic()
@@ -727,7 +781,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
     if plan.search is None:
         trained = _take_steps(house, frozen.snapshot, frozen.held_out, plan, reservation, base, start, on_step)
     else:
-        won = _search(house, frozen, run, plan, reservation, base, start, on_step)
+        won = _search(house, frozen.snapshot, frozen.held_out, plan, reservation, base, start, on_step)
         trained, chosen = won.trained, dict(won.chosen)
     moved, trainable = model.moved(base, house.project.model, start=start, adapter=trained.adapter)
     result = {
@@ -753,18 +807,18 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
 
 def _search(
     house: House,
-    frozen: Corpus,
-    run: str,
+    snapshot: Snapshot,
+    held_out: PublicText,
     plan: mechanism.Plan,
     reservation: Reservation,
     base: Base,
     start: Path | None,
     on_step: loop.OnStep,
-) -> searching.Winner:
+) -> searching.Winner[loop.Trained]:
     """Tries settings, each a private run under a key of its own, and keeps the best (`train/search.py`)."""
-    section, key = house.project.search, house.keyring.run(run)
-    spent, snapshot = house.ledger.spend(reservation), frozen.snapshot
-    setup, texts = _setup(house, base, held_out=frozen.held_out, start=start), _all_texts(house, snapshot)
+    run, section = reservation.run, house.project.search
+    key, spent = house.keyring.run(run), house.ledger.spend(reservation)
+    setup, texts = _setup(house, base, held_out=held_out, start=start), _all_texts(house, snapshot)
 
     def one(number: int, train_: TrainSection, adapter: Path) -> loop.Trained:
         return loop.train(
@@ -777,6 +831,7 @@ def _search(
             checkpoints=_checkpoints(house, f"{run}.{number}"),
             adapter=adapter,
             on_step=on_step,
+            ranks=house.ranks,
         )
 
     def score(number: int, trained: loop.Trained) -> float:
@@ -793,6 +848,7 @@ def _search(
         score=score,
         run_key=key,
         folder=house.project.state / "runs" / run,
+        ranks=house.ranks,
     )
 
 
@@ -826,7 +882,15 @@ def _rehearsed(house: House, plan: mechanism.Plan, run: str) -> list[dict[str, A
     Raises:
         OperationFailed: when the loop is not the mechanism that was accounted for. No budget was spent.
     """
-    layers = rehearsal.layers(plan, key=house.keyring.purpose("rehearsal").derive(run))
+    running = house.project.run
+    layers = rehearsal.layers(
+        plan,
+        key=house.keyring.purpose("rehearsal").derive(run),
+        section=house.project.search,
+        ranks=house.ranks,
+        device=running.device,
+        is_sharded=house.ranks.size > 1 and running.weights == "sharded",
+    )
     failed = [layer.name for layer in layers if layer.verdict is bounds.Verdict.FAIL]
     if failed:
         remedy = "Nothing was spent. The training code is not the mechanism that its epsilon is computed for."
@@ -836,14 +900,14 @@ def _rehearsed(house: House, plan: mechanism.Plan, run: str) -> list[dict[str, A
 
 def _public_track(house: House, base: Base, public: PublicText | None, held_out: PublicText, folder: Path, observer: Observer) -> Path | None:
     """Trains the non-private track on public text first, when [train] asks for it; the DP track starts from its adapter."""
-    steps, adapter = house.project.train.public_steps, folder / "public-adapter"
+    steps, adapter = house.project.train.public_steps, folder / PUBLIC_ADAPTER
     if steps == 0:
         return None
     if public is None:
         raise ConfigInvalid("a [[source]] with role = 'public' for [train] public_steps > 0")
     run = f"public-{folder.name}"
     if run not in {entry.fields["run"] for entry in house.log.select(Predicate.TRAINED)}:
-        checkpoints = Checkpoints(folder=folder / "public", key=house.keyring.purpose(PURPOSE), run=folder.name)
+        checkpoints = Checkpoints.of(folder.parent, folder.name, house.keyring, track=PUBLIC)
         fitted = loop.fit(
             public,
             setup=_setup(house, base, held_out=held_out),
@@ -865,6 +929,8 @@ def _public_track(house: House, base: Base, public: PublicText | None, held_out:
         }
         with house.store.transaction() as tx:
             house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(digest,), fields=fields | {"public_loss": _rounded(fitted.curve)}))
+            parents = [base.digest, *_public_roots(house, tx)[-1:]]  # without privacy: whoever is in the text can only be taken out by training again
+            lineage.derive(tx, lineage.Artifact(digest=digest, kind=lineage.Kind.MODEL), parents=parents)
         checkpoints.destroy()
     return adapter
 
@@ -897,7 +963,11 @@ def load_base(house: House, public: PublicText | None, observer: Observer) -> Ba
         return model.load_base(name if name == model.SMOLLM2 else str(house.project.path(name)), cache=cache, progress=observer.note)
     if public is None:
         return model.load_base(_needed(house, "train")["base_path"], cache=cache)
-    return model.build_tiny(public, cache=house.project.state / "models", steps=50, batch=16, learning_rate=1e-2, progress=observer.note)
+    tiny = model.build_tiny(public, cache=house.project.state / "models", steps=50, batch=16, learning_rate=1e-2, progress=observer.note)
+    if house.ranks.writes:
+        with house.store.transaction() as tx:
+            _register_base(house, tx, tiny.digest)
+    return tiny
 
 
 def _shown(observer: Observer, task: str) -> Callable[[loop.StepReport], None]:
@@ -945,7 +1015,12 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
             tx.execute(delete(_stages).where(_stages.c.name == f"plan/{run}"))
             _record(tx, f"plan/{run}", "", plan.to_json())
             if plan.allow_large_delta:
-                fields: dict[str, JSON] = {"rule": "delta < 1 / population", "value": plan.delta, "reason": plan.allow_large_delta, "run": run}
+                fields: dict[str, JSON] = {
+                    "rule": "delta < 1 / population",
+                    "value": plan.delta,
+                    "reason": for_log(house, plan.allow_large_delta),
+                    "run": run,
+                }
                 house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(plan.digest,), fields=fields))
     kind = Kind.TRAINING if plan.search is None else Kind.SEARCH
     return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run, kind=kind)
@@ -960,7 +1035,13 @@ def open_project_budget(house: House, *, delta: float) -> None:
     section = house.project.budget
     if section.name not in {held.name for held in house.ledger.budgets()}:
         house.access.require(Action.OPEN_BUDGET, who=current_user())
-        house.ledger.open(section.name, epsilon=section.epsilon, delta=section.delta or delta, unit=house.project.privacy.unit)
+        unit = house.project.privacy.unit
+        house.ledger.open(section.name, epsilon=section.epsilon, delta=section.delta or delta, unit=unit, period=_period(house))
+
+
+def _period(house: House) -> Period | None:
+    section = house.project.budget
+    return Period(days=section.period_days, count=section.periods, carry_over=CarryOver(section.carry_over)) if section.periods else None
 
 
 def _run_id(house: House, snapshot: Snapshot) -> str:
@@ -970,12 +1051,21 @@ def _run_id(house: House, snapshot: Snapshot) -> str:
         return earlier
     key = f"run/{made[:24]}"
     known = _result(house, key, "")
+    if known is not None and _finished(house, "train") is None and _is_over(house, str(known["run"])):
+        known = None  # its model was withdrawn, or it was given up: training again draws new noise, so it is a new run at a new price
     if known is None:
         with house.store.transaction() as tx:
-            number = len(tx.execute(select(_stages.c.name).where(_stages.c.name.startswith("run/"))).all())
-            known = {"run": "run-" + digest_of([_run_config(house), number]).removeprefix("sha256:")[:12]}
+            taken = [json.loads(row.result)["run"] for row in tx.execute(select(_stages.c.result).where(_stages.c.name.startswith("run/")))]
+        numbered = (f"run-{digest_of([_run_config(house), number]).removeprefix('sha256:')[:12]}" for number in count(len(taken)))
+        known = {"run": next(name for name in numbered if name not in taken and not house.ledger.has_run(name))}
+        with house.store.transaction() as tx:
+            tx.execute(delete(_stages).where(_stages.c.name == key))
             _record(tx, key, "", known)
     return str(known["run"])
+
+
+def _is_over(house: House, run: str) -> bool:
+    return house.ledger.has_run(run) and house.ledger.of_run(run).state is State.CLOSED
 
 
 def _refuse_unaffordable(house: House, plan: mechanism.Plan, snapshot: Snapshot) -> None:
@@ -998,20 +1088,26 @@ def _record_training(house: House, result: Mapping[str, Any], reservation: Reser
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(Digest(result["adapter"]),), fields=fields))
         artifact = lineage.Artifact(digest=Digest(result["adapter"]), kind=lineage.Kind.MODEL, protects=house.project.privacy.unit)
-        _register_base(house, tx, result)
-        lineage.derive(tx, artifact, parents=[Digest(result["snapshot"]), Digest(result["base"])])
+        _register_base(house, tx, Digest(result["base"]))
+        start = house.project.state / "runs" / result["run"] / PUBLIC_ADAPTER
+        above = [model.adapter_digest(start)] if start.exists() else []
+        lineage.derive(tx, artifact, parents=[Digest(result["snapshot"]), Digest(result["base"]), *above])
         _record(tx, "train", _run_config(house), result)
 
 
-def _register_base(house: House, tx: Connection, result: Mapping[str, Any]) -> None:
+def _register_base(house: House, tx: Connection, digest: Digest) -> None:
     """A base model that others trained has no parents here; the tiny one was made, without privacy, from the project's public snapshots."""
-    digest = Digest(result["base"])
     if house.project.model.base != model.TINY:
         lineage.register(tx, [lineage.Artifact(digest=digest, kind=lineage.Kind.BASE)])
         return
+    lineage.derive(tx, lineage.Artifact(digest=digest, kind=lineage.Kind.MODEL), parents=_public_roots(house, tx))
+
+
+def _public_roots(house: House, tx: Connection) -> list[Digest]:
+    """The public snapshots that the lineage knows, oldest first."""
     roots = [entry.subjects[0] for entry in house.log.select(Predicate.FROZEN, tx=tx) if entry.fields["name"] == "public"]
-    known = [artifact.digest for artifact in lineage.find_all(tx, roots)]
-    lineage.derive(tx, lineage.Artifact(digest=digest, kind=lineage.Kind.MODEL), parents=known)
+    known = {artifact.digest for artifact in lineage.find_all(tx, roots)}
+    return [root for root in roots if root in known]
 
 
 def _close_run(house: House, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -1050,6 +1146,7 @@ def _destroy_state(house: House, run: str) -> None:
     runs = house.project.state / "runs"
     for folder in (runs / run, *runs.glob(f"{run}.*")):
         _checkpoints(house, folder.name).destroy()
+        Checkpoints.of(runs, folder.name, house.keyring, track=PUBLIC).destroy()
     searching.forget(runs / run)
 
 
@@ -1599,7 +1696,10 @@ def erasure_of(house: House) -> Erasure:
             house.catalog,
             corpus.SnapshotStore(house.snapshots, house.keyring),
         ),
-        derived=(CheckpointStore(project.state / "runs", house.keyring, snapshots=corpus.SnapshotStore(house.snapshots, house.keyring)),),
+        derived=(
+            CheckpointStore(project.state / "runs", house.keyring, snapshots=corpus.SnapshotStore(house.snapshots, house.keyring)),
+            _UnfinishedWeights(house),
+        ),
         models=_ProjectModels(house),
         unit=project.privacy.unit,
         max_epsilon=project.release.max_epsilon,
@@ -1630,6 +1730,39 @@ class _OpenRuns:
 
     def absence(self, subject: SubjectId) -> bool:
         return not self.holds(subject)
+
+
+@final
+class _UnfinishedWeights:
+    """Weights trained without privacy on public text that a killed run left before their node was written. No decision can reach them, so all go, whoever asks: they are made again, the same."""
+
+    name = "unfinished weights"
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+
+    def holds(self, subject: SubjectId) -> list[Digest]:  # noqa: ARG002  # nobody can tell from weights, and they have no node
+        return []
+
+    def purge(self, subject: SubjectId) -> None:  # noqa: ARG002  # see the class
+        for folder in self._unnamed():
+            shutil.rmtree(folder)
+
+    def absence(self, subject: SubjectId) -> bool:  # noqa: ARG002  # see the class
+        return not self._unnamed()
+
+    def _unnamed(self) -> list[Path]:
+        found = _public_weights(self._house)
+        with self._house.store.transaction() as tx:
+            known = {artifact.digest for artifact in lineage.find_all(tx, [digest for digest in found.values() if digest])}
+        return [folder for folder, digest in found.items() if digest not in known]
+
+
+def _public_weights(house: House) -> dict[Path, Digest | None]:
+    """Folders of weights that public text alone has made, with their digests; None for what a killed write left."""
+    runs = [folder for folder in (house.project.state / "runs").glob("*/*") if folder.name.lstrip(".").startswith(PUBLIC_ADAPTER)]
+    adapters = {folder: _adapter_digest(folder) for folder in runs}
+    return adapters | {folder: _base_digest(folder) for folder in (house.project.state / "models").glob("*")}
 
 
 @final
@@ -1694,12 +1827,13 @@ class _ProjectModels:
         for adapter in [*(house.project.state / "runs").glob("*/*adapter"), *house.releases.glob("*/adapter")]:
             if _adapter_digest(adapter) == digest:
                 shutil.rmtree(adapter.parent)
+        for folder, found in _public_weights(house).items():
+            if found == digest:
+                shutil.rmtree(folder)
         with house.store.transaction() as tx:
             for row in tx.execute(select(_stages)).all():
                 result = json.loads(row.result)
                 if digest in (result.get("adapter"), result.get("base")):
-                    if result.get("base") == digest and Path(result.get("base_path", "")).is_relative_to(house.project.state):
-                        shutil.rmtree(result["base_path"], ignore_errors=True)
                     tx.execute(delete(_stages).where(_stages.c.name == row.name, _stages.c.config == row.config))
             fields: dict[str, JSON] = {"adapter": digest, "reasons": ["erasure"]}
             house.log.append(tx, Statement(predicate=Predicate.WITHHELD, subjects=(digest,), fields=fields))
@@ -1722,8 +1856,15 @@ def synthetic_file(house: House, digest: Digest) -> Path | None:
 
 def _adapter_digest(folder: Path) -> Digest | None:
     try:
-        return model.adapter_digest(folder)
+        return model.adapter_digest(folder) if folder.is_dir() else None  # it may have gone with the run beside it
     except NotFound:
+        return None
+
+
+def _base_digest(folder: Path) -> Digest | None:
+    try:
+        return model.base_digest(folder)
+    except (NotFound, ModelUnsafe):
         return None
 
 
@@ -1743,16 +1884,23 @@ _Own = tuple[str, Mapping[str, tuple[str, ...]], deid.Policy]
 def _own_texts(house: House, subject: SubjectId) -> list[_Own]:
     """What the sensitive training sources say about a subject now."""
     told: list[_Own] = []
+    collected = set(house.catalog.holds(subject))  # a source may have grown: what came later was never trained on
     for section in house.project.source:
         if section.role != "train":
             continue
-        try:
-            found = house.catalog.texts_of(house.catalog.register(house.project, section), subject)
-        except SourceChanged:  # a restored database beside rewritten files, or a source that grows: what it said then can no longer be told
-            continue
-        policy = _policy(house, section)
-        told += [(text.reveal(), known.reveal(), policy) for _, text, known in found]
+        found, policy = _rows_of(house, section, subject), _policy(house, section)
+        told += [(text.reveal(), known.reveal(), policy) for digest, text, known in found if digest in collected]
     return told
+
+
+def _rows_of(
+    house: House, section: SourceSection, subject: SubjectId
+) -> list[tuple[Digest, Sensitive[str], Sensitive[Mapping[str, tuple[str, ...]]]]]:
+    """A person's rows in a source as it lies there now, registered or not; none where everybody was taken out of it."""
+    try:
+        return house.catalog.texts_of(house.catalog.present(house.project, section), subject)
+    except SourceEmpty:
+        return []
 
 
 def _relearnt(house: House, base: Base, adapter: Path) -> nn.Module | None:
@@ -1876,13 +2024,29 @@ def retention(house: House) -> dict[str, Any]:
     """
     who = current_user()
     house.access.require(Action.ERASE, who=who)
-    due = house.catalog.past_retention()
+    _sight_growth(house)
+    due = house.catalog.past_retention(house.project.source)
     for subject in due:
         _erase(house, subject, identity=Identity(method="retention", by=who.name), reason=Reason.RETENTION)
     erasure = erasure_of(house)
     closed = erasure.close_due()
     waiting = [{"request": p.request, "state": p.state.value, "reason": p.reason.value, "overdue": p.overdue} for p in erasure.open_requests()]
     return {"erased": len(due), "closed": closed, "open": waiting}
+
+
+def _sight_growth(house: House) -> None:
+    """Lets the retention of rows run that a source has gained and nobody collected yet. A source that was never there holds nobody."""
+    registered = {source["name"] for source in house.catalog.sources()}
+    for section in house.project.source:
+        try:
+            source = house.catalog.present(house.project, section)
+        except SourceEmpty:
+            continue
+        except SourceMissing:
+            if section.name in registered:
+                raise
+            continue
+        house.catalog.sight(source)
 
 
 def drill(house: House) -> dict[str, Any]:
@@ -1956,12 +2120,16 @@ def import_consent(house: House, file: Path) -> int:
 
 
 def access_export(house: House, unit: str) -> dict[str, Any]:
-    """Returns what the project holds about one person, for that person (GDPR Art. 15). Holds their text: it goes to them and nowhere else."""
+    """Returns what the project holds about one person, for that person (GDPR Art. 15), in each source as it lies there now. Holds their text: it goes to them and nowhere else.
+
+    Raises:
+        SourceMissing: when a source cannot be read: an export that leaves it out would not be whole.
+    """
     house.access.require(Action.ACCESS_EXPORT, who=current_user())
     subject = subject_of(house, unit)
     sources = []
     for section in house.project.source:
-        held = house.catalog.texts_of(house.catalog.register(house.project, section), subject)
+        held = _rows_of(house, section, subject)
         if held:
             declared = {"name": section.name, "owner": section.owner, "basis": section.basis.value, "purposes": list(section.purposes)}
             sources.append({**declared, "retention_days": section.retention_days, "records": [{"digest": d, "text": t.reveal()} for d, t, _ in held]})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,14 @@ import pytest
 
 from discreet.audit import mechanism as rehearsal
 from discreet.audit.bounds import Layer, Verdict
+from discreet.config import SearchSection
 from discreet.dp import mechanism, noise
 from discreet.dp.mechanism import Adaptive, Plan, Sampling, calibrate
+from discreet.dp.selection import Search
+from discreet.errors import NothingLearned
 from discreet.keys import Key
+from discreet.train import search
+from discreet.train.search import declared
 
 CANARIES = "mechanism: canaries"
 NOISE = "mechanism: noise"
@@ -96,6 +103,65 @@ def test_no_contribution_seen_is_inconclusive_and_a_broken_one_fails() -> None:
     assert rehearsal.clip_layer([], clip_norm=1.0).verdict is Verdict.INCONCLUSIVE
     assert rehearsal.clip_layer([1.0, float("nan")], clip_norm=1.0).verdict is Verdict.FAIL
     assert rehearsal.clip_layer([1.0, 0.0], clip_norm=1.0).verdict is Verdict.FAIL
+
+
+SEARCHES = [
+    SearchSection(tries="negative_binomial", mean=4.0, learning_rate=(1e-3, 2e-3, 4e-3)),
+    SearchSection(tries="negative_binomial", mean=3.0, shape=0.0, learning_rate=(1e-3, 2e-3)),
+    SearchSection(tries="negative_binomial", mean=3.0, shape=0.5, learning_rate=(1e-3, 2e-3)),
+    SearchSection(tries="poisson", mean=2.0, learning_rate=(1e-3, 2e-3)),
+    SearchSection(tries="each", learning_rate=(1e-3, 2e-3), warmup_steps=(0, 4)),
+    SearchSection(tries="guided", mean=3.0, learning_rate=(1e-3, 2e-3)),
+]
+
+
+def of_search(plan: Plan, section: SearchSection) -> Layer:
+    """The reading of the tries of a declared search, at the level of a rehearsal."""
+    made = dataclasses.replace(plan, search=declared(section))  # its price is not looked at
+    assert made.search is not None
+    return rehearsal.tries_layer(*rehearsal.rehearse_search(made, section, key=Key(bytes(32))), search=made.search, level=rehearsal.LEVEL / 6)
+
+
+@pytest.mark.parametrize("section", SEARCHES, ids=lambda section: f"{section.tries} {section.shape:g}")
+def test_a_search_as_it_is_passes(plan: Plan, section: SearchSection) -> None:
+    layer = of_search(plan, section)
+    assert layer.verdict is Verdict.PASS
+    assert layer.figures["tries_gap"] < 0.15
+
+
+def _as_many_as_planned(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Search, "number", lambda self, _uniform: int(self.mean))
+
+
+def _the_first_is_drawn_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(search, "_option", lambda *_: 0)
+
+
+def _until_a_score_is_worse(patch: pytest.MonkeyPatch) -> None:
+    add = search._Scores.add
+
+    def stopping(done: Any, option: int, score: float) -> None:
+        add(done, option, score)
+        if score > done.scores[0]:
+            raise NothingLearned("a better score")
+
+    patch.setattr(search._Scores, "add", stopping)
+
+
+@pytest.mark.parametrize(
+    ("broken", "section"),
+    [
+        (_as_many_as_planned, SEARCHES[0]),
+        (_the_first_is_drawn_again, SEARCHES[0]),
+        (_until_a_score_is_worse, SEARCHES[0]),
+        (_until_a_score_is_worse, SEARCHES[4]),
+    ],
+)
+def test_a_broken_search_fails(
+    plan: Plan, broken: Callable[[pytest.MonkeyPatch], None], section: SearchSection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken(monkeypatch)
+    assert of_search(plan, section).verdict is Verdict.FAIL
 
 
 def test_what_cannot_be_tested_is_refused() -> None:

@@ -93,6 +93,14 @@ def test_a_plan_pays_for_the_whole_search() -> None:
     assert alone.guarantee.accountant == "rdp"
 
 
+def test_a_search_promises_a_group_nothing() -> None:
+    """No exact event of a group is known for repeated selection, so none is made up; of a fixed number of tries there is one."""
+    with pytest.raises(ValueError, match="what it costs a group; got RepeatAndSelectDpEvent"):
+        guarantee(Search(tries=Tries.NEGATIVE_BINOMIAL, mean=4.0).event(RUN), delta=1e-5).group(2)
+    fixed = guarantee(Search(tries=Tries.EACH, mean=3.0).event(RUN), delta=1e-5)
+    assert fixed.group(2).epsilon > fixed.epsilon
+
+
 def test_a_run_that_only_pld_knows_is_not_searched_by_selection() -> None:
     """RDP takes no mixtures, PLD takes no selection: nobody knows the whole, so it is refused."""
     with pytest.raises(ValueError, match="Expected"):

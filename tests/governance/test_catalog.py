@@ -24,7 +24,7 @@ from discreet.errors import (
     TrackRefused,
 )
 from discreet.evidence.statement import Predicate
-from discreet.governance.catalog import subject_id
+from discreet.governance.catalog import SourceFiles, subject_id
 from discreet.record import Sensitivity
 
 NOTES = [
@@ -310,7 +310,6 @@ def test_a_glob_and_a_query_are_sources_too(house):
     import sqlite3
 
     from discreet.errors import ErasureIncomplete
-    from discreet.governance.catalog import SourceFiles
 
     for number, name in enumerate(("a.jsonl", "b.jsonl")):
         house.write(f"parts/{name}", [{"id": f"n{number}", "patient": f"P-{number}", "text": "A cough."}])
@@ -334,7 +333,6 @@ def test_objects_of_a_store_are_read_and_only_their_owner_can_purge_them(house):
     """Through fsspec, in memory: one object, and a pattern; a changed object stops the run; an erasure names the owner, for a known and an unknown person alike."""
     fsspec = pytest.importorskip("fsspec")
     from discreet.errors import ErasureIncomplete
-    from discreet.governance.catalog import SourceFiles
 
     memory = fsspec.filesystem("memory")
     lines = ["".join(json.dumps(line) + "\n" for line in part).encode() for part in (NOTES[:2], NOTES[2:])]
@@ -380,3 +378,62 @@ def test_who_is_past_retention_in_every_source_is_due_and_nobody_else(house, mon
     for days, due in ((9, []), (11, [second]), (101, sorted([first, second]))):
         monkeypatch.setattr(time, "time", lambda days=days: real() + days * 86_400)
         assert house.catalog.past_retention() == due, days
+
+
+MORE = {"id": "n4", "patient": "P-3", "text": "Xanthippe came later.", "name": "Xanthippe"}
+
+
+def test_a_source_that_grew_is_rewritten_without_the_erased(house):
+    """Rows that nobody registered go too; the registration stays what it was, and the source is still refused as changed."""
+    project, section = house.notes()
+    house.catalog.register(project, section)
+    house.write("notes.jsonl", [*NOTES, {**MORE, "patient": "P-1", "id": "n5"}, MORE])
+    files = SourceFiles(project, house.keyring, house.store)
+    first, third = (subject_id(house.keyring, unit="patient", value=who) for who in ("P-1", "P-3"))
+    for subject in (first, third):
+        assert not files.absence(subject)
+        files.purge(subject)
+        assert files.absence(subject)
+    assert [json.loads(line) for line in (house.root / "notes.jsonl").read_text().splitlines()] == [NOTES[2]]
+    with pytest.raises(SourceChanged):
+        house.catalog.register(project, section)
+    assert house.catalog.collect(house.catalog.register_again(project, section))
+
+
+def test_retention_of_a_row_runs_from_when_it_was_first_seen(house, monkeypatch):
+    """Not from when somebody registers the source again; a sighted row is logged, exported and admitted by nobody before that."""
+    import time
+
+    project, section = house.notes(retention_days=10)
+    house.catalog.collect(house.catalog.register(project, section))
+    began = time.time()
+    third = subject_id(house.keyring, unit="patient", value="P-3")
+    monkeypatch.setattr(time, "time", lambda: began + 5 * 86_400)
+    house.write("notes.jsonl", [*NOTES, MORE, {**MORE, "id": "n6", "patient": "P-4"}])
+    logged = len(house.log.select(Predicate.COLLECTED))
+    house.catalog.sight(house.catalog.present(project, section))
+    assert house.catalog.holds(third) == []
+    assert len(house.log.select(Predicate.COLLECTED)) == logged
+    monkeypatch.setattr(time, "time", lambda: began + 12 * 86_400)
+    house.write("notes.jsonl", [*NOTES, MORE])
+    house.catalog.sight(house.catalog.present(project, section))
+    assert house.catalog.absence(subject_id(house.keyring, unit="patient", value="P-4")), "its owner took it out again"
+    assert third not in house.catalog.past_retention()
+    records = house.catalog.collect(house.catalog.register_again(project, section))
+    assert [entry.subjects for entry in house.log.select(Predicate.COLLECTED)][logged:] == [(records[3].digest,)]
+    assert list(house.catalog.holds(third)) == [records[3].digest]
+    monkeypatch.setattr(time, "time", lambda: began + 16 * 86_400)
+    assert third in house.catalog.past_retention()
+    house.catalog.purge(third)
+    assert house.catalog.absence(third)
+
+
+def test_retention_reaches_a_source_that_nobody_registered(house, monkeypatch):
+    import time
+
+    project, section = house.notes(retention_days=10)
+    house.catalog.sight(house.catalog.present(project, section))
+    assert house.catalog.past_retention(project.source) == []
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + 11 * 86_400)
+    assert len(house.catalog.past_retention(project.source)) == 2

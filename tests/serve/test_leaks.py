@@ -91,6 +91,12 @@ def test_the_result_does_not_depend_on_the_cuts(parts, places):
     assert run([text[a:b] for a, b in itertools.pairwise(edges)]) == run([text])
 
 
+@given(parts=st.lists(PARTS, max_size=12), labels=st.sampled_from([Guard().labels, frozenset(Label)]))
+def test_words_that_leave_together_are_those_that_would_leave_one_by_one(parts, labels):
+    one_by_one = Guard(labels=labels, canaries=Canaries.of(["qqqqjjjjxxxxzzzzqqqqjjjj"]))  # a guard with canaries looks at every word by itself
+    assert run(["".join(parts)], guard=Guard(labels=labels)) == run(["".join(parts)], guard=one_by_one)
+
+
 def test_the_result_is_the_same_for_every_single_cut_and_character_by_character():
     text = f"Plain words first, then SSN {SSN} and {EMAIL}, then {MINE} and calm words again, 电话 415-555-0132 \N{GRINNING FACE}."
     whole = run([text])

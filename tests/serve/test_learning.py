@@ -93,3 +93,19 @@ def test_what_a_request_says_of_its_person_and_what_they_wrote():
     assert texts_of({"input": ["vector"]}) == []
     assert person_of({"user": "u"}) == person_of({"metadata": {"user_id": "u"}}) == "u"
     assert person_of({}) is person_of({"user": 7, "metadata": "x"}) is None
+
+
+def test_an_erased_person_does_not_come_back_by_an_old_grant(house, monkeypatch):
+    """What they once said outlives the erasure; nothing of theirs is kept by it."""
+    house.consent.grant(subject_id(house.keyring, unit="patient", value="ann"), Purpose("assistant"))
+    kept = learner(house)
+    assert kept.offer("ann", [TEXT])
+    monkeypatch.setattr("discreet.governance.erasure.erased", lambda tx, keyring, subjects: set(subjects))
+    assert not kept.offer("ann", [TEXT])
+
+
+def test_a_last_line_that_was_left_open_stays_a_line_of_its_own(house):
+    house.consent.grant(subject_id(house.keyring, unit="patient", value="ann"), Purpose("assistant"))
+    (house.root / "chats.jsonl").write_text(json.dumps({"id": "1", "person": "ann", "text": "Without a newline."}))
+    assert learner(house).offer("ann", [TEXT])
+    assert [json.loads(line)["text"] for line in (house.root / "chats.jsonl").read_text().splitlines()] == ["Without a newline.", TEXT]

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,18 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
 from discreet import pipeline
+from discreet.audit import bounds
+from discreet.audit import mechanism as rehearsal
+from discreet.config import SearchSection, TrainSection
 from discreet.dp import adaptive, clipping, noise
 from discreet.dp.clipping import ClippedSum
-from discreet.dp.mechanism import Plan
+from discreet.dp.mechanism import Plan, calibrate
+from discreet.errors import AccessDenied
 from discreet.evidence.statement import Predicate
 from discreet.keys import Key
 from discreet.model import Base
-from discreet.train import loop, parallel
+from discreet.record import Digest
+from discreet.train import loop, parallel, search
 from discreet.train.parallel import ALONE, Ranks
 
 from .conftest import NOTES, made_up
@@ -184,9 +189,89 @@ def test_a_sharded_sum_is_the_sum_and_nobody_adds_nothing() -> None:
         clipping.clipped_unit(model, _losses, [x], clip_norm=0.3)
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_the_ranks_that_will_train_rehearse(is_sharded: bool) -> None:
+    """As they are, all pass and read the same; noise that every rank draws for every parameter, and a share that is computed twice, are found."""
+    made = calibrate(epsilon=8.0, delta=1e-3, population=200, expected_batch=60, steps=6, clip_norm=0.5)
+
+    def failed(ranks: Ranks) -> set[str]:
+        layers = rehearsal.layers(made, key=KEY, ranks=ranks, is_sharded=is_sharded)
+        both: list[Any] = [None, None]
+        dist.all_gather_object(both, [layer.to_json() for layer in layers])
+        assert both[0] == both[1]
+        return {layer.name for layer in layers if layer.verdict is bounds.Verdict.FAIL}
+
+    def work(ranks: Ranks) -> None:
+        assert failed(ranks) == set()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parallel, "shares", lambda costs, size: [list(range(len(costs)))] * size)
+            assert "mechanism: clipping" in failed(ranks)
+        if not is_sharded:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(parallel, "_owned", lambda tensors, _: sorted(tensors))
+                assert "mechanism: noise" in failed(ranks)
+
+    on_two_ranks(work)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_ranks_search_as_one_does(tmp_path: Path) -> None:
+    """All take the tries of one process, settle on its winner by what rank 0 scores, and only rank 0 writes; what two began, one ends."""
+    section = SearchSection(tries="negative_binomial", mean=8.0, learning_rate=(0.001, 0.002, 0.004, 0.008))
+    made = calibrate(epsilon=8.0, delta=1e-3, population=100, expected_batch=10, steps=2, clip_norm=1.0, search=search.declared(section))
+    nothing = Digest("sha256:" + "00" * 32)
+
+    def searched(folder: Path, ranks: Ranks, *, dies_at: int = 1000) -> tuple[list[float], Any]:
+        rates: list[float] = []
+
+        def run(_number: int, train: TrainSection, adapter: Path) -> loop.Trained:
+            if len(rates) == dies_at:
+                raise KeyboardInterrupt
+            if ranks.writes:
+                adapter.mkdir(parents=True)
+            ranks.wait()
+            rates.append(train.learning_rate)
+            given: Any = {"adapter_digest": nothing, "base_digest": nothing, "plan": nothing, "snapshot": nothing, "guarantee": made.guarantee}
+            return loop.Trained(adapter=adapter, steps=2, curve=((2, train.learning_rate),), reservation="r1", **given)
+
+        def score(_: int, trained: loop.Trained) -> float:
+            assert ranks.writes, "only rank 0 scores"
+            return abs(trained.curve[-1][1] - 0.002)
+
+        given: Any = {
+            "train": TrainSection(),
+            "run": run,
+            "drop": lambda _: None,
+            "score": score,
+            "run_key": Key(bytes(31) + b"\x03"),
+            "folder": folder,
+            "ranks": ranks,
+        }
+        chosen = None
+        with suppress(KeyboardInterrupt):
+            chosen = search.search(made, section, **given).chosen
+        return rates, chosen
+
+    alone, chosen = searched(tmp_path / "one", ALONE)
+    assert len(set(alone)) > 2
+
+    def together(folder: Path, dies_at: int) -> Callable[[Ranks], None]:
+        def work(ranks: Ranks) -> None:
+            found = searched(folder, ranks, dies_at=dies_at)
+            assert found == ((alone, chosen) if dies_at == 1000 else (alone[:dies_at], None))
+
+        return work
+
+    on_two_ranks(together(tmp_path / "two", 1000))
+    on_two_ranks(together(tmp_path / "torn", 2))
+    assert searched(tmp_path / "torn", ALONE) == (alone[2:], chosen)
+    assert [path.name for path in (tmp_path / "two").iterdir() if path.is_dir()] == ["adapter"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("weights", ["replicated", "sharded"])
-def test_the_command_trainson_two_ranks(new_project: Callable[[Path], Path], tmp_path: Path, weights: str) -> None:
+def test_the_command_trains_on_two_ranks(new_project: Callable[[Path], Path], tmp_path: Path, weights: str) -> None:
     """`torchrun discreet train`: one of every statement; called again, every rank finds the run finished."""
     folder = new_project(tmp_path / "project")
     written = (folder / "discreet.toml").read_text()
@@ -215,6 +300,29 @@ def test_shares_hold_everything_once_and_are_even() -> None:
     assert sorted(index for of_rank in dealt for index in of_rank) == [0, 1, 2, 3, 4]
     assert [sum([9, 1, 4, 4, 6][index] for index in of_rank) for of_rank in dealt] == [13, 11]
     assert parallel.shares([], 3) == [[], [], []]
+
+
+def test_ranks_train_only_for_whoever_may(new_project: Callable[[Path], Path], tmp_path: Path) -> None:
+    """Rank 0 asks for the role before it looks at anything; the others do nothing that it has not announced."""
+    folder = new_project(tmp_path / "project")
+    settings = folder / "discreet.toml"
+    settings.write_text(settings.read_text() + "\n[access]\nengineer = ['somebody else']\n")
+
+    def work(ranks: Ranks) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(parallel, "joined", lambda _: nullcontext(ranks))
+            if ranks.writes:
+                with pytest.raises(AccessDenied):
+                    pipeline.train_together(folder, pipeline.Silent())
+                ranks.announce(False)
+            else:
+                assert pipeline.train_together(folder, pipeline.Silent()) is None
+
+    on_two_ranks(work)
+    settings.write_text(settings.read_text().replace("[access]\nengineer = ['somebody else']", ""))
+    with pipeline.open_house(folder) as house:
+        assert not house.ledger.open_runs()
+        assert not house.log.select(Predicate.FROZEN)
 
 
 def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from discreet import corpus, pipeline
 from discreet import model as models
 from discreet.config import ModelSection
 from discreet.dp.clipping import clipped_sum
+from discreet.evidence.statement import Predicate
 from discreet.keys import Key
 from discreet.model import Base, trained_parameters
 from discreet.train import preference
@@ -122,3 +127,27 @@ def test_training_on_pairs_prefers_what_was_chosen(paid: Paid) -> None:
     batch = laid_out([[document] for unit in corpus.units.reveal() for document in unit])
     after = document_losses(models.load_adapter(setup.base, trained.adapter), batch)
     assert float(after.detach().mean()) < 0.67
+
+
+def test_pairs_walk_through_the_whole_story(tmp_path: Path, new_project: Callable[[Path], Path]) -> None:
+    """From rows of a source to a released model: the marks survive de-identification, the unit pays once, the audit looks and the release verifies."""
+    folder = new_project(tmp_path / "hospital")
+    rows = [json.loads(line) for line in (folder / "notes.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["text"] = f"What is written about the patient?{CHOSEN}{row['text']}{REJECTED}I do not say."
+    (folder / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    written = (folder / "discreet.toml").read_text()
+    (folder / "discreet.toml").write_text(written.replace("[train]", '[train]\nobjective = "preference"'))
+    with pipeline.open_house(folder) as house:
+        told = pipeline.run(house, until=None, observer=pipeline.Silent())
+        root = next(entry.subjects[0] for entry in house.log.select(Predicate.FROZEN) if entry.fields["name"] == "train")
+        snapshot = corpus.open_snapshot(root, keyring=house.keyring, folder=house.snapshots)
+        texts = corpus.texts(snapshot, range(sum(map(len, snapshot.units.reveal().values()))), house.keyring)
+        whole = [text for text in texts if CHOSEN in text]
+        assert len(whole) > 100
+        assert all(preference._parts(text) is not None for text in whole)
+        [trained] = [entry for entry in house.log.select(Predicate.TRAINED) if entry.fields["track"] == "dp"]
+        assert trained.fields["kind"] == "preference tuning"
+        assert all(len(house.log.select(once)) == 1 for once in (Predicate.RESERVED, Predicate.SPENT, Predicate.AUDITED, Predicate.RELEASED))
+        assert told["train"]["moved"] > 0
+        house.log.verify()

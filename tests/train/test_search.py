@@ -56,7 +56,7 @@ class Lab:
             reservation="r1",
         )
 
-    def search(self, section: SearchSection, key: int = 1) -> search.Winner:
+    def search(self, section: SearchSection, key: int = 1) -> search.Winner[Trained]:
         return search.search(
             self.plan,
             section,
@@ -71,7 +71,7 @@ class Lab:
 
 def searched(
     folder: Path, section: SearchSection = GRID, *, key: int = 1, loss: Callable[[float], float] = lambda rate: abs(rate - 0.002)
-) -> tuple[Lab, search.Winner]:
+) -> tuple[Lab, search.Winner[Trained]]:
     lab = Lab(folder / f"{key}", planned(section), loss)
     return lab, lab.search(section, key)
 

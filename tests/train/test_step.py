@@ -16,6 +16,7 @@ from discreet.keys import Key, Stream
 from discreet.model import Base
 from discreet.record import SubjectId
 from discreet.train import step as steps
+from discreet.train.preference import Pair
 from discreet.train.step import PrivateCorpus, document_losses, mean_loss, padded, private_step, public_step, tokenize
 
 from .conftest import NOTES, Paid
@@ -105,6 +106,25 @@ def test_packed_rows_give_the_clipped_sum_of_rows_of_one_document(kind: str, att
     tolerance = 1e-7 if attention == "eager" else 1e-11  # eager Llama takes its softmax in float32, whatever the model
     for name, gradient in expected.gradients.items():
         torch.testing.assert_close(got.gradients[name], gradient, rtol=1e-9, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", ["padded", "packed", "pairs"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_losses_are_made_on_the_models_device(kind: str, rows: str) -> None:
+    """As for the clipped sum: what is made without saying where cannot be computed with."""
+    module, documents = _tiny(kind), [torch.arange(9), torch.arange(4), torch.arange(6)]
+    if rows == "pairs":
+        made = [Pair(chosen=document, rejected=document.flip(0), prompt=2, beta=0.1) for document in documents]
+        batch = steps.laid_out([[document] for document in made])
+    else:
+        batch = steps.laid_out([documents] if rows == "packed" else [[document] for document in documents])
+    module.requires_grad_(False)
+    module.get_input_embeddings().weight.requires_grad_()
+    plain = document_losses(module, batch)
+    with torch.device("meta"):
+        found = document_losses(module, batch)
+        found.sum().backward()
+    assert torch.equal(found, plain)
 
 
 def test_packing_never_splits_a_unit_and_keeps_the_budget() -> None:

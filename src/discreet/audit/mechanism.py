@@ -2,7 +2,7 @@
 
 `rehearse` runs the very step that training runs (`train.parallel.private_step`: draw, micro-batches, clip, noise, update), with the run's own plan, on a probe model whose
 documents are gradient canaries: m orthogonal directions, each eight clip norms long, one privacy unit each, half of them held out by fair coins. What comes out of a step is
-read coordinate by coordinate, in units of the clip norm. Five readings, each a `bounds.Layer`:
+read coordinate by coordinate, in units of the clip norm. Five readings, and a sixth of a search, each a `bounds.Layer`:
 
 | layer | what it finds |
 |---|---|
@@ -10,6 +10,7 @@ read coordinate by coordinate, in units of the clip norm. Five readings, each a 
 | noise | a noise scale that is 2 % off (1e5 coordinates), memory between neighbours |
 | reuse | noise of one step that returns in another, whatever their distance |
 | clipping | a unit that contributes more than the clip norm, also when its documents are several and the step is accumulated over micro-batches |
+| tries | of a search: another number of tries than the accounted one, or one that depends on the scores; settings that are not chosen independently |
 | inclusion | another sampling probability; shuffling reported as Poisson (counts that vary too little), units that come together (counts that vary too much) |
 
 Correlated noise is read after it is made independent again: row t of C applied to the releases of the last b steps (`whitened`), which spreads a canary of step t over
@@ -24,30 +25,42 @@ A rehearsal of a plan whose single units hardly show (small sampling probability
 Source: Nasr et al. 2023, "Tight auditing of differentially private machine learning" (gradient canaries, likelihood ratios); Tramer et al. 2022, "Debugging differential
 privacy"; Chua et al. 2024, "How private are DP-SGD implementations?" (shuffling).
 
-Does not cover: the optimiser and the model of the run (post-processing, and gradients whose clipping `dp.clipping` tests); noise drawn on several ranks or on a GPU.
+A search is rehearsed apart: `train.search.search` is run over and over with stand-ins for its runs, under keys of the rehearsal, half of the times with scores that get
+better and half with scores that get worse; how many tries it took is compared with the law that its event names.
+
+On several ranks every rank rehearses with the same arguments, and each reads the same: the shares, the shards and the noise are those of the run.
+
+Does not cover: the optimiser and the model of the run (post-processing, and gradients whose clipping `dp.clipping` tests).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast, final
+from typing import Any, NamedTuple, cast, final
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 from torch import Tensor, nn
 
 from discreet.audit.bounds import Layer, TradeOff, Verdict, curve_test, noise_layer
+from discreet.config import SearchSection, TrainSection
 from discreet.dp import accounting, csprng
 from discreet.dp.mechanism import Plan, Sampling, event_of
+from discreet.dp.selection import Search, Tries
+from discreet.errors import NothingLearned
 from discreet.keys import Key
 from discreet.record import Sensitive
 from discreet.train import parallel, step
+from discreet.train import search as searching
 from discreet.train.course import Course
+from discreet.train.parallel import ALONE, Ranks
 from discreet.train.preference import Document
 from discreet.train.step import PrivateCorpus, Rows
 
@@ -58,6 +71,8 @@ LEVEL = 0.001
 CANARIES = 2000
 STEPS = 200
 """Steps rehearsed at most: the first of the plan; the claim is that of as many."""
+SEARCHES = 200
+"""Rehearsed searches at most; fewer where they are long, for `_TRIES` in all."""
 COORDINATES = 100_000
 FALSE_POSITIVE_RATE = 0.05
 
@@ -68,6 +83,8 @@ _SHORTFALL = 1e-3
 """Clipping rounds down by some parts in a million; a canary that falls short by more was not clipped to the norm."""
 _FEWEST_IDLE = 400
 _CHECKED_STEPS = 8
+_TRIES = 4000
+_NO_SEARCH = SearchSection()
 
 Float = NDArray[np.float64]
 
@@ -94,15 +111,26 @@ class Rehearsal:
     norms: Float
 
 
-def layers(plan: Plan, *, key: Key, level: float = LEVEL) -> list[Layer]:
+def layers(
+    plan: Plan,
+    *,
+    key: Key,
+    level: float = LEVEL,
+    section: SearchSection = _NO_SEARCH,
+    ranks: Ranks = ALONE,
+    device: str = "cpu",
+    is_sharded: bool = False,
+) -> list[Layer]:
     """Rehearses a plan and reads the result.
 
     Args:
         plan: what will be trained.
         key: randomness of the rehearsal; not the run key.
-        level: probability of a false alarm, in (0, 0.5], shared by five readings.
+        level: probability of a false alarm, in (0, 0.5], shared by six readings.
+        section: the candidates of the search that the plan pays for.
+        ranks, device, is_sharded: how the run will be trained.
     """
-    done, each = rehearse(plan, key=key), level / 5
+    done, each = rehearse(plan, key=key, ranks=ranks, device=device, is_sharded=is_sharded), level / 6
     rounds = len(done.sizes_T)
     claim = accounting.trade_off(event_of(sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=rounds))
     return [
@@ -118,20 +146,21 @@ def layers(plan: Plan, *, key: Key, level: float = LEVEL) -> list[Layer]:
         reuse_layer(done.idle_TK, scale=plan.noise_multiplier, level=each),
         clip_layer(done.norms, clip_norm=1.0),
         inclusion_layer(done.counts_N, done.sizes_T, probability=plan.sampling_probability, level=each),
+        *([tries_layer(*rehearse_search(plan, section, key=key.derive("search")), search=plan.search, level=each)] if plan.search else []),
     ]
 
 
-def rehearse(plan: Plan, *, key: Key) -> Rehearsal:
+def rehearse(plan: Plan, *, key: Key, ranks: Ranks = ALONE, device: str = "cpu", is_sharded: bool = False) -> Rehearsal:
     """Takes the plan's first steps on the probe, at most `STEPS`, by the function that training calls."""
     num_bands = max(1, len(plan.bands))
     num_canaries, num_steps = min(CANARIES, 2 * plan.population), max(1, min(STEPS, plan.steps) // num_bands) * num_bands
     included_M = csprng.bernoulli(key.stream("coins"), num_canaries, 0.5).numpy()
     planted = np.flatnonzero(included_M)[: plan.population]
     included_M[planted[-1] + 1 :] = False
-    corpus, probe = (
-        _corpus(planted, plan),
-        _Probe(num_canaries, idle=max(_FEWEST_IDLE, -(-COORDINATES // num_steps)), pull=2 * _LENGTH * plan.clip_norm),
-    )
+    corpus = _corpus(planted, plan)
+    probe: Any = _Probe(num_canaries, idle=max(_FEWEST_IDLE, -(-COORDINATES // num_steps)), pull=2 * _LENGTH * plan.clip_norm).to(device)
+    if is_sharded:
+        parallel.sharded(probe, device=device)
     optimizer = torch.optim.SGD(probe.parameters(), lr=plan.expected_batch / plan.clip_norm)
     budget = max(2, 2 * math.ceil(plan.sampling_probability * len(planted) / 2))
     run, seen, idle, norms = key.derive("run"), [], [], list[float]()
@@ -140,17 +169,18 @@ def rehearse(plan: Plan, *, key: Key) -> Rehearsal:
     for number in range(1, num_steps + 1):
         drawn = step.drawn(corpus, plan, run_key=run, step=number)
         if drawn and number <= _CHECKED_STEPS:
-            norms += _norms(probe, drawn, plan, budget)
+            norms += _norms(probe, drawn, plan, budget, ranks)
         scale = plan.clip_norm / course.clip_norm
         parallel.private_step(
-            probe, optimizer, corpus, plan, run_key=run, step=number, token_budget=budget, rows=Rows.PADDED, ranks=parallel.ALONE, course=course
+            probe, optimizer, corpus, plan, run_key=run, step=number, token_budget=budget, rows=Rows.PADDED, ranks=ranks, course=course
         )
+        parallel.resharded(probe)
         who = [_position(documents[0]) for documents in drawn]
         np.add.at(counts_M, who, 1)
         turn_M[who] = (number - 1) % num_bands
         sizes.append(len(drawn))
-        seen.append(scale * probe.canaries.weight.detach()[1:, 0].double().numpy())
-        idle.append(-scale * probe.idle.weight.detach()[:, 0].double().numpy())
+        seen.append(scale * _read(probe.canaries.weight)[1:])
+        idle.append(-scale * _read(probe.idle.weight))
         probe.reset()
     column = plan.bands or (1.0,)
     return Rehearsal(
@@ -189,6 +219,72 @@ def _rounds(white_TM: Float, column: Sequence[float], turn_M: NDArray[np.int64])
             part = np.asarray(column[: num_steps - first])
             found[round_, mine] = part @ white_TM[first : first + num_bands, mine] / np.sum(part**2)
     return found
+
+
+def rehearse_search(plan: Plan, section: SearchSection, *, key: Key) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Searches over and over with runs that do nothing.
+
+    Returns:
+        tries of each search; the candidate of each try of all of them; number of candidates.
+    """
+    if plan.search is None:
+        raise ValueError("Expected a plan that pays for a search.")
+    options = searching.candidates(section)
+    counts, chosen = [], list[int]()
+    for number in range(max(20, min(SEARCHES, int(_TRIES / plan.search.mean))) if plan.search.is_drawn else 2):
+        tries = _Tries(options, better=number % 2 == 0)
+        with suppress(NothingLearned):  # no try, where that was drawn
+            searching.search(
+                plan,
+                section,
+                train=TrainSection(),
+                run=tries.run,
+                drop=lambda _: None,
+                score=tries.score,
+                run_key=key.derive("search", number),
+                folder=None,
+            )
+        counts.append(len(tries.scored))
+        chosen += tries.scored
+    return np.array(counts), np.array(chosen, dtype=np.int64), len(options)
+
+
+def tries_layer(counts: ArrayLike, chosen: ArrayLike, num_options: int, *, search: Search, level: float) -> Layer:
+    """Compares how often searches tried, and what, with the law that is accounted for (Dvoretzky-Kiefer-Wolfowitz: safe at every number); half of the level each.
+
+    Args:
+        counts: [S] int, tries of each search.
+        chosen: [N] int, the candidate of each try, from 0 to num_options - 1.
+        level: probability of a false alarm, in (0, 0.5].
+    """
+    counts_S, chosen_N = np.asarray(counts), np.asarray(chosen)
+    law = _law(search)
+    gaps = {"tries": float(np.abs([np.mean(counts_S <= most) - law(most) for most in range(int(counts_S.max()) + 1)]).max())}
+    allowed = {"tries": math.sqrt(math.log(4 / level) / (2 * len(counts_S))) if search.is_drawn else 1e-9}
+    if search.is_drawn and len(chosen_N):
+        shares = [np.mean(chosen_N <= option) - (option + 1) / num_options for option in range(num_options)]
+        gaps["settings"], allowed["settings"] = float(np.abs(shares).max()), math.sqrt(math.log(4 / level) / (2 * len(chosen_N)))
+    figures = {"searches": len(counts_S), "mean_tries": float(counts_S.mean())}
+    figures |= {f"{name}_gap": gap for name, gap in gaps.items()} | {f"{name}_allowed": gap for name, gap in allowed.items()}
+    holds = all(gap <= allowed[name] for name, gap in gaps.items())
+    return Layer(name="mechanism: tries", verdict=Verdict.PASS if holds else Verdict.FAIL, figures=figures)
+
+
+def _law(search: Search) -> Callable[[int], float]:
+    """The distribution function of the number of tries that the event of a search is about (arXiv 2110.03620, definition 1), by other means than its drawing."""
+    mean, shape = search.mean, search.shape
+    if not search.is_drawn:
+        return lambda most: float(most >= mean)
+    if search.tries is Tries.POISSON:
+        return lambda most: float(stats.poisson.cdf(most, mean))
+    if mean == 1:
+        return lambda most: float(most >= 1)
+    if shape == 0:
+        failure = optimize.brentq(lambda p: stats.logser.mean(p) - mean, 1e-12, 1 - 1e-12)
+        return lambda most: float(stats.logser.cdf(most, failure))
+    gamma = optimize.brentq(lambda g: stats.nbinom.mean(shape, g) / stats.nbinom.sf(0, shape, g) - mean, 1e-9, 1 - 1e-9)
+    none = float(stats.nbinom.pmf(0, shape, gamma))
+    return lambda most: max(0.0, float(stats.nbinom.cdf(most, shape, gamma)) - none) / (1 - none)
 
 
 def canary_layer(
@@ -298,6 +394,30 @@ def _log_product_tail(total: float, count: int) -> float:
     return -tilt * total - count / 2 * math.log1p(-(tilt**2))
 
 
+class _Tries:
+    """Stands in for the runs of a search: remembers what was tried, and gives scores that get better, or worse, from try to try."""
+
+    def __init__(self, options: Sequence[Mapping[str, Any]], *, better: bool) -> None:
+        self._options, self._better = options, better
+        self.scored: list[int] = []
+        self._last = -1
+
+    def run(self, _number: int, train: TrainSection, _adapter: Path) -> None:
+        """Takes no step."""
+        self._last = next(at for at, option in enumerate(self._options) if all(getattr(train, name) == value for name, value in option.items()))
+
+    def score(self, number: int, _trained: None) -> float:
+        """Counts the try; the winner's second run is not scored."""
+        self.scored.append(self._last)
+        return float(-number if self._better else number)
+
+
+class _Output(NamedTuple):
+    """What training reads of a model's answer; a tuple, in which sharding finds the tensor."""
+
+    logits: Tensor
+
+
 class _Probe(nn.Module):
     """A causal model of one weight a canary: the document (i + 1, 0) pulls weight i + 1 up with a force of pull / 2, at zero, and nothing else."""
 
@@ -317,9 +437,9 @@ class _Probe(nn.Module):
     def get_output_embeddings(self) -> None:
         """There is no head apart."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> SimpleNamespace:  # noqa: ARG002 - what training passes
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> _Output:  # noqa: ARG002 - what training passes
         pulled_DT1 = self.pull * self.canaries(input_ids)
-        return SimpleNamespace(logits=torch.cat([pulled_DT1, torch.zeros_like(pulled_DT1)], dim=-1))
+        return _Output(torch.cat([pulled_DT1, torch.zeros_like(pulled_DT1)], dim=-1))
 
 
 def _corpus(planted: NDArray[Any], plan: Plan) -> PrivateCorpus:
@@ -336,8 +456,15 @@ def _position(document: Document) -> int:
     return int(cast(Tensor, document)[0]) - 1
 
 
-def _norms(probe: _Probe, drawn: step.Units, plan: Plan, budget: int) -> list[float]:
+def _read(weight: Tensor) -> Float:
+    """The one column of a weight that may be sharded; every rank calls it."""
+    column: Float = parallel.gathered(weight.detach())[:, 0].double().cpu().numpy()
+    return column
+
+
+def _norms(probe: nn.Module, drawn: step.Units, plan: Plan, budget: int, ranks: Ranks) -> list[float]:
     """Norm of what each canary of a step contributes before noise, in clip norms: canaries are orthogonal, so each is its own coordinate."""
-    total = step.summed(probe, drawn, step.arranged(drawn, budget, Rows.PADDED), clip_norm=plan.clip_norm, token_budget=budget, combine=plan.combine)
-    along_M = total.gradients["canaries.weight"][:, 0].abs() / plan.clip_norm
+    batches = step.arranged(drawn, budget, Rows.PADDED)
+    partial = parallel.partial_sum(probe, drawn, batches, clip_norm=plan.clip_norm, token_budget=budget, combine=plan.combine, ranks=ranks)
+    along_M = parallel.whole_sum(partial, ranks)["canaries.weight"][:, 0].abs() / plan.clip_norm
     return [float(along_M[position]) for position in sorted({_position(documents[0]) + 1 for documents in drawn})]

@@ -1,13 +1,10 @@
-"""What a guarantee means for one person, in words and in the numbers behind them.
+"""What a guarantee lets any attack do to one person, and how far single people stand out under the audit's own.
 
-Epsilon is not a risk. From the trade-off curve T (the largest true-positive rate of *any* attack at each false-positive rate) follow figures that are: how often the best
-possible guess "was this person's data used?" is right when both answers were equally likely beforehand, (1 + max(T(x) - x)) / 2, against 50 in 100 by tossing a coin; and how
-many participants such an attacker could point out while wrongly accusing one outsider in a hundred or in a thousand (Kulynych et al. 2024, "Attack-aware noise
-calibration"; Dong, Roth & Su 2019). From epsilon alone follows the factor e^epsilon on the odds of any belief, up to delta.
+Epsilon is not a risk. From the trade-off curve T (the largest true-positive rate of *any* attack at each false-positive rate) follows a figure that is: how often the best
+possible guess "was this person's data used?" is right when both answers were equally likely beforehand, (1 + max(T(x) - x)) / 2, against 50 in 100 by tossing a coin
+(Kulynych et al. 2024, "Attack-aware noise calibration"; Dong, Roth & Su 2019).
 
-`ranked` says how far single people stand out under the audit's own attack, the most exposed first: internal, and without a name.
-
-Guarantees of `explain`: figures are upper limits on every attacker with any background knowledge but that person's record; in the sentence they are rounded up, never in our favour.
+`ranked` says how far single people stand out, the most exposed first: internal, and without a name. Its sentences round up, never in our favour.
 
 Does not cover: harm from a fact that is true of the whole population; a unit's several documents when the unit is smaller than the person.
 """
@@ -15,74 +12,17 @@ Does not cover: harm from a fact that is true of the whole population; a unit's 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize
 
-from discreet.audit.attacks import FALSE_POSITIVE_RATES
 from discreet.audit.bounds import TradeOff
 from discreet.audit.extraction import Share
 
 Float = NDArray[np.float64]
-
-
-class Promise(Protocol):
-    """The fields of `dp.accounting.Guarantee` that an explanation needs."""
-
-    @property
-    def epsilon(self) -> float: ...
-    @property
-    def delta(self) -> float: ...
-    @property
-    def unit(self) -> str: ...
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Explanation:
-    """One plain paragraph, and the public figures in it."""
-
-    sentence: str
-    figures: Mapping[str, Any]
-
-
-def explain(guarantee: Promise, trade_off: TradeOff) -> Explanation:
-    """Says what the guarantee means for one unit.
-
-    Args:
-        guarantee: `.epsilon` >= 0, `.delta` in [0, 1), `.unit` such as "patient".
-        trade_off: the curve of the same guarantee.
-
-    Raises:
-        ValueError: when epsilon or delta is out of range.
-    """
-    if not guarantee.epsilon >= 0 or not 0 <= guarantee.delta < 1:
-        raise ValueError(f"Expected epsilon={guarantee.epsilon} >= 0 and delta={guarantee.delta} in [0, 1).")
-    best = advantage(trade_off)
-    accuracy = (1 + best) / 2
-    caught = {str(rate): trade_off.tpr(rate) for rate in FALSE_POSITIVE_RATES}
-    odds = math.exp(guarantee.epsilon) if guarantee.epsilon < 700 else math.inf
-    right, pointed = _percent(accuracy), _percent(caught["0.01"])
-    sentence = (
-        f"Someone who sees the model and everything else there is to know, and has to guess whether one {guarantee.unit}'s records were used, is right at most "
-        f"{right} times in 100 instead of 50. If they may wrongly point at 1 in 100 of those who were not in it, they find at most {pointed} in 100 of those who "
-        f"were. Up to a chance of {_chance(guarantee.delta)}, what the model tells them changes the odds of anything they believe about that {guarantee.unit} by a factor of at most "
-        f"{_factor(odds)}."
-    )
-    figures = {
-        "unit": guarantee.unit,
-        "epsilon": guarantee.epsilon if math.isfinite(guarantee.epsilon) else None,
-        "delta": guarantee.delta,
-        "advantage": best,
-        "accuracy": accuracy,
-        "tpr_at_fpr": caught,
-        "odds_factor": odds if math.isfinite(odds) else None,
-    }
-    return Explanation(sentence=sentence, figures=figures)
 
 
 def advantage(trade_off: TradeOff) -> float:
@@ -155,15 +95,3 @@ def _exposed(row: int, scores_S: Float, members_S: NDArray[np.bool_], *, level: 
 def _percent(share: float) -> int:
     """Rounds up, so that the sentence never promises more than the figure; 1e-9 forgives the last float digit."""
     return min(100, math.ceil(100 * share - 1e-9))
-
-
-def _factor(odds: float) -> str:
-    return f"{math.ceil(10 * odds - 1e-9) / 10:g}" if odds < 10 else f"{math.ceil(odds):,}" if odds < 1e6 else "more than a million"
-
-
-def _chance(delta: float) -> str:
-    """One significant digit, rounded up."""
-    if delta == 0:
-        return "0"
-    unit = 10.0 ** math.floor(math.log10(delta))
-    return f"{math.ceil(delta / unit - 1e-9) * unit:.1g}"

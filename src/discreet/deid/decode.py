@@ -82,12 +82,17 @@ def hidden(text: str, is_word: Callable[[str], bool], places: Sequence[Regions],
     return edits, kinds
 
 
-def plain(text: str) -> str:
-    """Returns a normalised text with everything but line breaks read through, `MAX_DEPTH` times at most, for those who need no places."""
+def plain(text: str, places: Callable[[str], Sequence[Regions]]) -> str:
+    """Returns a normalised text with everything but line breaks read through, `MAX_DEPTH` times at most, for those who need no places.
+
+    Args:
+        text: normalised.
+        places: for each of `EXPRESSIONS`, where in a text it can match at all.
+    """
     for _ in range(MAX_DEPTH):
         pieces: list[str] = []
         at, room = 0, MAX_DECODED
-        for start, end, put in sorted(_codes(text, [[(0, len(text))]] * len(EXPRESSIONS))):
+        for start, end, put in sorted(_codes(text, places(text))):
             if start >= at and len(put) <= room:
                 pieces += (text[at:start], put)
                 at, room = end, room - len(put)

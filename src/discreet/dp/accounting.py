@@ -38,7 +38,7 @@ from dp_accounting import DpEvent, NeighboringRelation
 from dp_accounting.pld import privacy_loss_distribution as pld_library
 from dp_accounting.rdp import RdpAccountant, compute_epsilon
 from riskcal.analysis import get_advantage_from_pld, get_beta_from_pld
-from scipy import special, stats
+from scipy import stats
 
 from discreet.dp import mixtures
 
@@ -221,41 +221,6 @@ def rdp(event: DpEvent, orders: Sequence[float], *, relation: Relation = "add_re
     return _rdp_of_parts(_parts(event), tuple(orders), relation)
 
 
-def renyi(event: DpEvent, orders: Sequence[float], *, relation: Relation = "add_remove", grid: float = FINE) -> Vector:
-    """Computes the Renyi divergence of the composed PLD at each order: an independent check of `rdp`, like against like.
-
-    The larger of both directions. The connect-the-dots grid can only overstate a divergence, by at most grid^2 * order / 8 a step; composition cuts a tail of mass
-    1e-15, which can understate it where order * spread of the loss exceeds about 6. So it agrees with `rdp` below that spread, and is no bound beyond.
-
-    Args:
-        orders: each > 1.
-
-    Returns:
-        float64 [len(orders)].
-
-    Raises:
-        ValueError: when a parameter or an order is out of range, or PLD does not know the event under this relation.
-    """
-    _check_relation(relation)
-    _check_orders(orders)
-    parts = _parts(event)
-    composed = None if any(_is_unprotected(part) for part, _ in parts) else _pld_or_none(parts, relation, grid)
-    if composed is None:
-        raise ValueError(f"Expected an event that PLD accounting knows under {relation}, got {event}.")
-    directions = {id(pmf): pmf.to_dense_pmf() for pmf in (composed._pmf_remove, composed._pmf_add)}.values()
-    result: Vector = np.maximum.reduce([_renyi_of_pmf(pmf, np.asarray(orders, dtype=np.float64)) for pmf in directions])
-    return result
-
-
-def _renyi_of_pmf(pmf: Any, orders: Vector) -> Vector:
-    mass = np.asarray(pmf._probs, dtype=np.float64)
-    losses = (pmf._lower_loss + np.arange(len(mass))) * pmf._discretization
-    there = mass > 0
-    with np.errstate(under="ignore"):
-        moments = [special.logsumexp((order - 1) * losses[there], b=mass[there]) / (order - 1) for order in orders]
-    return np.asarray(moments, dtype=np.float64)
-
-
 def group_event(event: DpEvent, size: int) -> DpEvent:
     """Returns the event that a mechanism is for `size` units at once, under add/remove: exact, where the generic bound loses a factor e^(size * epsilon) in delta.
 
@@ -297,13 +262,6 @@ def rdp_of_pure(epsilon: float, orders: Sequence[float]) -> Vector:
     if not epsilon >= 0:
         raise ValueError(f"Expected epsilon={epsilon} >= 0.")
     return np.minimum(epsilon, np.asarray(orders, dtype=np.float64) * epsilon**2 / 2)
-
-
-def epsilon_curve(event: DpEvent, deltas: Sequence[float], *, relation: Relation = "add_remove") -> list[float]:
-    """Computes the PLD epsilon of an event for each delta in (0, 1), with one composition."""
-    if not all(0 < delta < 1 for delta in deltas):
-        raise ValueError("Expected every delta in (0, 1).")
-    return trade_off(event, relation=relation).epsilons(deltas)
 
 
 # --------------------------------------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -165,7 +164,7 @@ def clipped_sum(
         if _is_sharded(parameters):
             raise ValueError("Expected a document on every rank of a sharded model; a rank without one calls in_step.")
         return ClippedSum.zero(model, clip_norm=clip_norm)
-    return _clipped(model, loss_fn, batch, layout, how=how, combine=combine)
+    return _clipped(model, parameters, loss_fn, batch, layout, how=how, combine=combine)
 
 
 def in_step(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, *, clip_norm: float) -> ClippedSum:
@@ -183,14 +182,21 @@ def in_step(model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch
     parameters = _trained(model)
     how = _How.of(parameters, clip_norm=clip_norm, weighing=Weighing.CLIP, groups=None)
     layout = _Layout.of([0], None, device=next(iter(parameters.values())).device)
-    return _clipped(model, loss_fn, batch, layout, how=how, combine=Combine.SUM, counts=False)
+    return _clipped(model, parameters, loss_fn, batch, layout, how=how, combine=Combine.SUM, counts=False)
 
 
 def _clipped(
-    model: nn.Module, loss_fn: Callable[[nn.Module, Any], Tensor], batch: Any, layout: _Layout, *, how: _How, combine: Combine, counts: bool = True
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    batch: Any,
+    layout: _Layout,
+    *,
+    how: _How,
+    combine: Combine,
+    counts: bool = True,
 ) -> ClippedSum:
     """One forward, one backward, norms and sums; nothing of it is added where the units do not count."""
-    parameters = _trained(model)
     with _Recorder(model, parameters, layout) as recorder:
         with _plain_execution(model):
             losses = loss_fn(model, batch)
@@ -257,12 +263,6 @@ def groups_by_layer(model: nn.Module) -> dict[str, str]:
     return {name: name.rpartition(".")[0] for name in _trained(model)}
 
 
-def groups_by_block(model: nn.Module) -> dict[str, str]:
-    """Names one group for each numbered block of a model (`layers.7`), and one for what is outside of blocks: group-wise clipping."""
-    found = {name: re.match(r"(?:.*?\.)?[A-Za-z_]+\.\d+(?=\.)", name) for name in _trained(model)}
-    return {name: match.group() if match else "" for name, match in found.items()}
-
-
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _How:
@@ -308,7 +308,7 @@ class _How:
 @contextmanager
 def _plain_execution(model: nn.Module) -> Iterator[None]:
     """Runs compiled models eagerly, so that their layers can be recorded, and reentrant checkpoints as non-reentrant ones, which compute the same."""
-    is_compiled = any(hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in model.modules())
+    is_compiled = any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
     reentrant = torch_checkpoint.CheckpointFunction
     torch_checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[misc, assignment]  # looked up by name at every checkpoint, put back below
     try:
@@ -443,12 +443,7 @@ class _Recorder:
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter], layout: _Layout) -> None:
         names = {id(parameter): name for name, parameter in parameters.items()}
-        self._names = {
-            (module, key): names[id(parameter)]
-            for module in model.modules()
-            for key, parameter in module._parameters.items()
-            if id(parameter) in names
-        }
+        self._names: dict[tuple[nn.Module, str], str] = {}
         self._sharded, self._whole = _is_sharded(parameters), dict(names)
         self._model, self._parameters = model, parameters
         self._layout = layout
@@ -459,8 +454,11 @@ class _Recorder:
         self._seen = _SEEN.setdefault(model, _Seen(WeakKeyDictionary(), {}, set(), set(), set()))
         self._hooks = ExitStack()
         for name, module in model.named_modules():
-            if name not in self._seen.shared and any(p is not None and p.requires_grad for p in module._parameters.values()):
-                self._hook(name, module)
+            held = {(module, key): names[id(parameter)] for key, parameter in module._parameters.items() if id(parameter) in names}
+            if held:
+                self._names |= held
+                if name not in self._seen.shared:
+                    self._hook(name, module)
 
     def _hook(self, name: str, module: nn.Module) -> None:
         if module not in self._seen.rules:
@@ -828,7 +826,7 @@ def _rounding(parameter: Tensor) -> float:
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    sharded: Iterable[Any] = [module for module in model.modules() if hasattr(module, "reshard")]
+    sharded: Iterable[Any] = [module for module in model.modules() if hasattr(type(module), "reshard")]
     for module in sharded:  # a forward without a backward leaves the root's weights gathered: other objects than the shards that are trained
         module.reshard()
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -865,7 +863,7 @@ def _why_refused(module: nn.Module) -> str:
         return "scales gradients by the batch's token counts; set scale_grad_by_freq=False"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
         return "changes its weight by the tokens it sees; set max_norm=None"
-    config = getattr(module, "config", None)
+    config = vars(module).get("config")
     if getattr(config, "output_router_logits", False) is True and bool(getattr(config, "router_aux_loss_coef", None)):
         return "adds a balancing loss over the batch; set output_router_logits=False"
     return ""

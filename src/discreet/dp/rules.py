@@ -362,9 +362,8 @@ def _scale_norm(module: nn.Module, inputs_ULd: Tensor, grad_ULd: Tensor) -> Uses
     )  # whole, also where the weight is a shard
     with torch.no_grad():
         derivative_ULd = _forward(module, {"weight": one}, inputs_ULd)
-        if bool(
-            (_forward(module, {"weight": nothing}, inputs_ULd[:1, :1]) != 0).any()
-        ):  # one token tells w * x, which is 0 for every token, from (1 + w) * x
+        some_11d = _numbers(1, 1, *weight.shape, like=inputs_ULd)
+        if bool((_forward(module, {"weight": nothing}, some_11d) != 0).any()):  # (1 + w) * x and not w * x; a token of the batch may be zero in both
             derivative_ULd = derivative_ULd - _forward(module, {"weight": nothing}, inputs_ULd)
     yield "weight", Kept(wide(derivative_ULd).mul_(grad_ULd).sum(1))
 
@@ -538,7 +537,7 @@ def repeats(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     held = {key: p.detach() for key, p in module._parameters.items() if p is not None}
     if not any(is_rowwise(leaf, num_rows) for leaf in tree_flatten((args, dict(kwargs)))[0]) or num_rows < 1:
         return False
-    with torch.random.fork_rng(), torch.autocast("cpu", enabled=False):
+    with torch.random.fork_rng(), torch.autocast(next(iter(held.values())).device.type, enabled=False):
         try:
             answer = _forward(module, held, *args, **kwargs)
             if not is_rowwise(answer, num_rows):
@@ -585,7 +584,7 @@ def is_rowwise(leaf: Any, num_rows: int) -> bool:
 
 def _numbers(*shape: int, like: Tensor) -> Tensor:
     """Fixed numbers in [-1, 1] without visible order."""
-    count = torch.arange(1, 1 + math.prod(shape), dtype=torch.float64)
+    count = torch.arange(1, 1 + math.prod(shape), dtype=torch.float64, device=like.device)
     return (count * 0.6180339887).frac().mul(2).sub(1).view(shape).to(like)
 
 

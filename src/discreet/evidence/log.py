@@ -326,18 +326,6 @@ class Log:
                 raise EvidenceInvalid.of([f"log_entries row {index}: not the entry that was appended"]) from None
             return proof
 
-    def prove_growth(self, old_size: int) -> tuple[bytes, ...]:
-        """Returns the consistency proof from the tree of `old_size` entries to that of the present checkpoint.
-
-        Raises:
-            NotFound: when there are fewer entries.
-        """
-        with self._store.transaction() as tx:
-            tree = _Tree.of(tx)
-            if not 0 <= old_size <= tree.size:
-                raise NotFound(f"a size up to {tree.size} entries", value=old_size)
-            return tree.growth(old_size)
-
     def check_pin(self) -> None:
         """Compares the log with the last checkpoint that was pinned outside the database.
 

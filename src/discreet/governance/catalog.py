@@ -85,7 +85,8 @@ records = Table(
     Column("state", String(12), nullable=False),
     Column("collected_at", Float, nullable=False),
 )
-COLLECTED, SUPERSEDED = "collected", "superseded"
+COLLECTED, SUPERSEDED, SIGHTED = "collected", "superseded", "sighted"
+"""`SIGHTED` rows lie in a source that has grown and were not collected yet: only their time counts, for retention."""
 
 
 @final
@@ -191,15 +192,46 @@ class Catalog:
         files = _read(source.path, source.section) if source.generated is None else [("", source.generated.reveal())]
         if _digest_of_files(files, source.section.format) != source.digest:
             raise _changed(source.name)
+        collected, num_dropped = self._living(source, files)
+        with self._store.transaction() as tx:
+            self._write(tx, source, collected, num_dropped=num_dropped)
+        return collected
+
+    def sample(self, source: RegisteredSource) -> list[Record]:
+        """Returns the records of a source as it lies there now, for classification; logs nothing and keeps no record. Errors as `collect`."""
+        return self._living(source, _read(source.path, source.section))[0]
+
+    def _living(self, source: RegisteredSource, files: Sequence[_File]) -> tuple[list[Record], int]:
+        """The records of everybody who was not erased, and how many others there are."""
         rows = _collapse(_rows(files, source.section), source.name)
         subjects = [source.subject(self._keyring, row.unit) for row in rows]
         with self._store.transaction() as tx:
             gone = erased(tx, self._keyring, list(dict.fromkeys(subjects)))
         keys = self._keyring.subjects([subject for subject in subjects if subject not in gone])
-        collected = [_record(source, subject, keys[subject], row) for row, subject in zip(rows, subjects, strict=True) if subject in keys]
+        living = [_record(source, subject, keys[subject], row) for row, subject in zip(rows, subjects, strict=True) if subject in keys]
+        return living, len(rows) - len(living)
+
+    def present(self, project: Project, section: SourceSection) -> RegisteredSource:
+        """Returns a source as it lies there now, whatever was registered: what a person may see and what must go does not wait for a registration.
+
+        Raises:
+            SourceMissing, SourceEmpty: as `register`.
+        """
+        return _describe(project, section)
+
+    def sight(self, source: RegisteredSource) -> None:
+        """Notes when the rows of a source that were not collected yet were first seen, so that their retention runs. Logs nothing; erased subjects are left out.
+
+        Raises:
+            SourceNotText, RecordInvalid, RecordConflict: as `collect`.
+        """
+        present, _ = self._living(source, _read(source.path, source.section))
         with self._store.transaction() as tx:
-            self._write(tx, source, collected, num_dropped=len(rows) - len(collected))
-        return collected
+            state = _states(tx, source.name)
+            new = [record for record in present if record.digest not in state]
+            _drop(tx, [d for d, s in state.items() if s == SIGHTED and d not in {record.digest for record in present}])
+            if new:
+                tx.execute(insert(records), _record_rows(new, SIGHTED, at=now(tx)))
 
     def texts_of(self, source: RegisteredSource, subject: SubjectId) -> list[tuple[Digest, Sensitive[str], Sensitive[Mapping[str, tuple[str, ...]]]]]:
         """Returns the subject's own texts and known identifiers as the source has them now, and the digest each record has; logs and stores nothing."""
@@ -211,14 +243,18 @@ class Catalog:
         records_of = [_record(source, subject, key, row) for row in rows]
         return [(record.digest, record.text, record.known) for record in records_of]
 
-    def past_retention(self) -> list[SubjectId]:
+    def past_retention(self, sections: Sequence[SourceSection] = ()) -> list[SubjectId]:
         """Returns the subjects all of whose records are past the retention of their source, by the time at which they were recorded.
+
+        Args:
+            sections: sources that may not be registered yet, whose rows were sighted.
 
         Raises:
             ClockBackwards: when the clock was set back: nothing gets younger by it.
         """
         with self._store.transaction() as tx:
-            at, kept_for = now(tx), {name: section.retention_days * _SECONDS_A_DAY for name, section in declared(tx).items()}
+            known = {section.name: section for section in sections} | declared(tx)
+            at, kept_for = now(tx), {name: section.retention_days * _SECONDS_A_DAY for name, section in known.items()}
             rows = tx.execute(select(records.c.subject, records.c.source, records.c.collected_at)).all()
         over: dict[SubjectId, bool] = {}
         for row in rows:
@@ -255,18 +291,20 @@ class Catalog:
 
     def absence(self, subject: SubjectId) -> bool:
         """Returns whether no record row of the subject is left (`erasure.Store`)."""
-        return not self.holds(subject)
+        with self._store.transaction() as tx:
+            return tx.execute(select(records.c.digest).where(records.c.subject == subject).limit(1)).one_or_none() is None
 
     def _write(self, tx: Connection, source: RegisteredSource, collected: Sequence[Record], *, num_dropped: int) -> None:
-        state = {
-            Digest(row.digest): row.state for row in tx.execute(select(records.c.digest, records.c.state).where(records.c.source == source.name))
-        }
-        new = [record for record in collected if record.digest not in state]
+        state = _states(tx, source.name)
+        new = [record for record in collected if state.get(record.digest, SIGHTED) == SIGHTED]
         present = {record.digest for record in collected}
+        _drop(tx, [d for d, s in state.items() if s == SIGHTED and d not in present])
+        _set_state(tx, [record.digest for record in new if record.digest in state], COLLECTED)  # their time is that of the first sight
         _set_state(tx, [d for d, s in state.items() if d not in present and s == COLLECTED], SUPERSEDED)
         _set_state(tx, [d for d, s in state.items() if d in present and s == SUPERSEDED], COLLECTED)
+        if unseen := [record for record in new if record.digest not in state]:
+            tx.execute(insert(records), _record_rows(unseen, COLLECTED, at=now(tx)))
         if new:
-            tx.execute(insert(records), _record_rows(new, at=now(tx)))
             lineage.register(tx, [Artifact(digest=record.digest, kind=Kind.RECORD) for record in new])
         for batch in lineage.chunks([record.digest for record in new], BATCH):
             facts = {"source": source.name, "source_digest": source.digest, "sensitivity": source.section.sensitivity.value}
@@ -281,8 +319,9 @@ class Catalog:
 class SourceFiles:
     """What the source files hold of a subject, and the opt-out lists beside them, for `governance.erasure`.
 
-    With `[erasure] sources = "rewrite"` their rows are removed; the registered digest moves to the new bytes before the file does, so that a killed purge is
-    finished by the next one and a file that somebody else changed is refused. A database or an object store is its owner's to purge: until `sources =
+    With `[erasure] sources = "rewrite"` their rows are removed, also from a file that has grown or was changed since it was registered: a right to erasure does not wait for a
+    registration. The registered digest moves to the new bytes before the file does, so that a killed purge is finished by the next one; where the file is not what was registered, the
+    registration stays as it is, and the source is still refused as changed until somebody registers it again. A database or an object store is its owner's to purge: until `sources =
     "retain"` says that the owner keeps it on a ground of their own, an erasure fails with the owner's name, for a known and an unknown subject alike.
     """
 
@@ -303,7 +342,6 @@ class SourceFiles:
 
         Raises:
             ErasureIncomplete: when a source cannot be rewritten; the value names its owner.
-            SourceChanged: when the bytes are not those that were registered.
         """
         for section in self._sections:
             if not _is_local(section):
@@ -346,10 +384,8 @@ class SourceFiles:
         registered = self._registered(source.name)
         if after == source.digest:
             return  # nothing of theirs is in it; whether it may be used as it is, `register` decides
-        if registered not in (None, source.digest, after):
-            raise _changed(source.name)
-        with self._store.transaction() as tx:
-            if registered is not None:
+        if registered in (source.digest, after):
+            with self._store.transaction() as tx:
                 tx.execute(update(_sources).where(_sources.c.name == source.name).values(digest=after))
                 tx.execute(delete(_versions).where(_versions.c.digest == after))
                 tx.execute(insert(_versions).values(digest=after, name=source.name))
@@ -451,8 +487,8 @@ def subject_id(keyring: Keyring, *, unit: str, value: str) -> SubjectId:
 
 
 def digests_of(tx: Connection, subject: SubjectId) -> list[Digest]:
-    """Returns the digests of the subject's records."""
-    query = select(records.c.digest).where(records.c.subject == subject).order_by(records.c.digest)
+    """Returns the digests of the subject's records that were collected."""
+    query = select(records.c.digest).where(records.c.subject == subject, records.c.state != SIGHTED).order_by(records.c.digest)
     return [Digest(digest) for digest in tx.execute(query).scalars()]
 
 
@@ -475,8 +511,17 @@ def _record(source: RegisteredSource, subject: SubjectId, key: Key, row: _Row) -
     )
 
 
-def _record_rows(new: Iterable[Record], *, at: float) -> list[dict[str, Any]]:
-    return [{"digest": r.digest, "source": r.source, "subject": r.subject, "state": COLLECTED, "collected_at": at} for r in new]
+def _record_rows(new: Iterable[Record], state: str, *, at: float) -> list[dict[str, Any]]:
+    return [{"digest": r.digest, "source": r.source, "subject": r.subject, "state": state, "collected_at": at} for r in new]
+
+
+def _states(tx: Connection, source: str) -> dict[Digest, str]:
+    return {Digest(row.digest): row.state for row in tx.execute(select(records.c.digest, records.c.state).where(records.c.source == source))}
+
+
+def _drop(tx: Connection, digests: Sequence[Digest]) -> None:
+    for chunk in lineage.chunks(digests):
+        tx.execute(delete(records).where(records.c.digest.in_(chunk)))
 
 
 def _set_state(tx: Connection, digests: Sequence[Digest], state: str) -> None:

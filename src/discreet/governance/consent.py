@@ -176,6 +176,11 @@ class Consent:
             rows = tx.execute(select(_words).where(_words.c.token == self._token(subject)).order_by(_words.c.sequence)).all()
         return [Word(purpose=row.purpose, basis=Basis(row.basis) if row.basis else None, at=row.at) for row in rows]
 
+    def is_erased(self, subject: SubjectId) -> bool:
+        """Returns whether the subject was erased, or is restricted: nothing of theirs may be taken in again."""
+        with self._store.transaction() as tx:
+            return bool(erasure.erased(tx, self._keyring, [subject]))
+
     def holds(self, subject: SubjectId) -> Sequence[Digest]:
         """Returns the subject's records that were decided on (`erasure.Store`)."""
         with self._store.transaction() as tx:

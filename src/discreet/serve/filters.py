@@ -185,6 +185,14 @@ class Conversation:
         return squeeze(value) in "".join(map(squeeze, shown))
 
 
+def prepare(policy: Policy = POLICY) -> None:
+    """Builds what the filters need once in a process (some seconds), so that no caller waits for it."""
+    conversation = Conversation(Key.random(), policy=policy)
+    text = "Nothing is in here. " * 20 + "Seen 4 times."  # long enough, and with a digit, so that every filter reads it
+    conversation.learn([text])
+    conversation.restore(conversation.text(text))
+
+
 class Growing(Protocol):
     """A string of an answer that arrives in pieces."""
 

@@ -195,6 +195,7 @@ def app(
         limits: of one request.
         policy: of the channel prompt.
     """
+    filters.prepare(policy)
     gateway = _Gateway(engine, model_name, adapter, key, api_key_hash, on_served, limits or Limits(), policy)
     routes = [
         Route("/v1/chat/completions", gateway.endpoint(gateway.chat), methods=["POST"]),

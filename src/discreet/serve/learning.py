@@ -8,9 +8,10 @@ policy de-identifies, `retention_days` ends it, an erasure rewrites the file. Th
 
 Off unless a project is given. A grant must be the person's own latest word (`discreet consent grant`): what the source declares is not asked, and a request without a person is never kept.
 
-Fail closed: a row that cannot be written ends the request.
+Fail closed: a row that cannot be written ends the request. Rows need no registration to be erased, shown to their person or ended by retention.
 
-Does not cover: who may speak for the `user` that a tenant's program names; answers of the model (they are not kept).
+Does not cover: who may speak for the `user` that a tenant's program names; answers of the model (they are not kept); a row that is
+offered in the moment in which an erasure puts the file back without somebody may be lost.
 """
 
 from __future__ import annotations
@@ -63,8 +64,11 @@ class Learner:
         row = {self._section.id: name, self._section.unit: person, self._section.text: "\n\n".join(texts)}
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
         try:
-            file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
             try:
+                size = os.fstat(file).st_size
+                if size and os.pread(file, 1, size - 1) != b"\n":  # a last line that its owner, or a crash, left open
+                    line = b"\n" + line
                 whole = os.write(file, line) == len(line)
                 os.fsync(file)
             finally:
@@ -78,6 +82,8 @@ class Learner:
     def _has_opted_in(self, person: str) -> bool:
         """Says whether the person's own latest word on the project's purpose, or on every purpose, is a grant of it."""
         subject = subject_id(self._keyring, unit=self._project.privacy.unit, value=person)
+        if self._consent.is_erased(subject):  # what they once said outlives them; they do not come back by it
+            return False
         words = [word for word in self._consent.history(subject) if word.purpose in (self._project.project.purpose, EVERY_PURPOSE)]
         return bool(words) and words[-1].basis is not None and words[-1].purpose == self._project.project.purpose
 

@@ -35,7 +35,7 @@ from discreet.keys import Key
 from discreet.serve import answers, fields, oidc, openapi, upstream, wire
 from discreet.serve.answers import Answer
 from discreet.serve.asgi import EventStream, frame, hash_api_key, read_body, unexpected, unless_gone
-from discreet.serve.filters import Conversation
+from discreet.serve.filters import Conversation, prepare
 from discreet.serve.learning import Learner, person_of, texts_of
 from discreet.serve.oidc import Verifier
 from discreet.serve.tenants import Limits, Quotas, Settings, Tenant, bearer, claimed, identify
@@ -230,6 +230,8 @@ class _Proxy:
 
     def change(self, settings: Settings) -> None:
         """Puts settings in place; a token is believed only once the keys of its provider are there."""
+        for policy in {tenant.policy_digest: tenant.policy for tenant in settings.tenants}.values():
+            prepare(policy)
         self._settings = settings
         self._server.max_answer_bytes = settings.limits.max_answer_bytes
         self._verifier = None if settings.provider is None else Verifier(provider=settings.provider, load=partial(self._keys, settings.provider.keys))

@@ -13,7 +13,7 @@ Several ranks (`train/parallel.py`): rank 0 writes the file, all read it, whole 
 draws, sums that differ by rounding.
 
 Erasure (`CheckpointStore`): the state of a run that was killed is a function of the subject's documents whose noise the run key can still take away. Every such state
-is destroyed, whoever asks: an unfinished run that goes on repeats its steps with the same draws, to the same bits.
+is destroyed, whoever asks: an unfinished run that goes on repeats its steps with the same draws, to the same bits. So is the state of a killed public track, which no noise hides.
 
 Does not cover: checkpoints larger than memory.
 """
@@ -43,9 +43,11 @@ from discreet.store import storage_full, sync_folder
 from discreet.train.parallel import gathered, split_like
 
 PURPOSE = "checkpoint"
-"""Name of the key that seals the state of DP runs."""
+"""Name of the key that seals the state of runs."""
 
-_FOLDER = "private"
+PRIVATE, PUBLIC = "private", "public"
+"""The tracks of a run: each keeps its state in a folder of its own."""
+
 _FILE = "state"
 _PARTIAL = ".state-"
 _HEADER = "discreet"
@@ -68,9 +70,9 @@ class Checkpoints:
     run: str
 
     @staticmethod
-    def of(runs: Path, run: str, keyring: Keyring) -> Checkpoints:
-        """Returns the place of a DP run's state below the folder of all runs."""
-        return Checkpoints(folder=runs / run / _FOLDER, key=keyring.purpose(PURPOSE), run=run)
+    def of(runs: Path, run: str, keyring: Keyring, *, track: str = PRIVATE) -> Checkpoints:
+        """Returns the place of a track's state below the folder of all runs."""
+        return Checkpoints(folder=runs / run / track, key=keyring.purpose(PURPOSE), run=run)
 
     @property
     def _context(self) -> bytes:
@@ -157,7 +159,7 @@ class Checkpoints:
 
 @final
 class CheckpointStore:
-    """What the states of unfinished DP runs hold of a subject, for `governance.erasure`."""
+    """What the states of unfinished runs, of both tracks, hold of a subject, for `governance.erasure`."""
 
     name = "checkpoints"
 
@@ -187,7 +189,8 @@ class CheckpointStore:
         return not any(each._files() for each in self._all())
 
     def _all(self) -> list[Checkpoints]:
-        return [Checkpoints.of(self._runs, path.parent.name, self._keyring) for path in sorted(self._runs.glob(f"*/{_FOLDER}"))]
+        folders = sorted(path for track in (PRIVATE, PUBLIC) for path in self._runs.glob(f"*/{track}"))
+        return [Checkpoints.of(self._runs, path.parent.name, self._keyring, track=path.name) for path in folders]
 
 
 def _metadata(content: bytes) -> dict[str, str]:

@@ -215,12 +215,7 @@ def private_step(
     course.take(step)
     units = drawn(corpus, plan, run_key=run_key, step=step)
     batches = arranged(units, token_budget, rows)
-    dealt = shares([padded_size(units, batch) for batch in batches], ranks.size)
-    chosen = [batches[index] for index in dealt[ranks.rank]]
-    if isinstance(model, FSDPModule):
-        total = _summed_in_step(model, units, chosen, plan, clip_norm=course.clip_norm, rounds=max(map(len, dealt)))
-    else:
-        total = summed(model, units, chosen, clip_norm=course.clip_norm, token_budget=token_budget, combine=plan.combine)
+    total = partial_sum(model, units, batches, clip_norm=course.clip_norm, token_budget=token_budget, combine=plan.combine, ranks=ranks)
     noised = add_noise(total, noise_multiplier=plan.noise_multiplier, key=run_key.stream("noise", step), ranks=ranks, memory=course.memory)
     if plan.adaptive is not None:
         moving, votes = plan.adaptive, run_key.stream("votes", step)
@@ -237,6 +232,24 @@ def private_step(
     return work(units, batches)
 
 
+def partial_sum(
+    model: nn.Module, units: Units, batches: Sequence[MicroBatch], *, clip_norm: float, token_budget: int, combine: Combine, ranks: Ranks
+) -> ClippedSum:
+    """This rank's part of a step's clipped sum: over its share of the micro-batches, or, where weights are sharded, its shard of the sum over all of them."""
+    dealt = shares([padded_size(units, batch) for batch in batches], ranks.size)
+    chosen = [batches[index] for index in dealt[ranks.rank]]
+    if isinstance(model, FSDPModule):
+        return _summed_in_step(model, units, chosen, clip_norm=clip_norm, combine=combine, rounds=max(map(len, dealt)))
+    return summed(model, units, chosen, clip_norm=clip_norm, token_budget=token_budget, combine=combine)
+
+
+def whole_sum(partial: ClippedSum, ranks: Ranks) -> dict[str, Tensor]:
+    """What the ranks have clipped together, before noise and whole; every rank calls it. It leaves nobody's hands as it is."""
+    if any(isinstance(part, DTensor) for part in partial.gradients.values()):
+        return {name: gathered(part) for name, part in partial.gradients.items()}
+    return _all_reduced(partial.gradients, ranks)
+
+
 def summed_together(model: nn.Module, units: Units, *, clip_norm: float, token_budget: int, combine: Combine, ranks: Ranks) -> dict[str, Tensor]:
     """Returns the clipped sum of all ranks, on every rank, without noise: a site of a fleet adds its own before anything leaves it (federated/).
 
@@ -245,18 +258,17 @@ def summed_together(model: nn.Module, units: Units, *, clip_norm: float, token_b
         token_budget: padded tokens of a micro-batch of one rank, >= 1.
     """
     batches = arranged(units, token_budget, Rows.PADDED)
-    dealt = shares([padded_size(units, batch) for batch in batches], ranks.size)
-    mine = [batches[index] for index in dealt[ranks.rank]]
-    return _all_reduced(summed(model, units, mine, clip_norm=clip_norm, token_budget=token_budget, combine=combine).gradients, ranks)
+    partial = partial_sum(model, units, batches, clip_norm=clip_norm, token_budget=token_budget, combine=combine, ranks=ranks)
+    return whole_sum(partial, ranks)
 
 
-def _summed_in_step(model: nn.Module, units: Units, chosen: Sequence[MicroBatch], plan: Plan, *, clip_norm: float, rounds: int) -> ClippedSum:
+def _summed_in_step(model: nn.Module, units: Units, chosen: Sequence[MicroBatch], *, clip_norm: float, combine: Combine, rounds: int) -> ClippedSum:
     """This rank's shard of the sum over all ranks. A unit above the token budget is computed whole."""
     total = ClippedSum.zero(model, clip_norm=clip_norm)
     nobody = padded([torch.zeros(2, dtype=torch.long)])
     for number in range(rounds):
         if number < len(chosen):
-            total += summed(model, units, [chosen[number]], clip_norm=clip_norm, token_budget=sys.maxsize, combine=plan.combine)
+            total += summed(model, units, [chosen[number]], clip_norm=clip_norm, token_budget=sys.maxsize, combine=combine)
         else:
             total += clipping.in_step(model, document_losses, nobody, clip_norm=clip_norm)
     return total

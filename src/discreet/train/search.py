@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Generic, TypeVar, final
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from discreet.keys import Key
 from discreet.record import Snapshot
 from discreet.store import write_atomically
 from discreet.train.loop import Setup, Trained
+from discreet.train.parallel import ALONE, Ranks
 from discreet.train.step import PrivateCorpus, document_losses, laid_out
 
 _CONTEXT = b"search"
@@ -44,16 +45,16 @@ _TRY = "try"
 _LENGTH = 0.5
 """Reach of one score in the unit square of candidates."""
 
-Run = Callable[[int, TrainSection, Path], Trained]
-"""(number of the try from 0, settings, folder of the adapter) -> the private run."""
+Made = TypeVar("Made")
+"""What a try gives: `Trained`, or in a rehearsal nothing."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Winner:
+class Winner(Generic[Made]):
     """What leaves of a search: the best run, and its settings where they differ from [train]."""
 
-    trained: Trained
+    trained: Made
     chosen: Mapping[str, Any]
 
 
@@ -89,23 +90,25 @@ def search(
     section: SearchSection,
     *,
     train: TrainSection,
-    run: Run,
+    run: Callable[[int, TrainSection, Path], Made],
     drop: Callable[[int], None],
-    score: Callable[[int, Trained], float],
+    score: Callable[[int, Made], float],
     run_key: Key,
-    folder: Path,
-) -> Winner:
+    folder: Path | None,
+    ranks: Ranks = ALONE,
+) -> Winner[Made]:
     """Runs a paid search from its last finished try.
 
     Args:
         plan: with the search that was paid for.
         section: the candidates.
         train: what every try has in common.
-        run: one private run, from its last checkpoint; called for each try with a folder of its own, and for the winner once more, which takes no step.
+        run: (number of the try from 0, settings, folder of the adapter) -> one private run, from its last checkpoint; called for each try with a folder of its own, and for the winner once more, which takes no step.
         drop: destroys the checkpoint of a try that has lost.
         score: of a finished try, smaller is better: on public text, or noised.
         run_key: of the whole search: numbers and configurations come from it.
-        folder: where adapters and the sealed state lie; the winner's is `adapter`, and no other is left.
+        folder: where adapters and the sealed state lie; the winner's is `adapter`, and no other is left. None for a rehearsal, whose runs write nothing.
+        ranks: this process among those that train together; all see the same folder, and rank 0 scores and writes.
 
     Raises:
         ValueError: when the plan pays for another search than the section declares.
@@ -114,19 +117,22 @@ def search(
     if plan.search is None or plan.search != declared(section):
         raise ValueError("Expected a plan that pays for the search of [search].")
     options, total = candidates(section), plan.search.number(float(csprng.uniform(run_key.stream("tries"), 1)))
-    done = _Scores.read(folder, run_key)
+    done, place = _Scores.read(folder, run_key) if folder else _Scores([], []), folder or Path()
     for number in range(len(done.scores), total):
         option = _option(plan.search, number, len(options), _coordinates(options), done, run_key)
-        trained = run(number, settings(train, options[option]), folder / _TRY)
-        done.add(option, score(number, trained))
-        done.write(folder, run_key)
-        for lost in set(range(number + 1)) - {done.best}:
-            drop(lost)
-        shutil.rmtree(folder / _TRY)
+        trained = run(number, settings(train, options[option]), place / _TRY)
+        scored = torch.tensor([score(number, trained) if ranks.writes else math.nan], dtype=torch.float64)
+        done.add(option, float(ranks.of_first(scored)))
+        if ranks.writes and folder:
+            done.write(folder, run_key)
+            for lost in set(range(number + 1)) - {done.best}:
+                drop(lost)
+            shutil.rmtree(folder / _TRY)
+        ranks.wait()
     if total == 0:
         raise NothingLearned("at least one try", remedy="Its number is drawn, and was zero. What was charged stays charged; start another search.")
     chosen = options[done.options[done.best]]
-    return Winner(trained=run(done.best, settings(train, chosen), folder / "adapter"), chosen=chosen)
+    return Winner(trained=run(done.best, settings(train, chosen), place / "adapter"), chosen=chosen)
 
 
 def forget(folder: Path) -> None:

@@ -391,7 +391,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
             losses_N[rows] = (log_total_N1 - logits_NV.gather(1, targets_N[rows, None])).squeeze(1)
             if grad_NH is not None:
                 error_NV = logits_NV.sub_(log_total_N1).exp_()
-                error_NV[torch.arange(len(error_NV)), targets_N[rows]] -= 1.0
+                error_NV[torch.arange(len(error_NV), device=error_NV.device), targets_N[rows]] -= 1.0
                 grad_NH[rows] = error_NV @ weight_VH
         ctx.save_for_backward(grad_NH)
         return losses_N
