@@ -2,7 +2,7 @@
 
     pip install sacrebleu==2.5.1
     python benchmarks/utility.py DATA [--model smollm2-135m-instruct] [--epsilons 3 8] [--train lora all] [--steps 200] [--batch 512] [--prompts 630] [--device cuda]
-    python benchmarks/utility.py DATA --small          the demo's small adapter at epsilon 8, few steps and prompts: for a CPU
+    python benchmarks/utility.py DATA --small          one adapter at epsilon 8, few steps and prompts: for a CPU
 
 DATA holds `dev.jsonl` (trained on: the large training file is not at hand) and `test.jsonl`, lines of `mr` and `ref`; meaning representations of the two are disjoint. One epsilon
 protects one record (a meaning and one description of it); sampling is true Poisson by the plan's own draw, and every private arm runs by the step that training runs by.
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
     if options.small:
-        options.epsilons, options.train, options.steps, options.batch, options.prompts = [8.0], ["lora_B"], 6, 192, 30
+        options.epsilons, options.train, options.steps, options.batch, options.prompts = [8.0], ["lora"], 10, 48, 30
     found = arms(options)
     said = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items() if name not in ("data", "cache", "out")}
     options.out.write_text(json.dumps({"options": said, "arms": found}, indent=1) + "\n")
