@@ -86,17 +86,29 @@ def power(runs: int) -> dict[str, Any]:
     halved = accounting.trade_off(event_of(sampling_probability=q, noise_multiplier=0.45, steps=steps)).mu
     random = np.random.default_rng(1)
 
-    def rejected(mu: float, plus: int) -> dict[str, float]:
+    def gaussian(mu: float) -> Callable[[np.ndarray], np.ndarray]:
+        return lambda included: random.normal(size=len(included)) + mu * included
+
+    def steps_of_half_the_noise(included: np.ndarray) -> np.ndarray:
+        return simulated(included, q=q, sigma=0.9, steps=steps, random=random, real_sigma=0.45)
+
+    def rejected(scores_of: Callable[[np.ndarray], np.ndarray], plus: int) -> dict[str, float]:
         included = np.arange(2 * plus) < plus
         curve = pair = 0
         for _ in range(runs):
-            scores = random.normal(size=2 * plus) + mu * included
+            scores = scores_of(included)
             curve += bounds.curve_test(scores, included, trade_off=claim, fpr=0.05, level=0.05).rejected
             pair += bounds.clopper_pearson(scores, included, delta=1e-6, level=0.05, fpr=0.05).epsilon > 2.41
         return {"curve_test": curve / runs, "clopper_pearson": pair / runs}
 
     cells = {"as claimed": claim.mu, "twice the claimed mu": 2 * claim.mu, "mu 1": 1.0, "noise halved": halved}
-    return {f"{plus}+{plus}": {name: {"mu": mu, **rejected(mu, plus)} for name, mu in cells.items()} for plus in (250, 500)}
+    return {
+        f"{plus}+{plus}": {
+            **{name: {"mu": mu, **rejected(gaussian(mu), plus)} for name, mu in cells.items()},
+            "noise halved, scores from its steps": {"mu": halved, **rejected(steps_of_half_the_noise, plus)},
+        }
+        for plus in (250, 500)
+    }
 
 
 def clean_demo(runs: int) -> dict[str, Any]:
@@ -188,7 +200,8 @@ def text_canaries(runs: int) -> dict[str, Any]:
                     if context:
                         noise.add = context
                     try:
-                        module = trained(base, plan, inside, section, rate=rate, folder=folder, number=number)
+                        cell = folder / f"{name} {noise_name}"  # its own, or the checkpoint of another cell would be taken up
+                        module = trained(base, plan, inside, section, rate=rate, folder=cell, number=number)
                     finally:
                         noise.add = original
                     black = membership.scores(
