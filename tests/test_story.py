@@ -740,10 +740,10 @@ def _with_chats(house: House, rows: list[dict[str, str]]) -> House:
     return grown
 
 
-CHATS = [
+CHATS = [  # of people whom no stand-in is called after
     {"id": "c1", "patient": "chat-1", "text": "The first prompt of Xanthippe."},
     {"id": "c2", "patient": "chat-1", "text": "The second prompt of Xanthippe."},
-    {"id": "c3", "patient": "chat-2", "text": "A prompt of Yolanda."},
+    {"id": "c3", "patient": "chat-2", "text": "A prompt of Thessaly."},
 ]
 
 
@@ -754,7 +754,7 @@ def test_erasure_and_access_reach_a_source_that_grew_since_its_registration(copi
     for who, left in (("chat-1", [CHATS[2]]), ("chat-2", [])):
         done = pipeline.erase(house, who)
         assert (done["failed"], [json.loads(line) for line in (house.project.root / "chats.jsonl").read_text().splitlines()]) == ([], left)
-    assert pipeline.remains(house, ["chat-1", "chat-2", "Xanthippe", "Yolanda"]) == []
+    assert pipeline.remains(house, ["chat-1", "chat-2", "Xanthippe", "Thessaly"]) == []
     assert pipeline.access_export(house, "chat-2")["sources"] == []
 
 
