@@ -220,7 +220,7 @@ def _begin_immediate(connection: Connection) -> None:
     try:
         while True:
             try:
-                driver.execute("BEGIN IMMEDIATE")  # type: ignore[union-attr]
+                driver.execute("BEGIN IMMEDIATE")  # type: ignore[union-attr]  # typed loosely, as above
                 return
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > patience:
@@ -229,7 +229,7 @@ def _begin_immediate(connection: Connection) -> None:
             pause = min(pause * 1.3, 0.002)
         connection.exec_driver_sql("BEGIN IMMEDIATE")  # fails again, as an error of SQLAlchemy's that carries no values
     finally:
-        driver.execute(f"PRAGMA busy_timeout={int(_LOCK_PATIENCE_S * 1000)}")  # type: ignore[union-attr]
+        driver.execute(f"PRAGMA busy_timeout={int(_LOCK_PATIENCE_S * 1000)}")  # type: ignore[union-attr]  # typed loosely, as above
 
 
 def _migrate(tx: Connection) -> None:

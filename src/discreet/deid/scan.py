@@ -33,7 +33,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from re import _constants as sre  # type: ignore[attr-defined]  # the parser of `re` has no public name since 3.11
-from re import _parser as parser  # type: ignore[attr-defined]
+from re import _parser as parser  # type: ignore[attr-defined]  # nor has this
 from typing import Any, Final, final
 
 Regions = Sequence[tuple[int, int]]

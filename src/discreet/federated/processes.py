@@ -246,7 +246,7 @@ def _wait_until(holds: Callable[[], bool], seconds: float, *, what: str, running
 @contextlib.contextmanager
 def _time_limit(listener: Listener, seconds: float) -> Iterator[None]:
     """Limits the next `accept`; `Listener` has no such argument, its socket has."""
-    held = listener._listener._socket  # type: ignore[attr-defined]
+    held = listener._listener._socket  # type: ignore[attr-defined]  # not in the stubs, being private
     held.settimeout(seconds)
     try:
         yield
