@@ -25,7 +25,7 @@ from discreet.ledger import Kind, Period, Reservation, Spend
 from discreet.pipeline import House
 from discreet.store import write_atomically
 
-_FORMS = {Action.RELEASE: re.compile(r"sha256:[0-9a-f]{64}"), Action.RAISE_BUDGET: re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62} to [0-9.e+-]{1,16}")}
+_FORMS = {Action.RELEASE: re.compile(r"sha256:[0-9a-f]{64}"), Action.RAISE_BUDGET: re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126} to [0-9.e+-]{1,16}")}
 FACTORS = (0.5, 0.71, 1.0, 1.41, 2.0, 2.83, 4.0)
 
 

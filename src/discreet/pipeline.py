@@ -665,7 +665,8 @@ def _calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
             cap=privacy.cap,
             combine=Combine(privacy.combine),
             budget=budget,
-            allow_large_delta=privacy.allow_large_delta,
+            allow_large_delta=privacy.allow_large_delta
+            and for_log(house, privacy.allow_large_delta),  # it stands in the plan, and so in tables and answers
             sampling=mechanism.Sampling(privacy.sampling),
             batch_limit=privacy.batch_limit,
             bands=privacy.bands or 0,
@@ -929,7 +930,8 @@ def _public_track(house: House, base: Base, public: PublicText | None, held_out:
         }
         with house.store.transaction() as tx:
             house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(digest,), fields=fields | {"public_loss": _rounded(fitted.curve)}))
-            parents = [base.digest, *_public_roots(house, tx)[-1:]]  # without privacy: whoever is in the text can only be taken out by training again
+            _register_base(house, tx, base.digest)
+            parents = [base.digest, *_public_roots(house, tx)]  # without privacy: whoever is in the text can only be taken out by training again
             lineage.derive(tx, lineage.Artifact(digest=digest, kind=lineage.Kind.MODEL), parents=parents)
         checkpoints.destroy()
     return adapter
@@ -1018,7 +1020,7 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
                 fields: dict[str, JSON] = {
                     "rule": "delta < 1 / population",
                     "value": plan.delta,
-                    "reason": for_log(house, plan.allow_large_delta),
+                    "reason": plan.allow_large_delta,
                     "run": run,
                 }
                 house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(plan.digest,), fields=fields))
@@ -2021,6 +2023,7 @@ def retention(house: House) -> dict[str, Any]:
 
     Raises:
         ClockBackwards: when the clock was set back.
+        SourceMissing, SourceNotText, RecordInvalid, RecordConflict: when a source cannot be read: nobody's erasure could be verified then, so nobody is erased.
     """
     who = current_user()
     house.access.require(Action.ERASE, who=who)

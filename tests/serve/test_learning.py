@@ -81,6 +81,16 @@ def test_a_row_that_cannot_be_written_ends_the_request(house, monkeypatch):
     assert "Quistgaard" not in str(refused.value)
 
 
+def test_a_row_that_was_half_written_is_taken_back(house, monkeypatch):
+    house.consent.grant(subject_id(house.keyring, unit="patient", value="ann"), Purpose("assistant"))
+    assert learner(house).offer("ann", [TEXT])
+    before, write = (house.root / "chats.jsonl").read_bytes(), learning.os.write
+    monkeypatch.setattr(learning.os, "write", lambda file, line: write(file, line[:9]))
+    with pytest.raises(OperationFailed):
+        learner(house).offer("ann", [TEXT])
+    assert (house.root / "chats.jsonl").read_bytes() == before
+
+
 def test_what_a_request_says_of_its_person_and_what_they_wrote():
     turns = [
         {"role": "system", "content": "s"},

@@ -23,7 +23,8 @@ Sources: McMahan et al. 2018 (DP-FedAvg); Kairouz et al. 2021 (distributed discr
 Kairouz et al. 2021, arXiv 2103.00039 (DP-FTRL); Choquette-Choo et al. 2023, arXiv 2306.08153 (banded); Kalinin & Lampert 2024 (the banded square root).
 
 Does not cover: verifying another client's norm bound or noise (not possible under masking; colluders are counted instead); the noise itself under bounded
-participation (the coordinator adds it and is trusted with the sum; that no unit takes part more often than was paid for each site sees to: site.py).
+participation (the coordinator adds it and is trusted with the sum; a site takes part in no step again that it helped to open, but a coordinator that opens a sum with the others
+and tells the site that it dropped out could have it take part once more: site.py).
 """
 
 from __future__ import annotations

@@ -264,8 +264,10 @@ class Site:
         return member
 
     def _contribution(self, terms: Terms, payload: bytes) -> Words:
-        """The worker's vector. Under bounded participation a step that was opened is not taken part in again, whatever the coordinator names: no unit is in more steps than were
-        paid for, nor in two that are closer than `separation`."""
+        """The worker's vector. Under bounded participation a step that this site helped to open is not taken part in again, whatever the coordinator names.
+
+        A sum that the others opened while this site was told that it had dropped out does not count: against that the coordinator is trusted, as it is with the noise (fleet.py).
+        """
         if self.agreement.is_bounded:
             step = fleets.read_payload(payload, base=self.base.digest)[2]
             self.journal.once(terms.session, terms.number, f"step-{step}", payload, lambda: b"taken part")

@@ -198,7 +198,7 @@ class Catalog:
         return collected
 
     def sample(self, source: RegisteredSource) -> list[Record]:
-        """Returns the records of a source as it lies there now, for classification; logs nothing and keeps no record. Errors as `collect`."""
+        """Returns the records of a source as it lies there now, for classification; logs nothing and keeps no record, though whoever was never seen before gets a pseudonym and a key. Errors as `collect`."""
         return self._living(source, _read(source.path, source.section))[0]
 
     def _living(self, source: RegisteredSource, files: Sequence[_File]) -> tuple[list[Record], int]:
@@ -234,7 +234,7 @@ class Catalog:
                 tx.execute(insert(records), _record_rows(new, SIGHTED, at=now(tx)))
 
     def texts_of(self, source: RegisteredSource, subject: SubjectId) -> list[tuple[Digest, Sensitive[str], Sensitive[Mapping[str, tuple[str, ...]]]]]:
-        """Returns the subject's own texts and known identifiers as the source has them now, and the digest each record has; logs and stores nothing."""
+        """Returns the subject's own texts and known identifiers as the source has them now, and the digest each record has; logs nothing and keeps no record."""
         files = _read(source.path, source.section) if source.generated is None else [("", source.generated.reveal())]
         rows = [row for row in _collapse(_rows(files, source.section), source.name) if source.subject(self._keyring, row.unit) == subject]
         if not rows:

@@ -1,7 +1,7 @@
 """Proposes the sensitivity of a source by running a sample of it through the detectors: classification is detection at rest.
 
 The sample is the records with the smallest digests. Digests are salted under keys that nobody chose, so this is a random sample that the text cannot steer,
-the same at every call. A label counts when it is found in at least one document in a hundred: a single false alarm classifies nothing.
+the same at every call. A label counts when it is found in at least one document in a hundred: in a sample of more than a hundred a single false alarm classifies nothing, in a smaller one it does.
 
 The result is a proposal to a person. It is never applied, and it proposes `PUBLIC` only for text in which nothing was found.
 

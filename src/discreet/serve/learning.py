@@ -16,6 +16,7 @@ offered in the moment in which an erasure puts the file back without somebody ma
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -66,10 +67,13 @@ class Learner:
         try:
             file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
             try:
+                fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the file is closed
                 size = os.fstat(file).st_size
                 if size and os.pread(file, 1, size - 1) != b"\n":  # a last line that its owner, or a crash, left open
                     line = b"\n" + line
                 whole = os.write(file, line) == len(line)
+                if not whole:  # half a row would close the whole source
+                    os.ftruncate(file, size)
                 os.fsync(file)
             finally:
                 os.close(file)
