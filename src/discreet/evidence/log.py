@@ -657,6 +657,7 @@ class _Tree:
     size: int
     root: Callable[[int], bytes]
     path: Callable[[int], tuple[bytes, ...]]
+    growth: Callable[[int], tuple[bytes, ...]]
 
     @staticmethod
     def of(tx: Connection) -> _Tree:
@@ -667,6 +668,7 @@ class _Tree:
             size=size,
             root=lambda n: _read(lambda: tiles.root(n)),
             path=lambda index: _read(lambda: tuple(tiles.inclusion_proof(index, size))),
+            growth=lambda old: _read(lambda: tuple(tiles.consistency_proof(old, size))),
         )
 
     @staticmethod
@@ -675,6 +677,7 @@ class _Tree:
             size=len(leaves),
             root=lambda n: merkle.root(leaves[:n]),
             path=lambda index: tuple(merkle.inclusion_proof(leaves, index)),
+            growth=lambda old: tuple(merkle.consistency_proof(leaves, old)),
         )
 
 

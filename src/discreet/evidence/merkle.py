@@ -125,7 +125,12 @@ def consistency_proof(leaf_hashes: Sequence[bytes], old_size: int) -> list[bytes
         ValueError: when the old tree is larger than the new one, or an item is not 32 bytes long.
     """
     _check_hashes(leaf_hashes)
-    low, high, remaining = 0, len(leaf_hashes), old_size
+    return _consistency(lambda low, high: _root(leaf_hashes[low:high]), old_size, len(leaf_hashes))
+
+
+def _consistency(root_of: Callable[[int, int], bytes], old_size: int, size: int) -> list[bytes]:
+    """The proof, with the roots of ranges of leaves from `root_of`."""
+    low, high, remaining = 0, size, old_size
     if not 0 <= old_size <= high:
         raise ValueError(f"Expected 0 <= old_size <= {high} leaves, got {old_size}.")
     if old_size == 0:
@@ -134,13 +139,13 @@ def consistency_proof(leaf_hashes: Sequence[bytes], old_size: int) -> list[bytes
     while remaining != high - low:
         split = _split(high - low)
         if remaining <= split:
-            proof.append(_root(leaf_hashes[low + split : high]))
+            proof.append(root_of(low + split, high))
             high = low + split
         else:
-            proof.append(_root(leaf_hashes[low : low + split]))
+            proof.append(root_of(low, low + split))
             low, remaining = low + split, remaining - split
     if low > 0:  # the verifier knows the old root itself, but not a part of it
-        proof.append(_root(leaf_hashes[low:high]))
+        proof.append(root_of(low, high))
     return proof[::-1]
 
 
@@ -151,7 +156,7 @@ def _split(size: int) -> int:
 
 @final
 class Tiles:
-    """A tree whose hashes are read by the tile; answers as `root` and `inclusion_proof` of its first `size` leaves would."""
+    """A tree whose hashes are read by the tile; answers as `root`, `inclusion_proof` and `consistency_proof` of its first `size` leaves would."""
 
     def __init__(self, read: Callable[[int, int], Sequence[bytes]]) -> None:
         """Reads nothing yet.
@@ -181,6 +186,10 @@ class Tiles:
             proof.append(self._range(middle, high) if index < middle else self._range(low, middle))
             low, high = (low, middle) if index < middle else (middle, high)
         return proof[::-1]
+
+    def consistency_proof(self, old_size: int, size: int) -> list[bytes]:
+        """Returns the proof that the first `old_size` leaves are a prefix of the first `size`. Errors as `inclusion_proof`."""
+        return _consistency(self._range, old_size, size)
 
     def _range(self, low: int, high: int) -> bytes:
         """The root of leaves `low` to `high`; `low` is a multiple of a power of two that is not below the width."""
