@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import sqlite3
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,24 @@ def test_ingest_trace_and_erase(run: Run, project: Path):
     code, out, _ = run("trace", "sha256:" + "0" * 64, "-C", str(project), "--json")
     assert code == 2
     assert SECRET not in out + err
+
+
+def test_classify_proposes_and_keeps_nothing(run: Run, project: Path):
+    code, out, err = run("catalog", "classify", "notes", "-C", str(project), "--json")
+    assert code == 0, err
+    found = document("catalog-classify", out)
+    assert (found["declared"], found["proposed"], found["exceeds"], found["sampled"]) == ("special", "personal", False, 30)
+    assert found["shares"]["PERSON"] == 1.0
+    with closing(sqlite3.connect(project / ".discreet" / "discreet.db")) as database:
+        assert database.execute("SELECT count(*) FROM wrapped_keys WHERE kind = 'subject'").fetchone() == (0,)
+        assert database.execute("SELECT count(*) FROM records").fetchone() == (0,)
+    code, said, err = run("catalog", "classify", "notes", "-C", str(project))
+    assert code == 0
+    assert "proposed personal from 30 records" in said
+    code, out, _ = run("catalog", "classify", "nothing", "-C", str(project), "--json")
+    assert code == 2
+    assert document("error", out)["error"]["code"] == "not_found"
+    assert SECRET not in said + err + out + json.dumps(found)
 
 
 def test_budget_is_a_budget(run: Run, project: Path):
