@@ -269,11 +269,44 @@ def test_a_model_is_not_audited_before_it_is_trained(project: Path):
 def test_an_exhausted_budget_refuses_a_second_run(copied: House):
     settings = copied.project.root / "discreet.toml"
     settings.write_text(settings.read_text().replace("learning_rate = 1e-2", "learning_rate = 2e-2"))
-    changed = load(copied.project.root)
-    copied_again = House(**{**{name: getattr(copied, name) for name in copied.__dataclass_fields__}, "project": changed})
+    copied_again = _reloaded(copied)
     with pytest.raises(BudgetExhausted):
         pipeline.train(copied_again, Silent())
     assert len(copied.log.select(Predicate.SPENT)) == 1
+
+
+def _reloaded(house: House) -> House:
+    """The same house under the discreet.toml that now lies there."""
+    return House(**{**{name: getattr(house, name) for name in house.__dataclass_fields__}, "project": load(house.project.root)})
+
+
+def test_a_paced_budget_trains_once_a_period(project: Path, monkeypatch: pytest.MonkeyPatch):
+    """[budget] periods from the file to the run: the first share trains one run and alerts, the next run waits for its period, and an unused share is forfeited."""
+    settings, days, real = project / "discreet.toml", 0.0, time.time
+    monkeypatch.setattr(time, "time", lambda: real() + days * 86_400)
+    paced = '[budget]\nname = "paced"\nepsilon = 60.0\nperiods = 3\nperiod_days = 30\ncarry_over = "none"\n\n'
+    settings.write_text(re.sub(r"\[budget\]\n.*?\n\n", paced, settings.read_text(), flags=re.DOTALL))
+    heard = _Heard()
+
+    def trained(learning_rate: str) -> pipeline.House:
+        settings.write_text(re.sub(r"learning_rate = .*", f"learning_rate = {learning_rate}", settings.read_text(), count=1))
+        again = _reloaded(house)
+        pipeline.train(again, heard)
+        return again
+
+    with pipeline.open_house(project) as house:
+        trained("3e-3")
+        with pytest.raises(BudgetExhausted, match="next period"):
+            trained("4e-3")
+        assert house.ledger.show("paced").unlocked == pytest.approx(1 / 3)
+        days = 61.0
+        trained("5e-3")
+        with pytest.raises(BudgetExhausted):
+            trained("6e-3")
+        assert house.ledger.show("paced").unlocked == 1.0
+        assert [entry.fields["epsilon"] <= 8 for entry in house.log.select(Predicate.SPENT)] == [True] * 2
+        assert 0 < house.ledger.show("paced").remaining_epsilon < 30, "the share of the second period is gone"
+    assert any("ALERT: budget 'paced'" in note for note in heard.notes)
 
 
 def test_a_plan_for_a_pld_epsilon_says_what_the_budget_counts(project: Path):
@@ -706,6 +739,20 @@ def test_an_update_takes_new_records_and_warns_when_the_risk_rises(copied: House
     assert any("ALERT" in note for note in heard.notes)
 
 
+def test_an_update_after_a_raise_trains_within_what_is_left(copied: House):
+    """A raise that is large against the noise asks the filter for orders near 1, where dp_accounting gives up: nothing seemed left of the budget."""
+    _add_a_note(copied)
+    copied.ledger.raise_to(copied.project.budget.name, 40.0, reason="a second year of notes")
+    left = copied.ledger.budgets()[0].remaining_epsilon
+    assert 20 < left < 40, "[privacy] epsilon stays at 8"
+    done = pipeline.update(copied, Silent())
+    assert (done["changed"], done["rising"]) == (["notes"], False)
+    assert copied.ledger.budgets()[0].remaining_epsilon < left
+    assert [entry.fields["guarantee"]["epsilon"] <= 8 for entry in copied.log.select(Predicate.TRAINED) if entry.fields["track"] == "dp"] == [
+        True
+    ] * 2
+
+
 def test_an_update_that_the_budget_refuses_leaves_the_release_where_it_was(copied: House):
     """The same ledger: what was spent stays spent, nothing new is trained, and what was released is still served."""
     served, spent = pipeline.released_name(copied), copied.ledger.budgets()[0]
@@ -751,8 +798,13 @@ CHATS = [  # of people whom no stand-in is called after
 
 def test_erasure_and_access_reach_a_source_that_grew_since_its_registration(copied: House):
     house = _with_chats(copied, CHATS)
+    keys = house.keyring.known_subjects()
     held = pipeline.access_export(house, "chat-1")
-    assert [record["text"] for source in held["sources"] for record in source["records"]] == [CHATS[0]["text"], CHATS[1]["text"]]
+    told = [record for source in held["sources"] for record in source["records"]]
+    assert [(record["text"], record["digest"] is None) for record in told] == [(CHATS[0]["text"], False), (CHATS[1]["text"], True)]
+    assert pipeline.access_export(house, "chat-2")["sources"], "nobody has collected anything of theirs"
+    assert pipeline.propose_sensitivity(house, "chats")["sampled"] == 3
+    assert house.keyring.known_subjects() == keys, "looking makes no key"
     for who, left in (("chat-1", [CHATS[2]]), ("chat-2", [])):
         done = pipeline.erase(house, who)
         assert (done["failed"], [json.loads(line) for line in (house.project.root / "chats.jsonl").read_text().splitlines()]) == ([], left)
