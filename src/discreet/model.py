@@ -245,6 +245,21 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def fits(base: Base, section: ModelSection, folder: Path) -> bool:
+    """Says whether a saved adapter holds exactly what `section` trains on this base, at the same scale: training goes on from no other.
+
+    Raises:
+        NotFound, ModelUnsafe: as `load_adapter`.
+    """
+
+    def described(start: Path | None) -> tuple[dict[str, torch.Size], float | None]:
+        module = attach(base, section, start=start)
+        scale = float(module.peft_config["default"].lora_alpha) if isinstance(module, PeftModel) else None
+        return {name: parameter.shape for name, parameter in trained_parameters(module).items()}, scale
+
+    return described(None) == described(folder)
+
+
 def moved(base: Base, section: ModelSection, *, start: Path | None, adapter: Path) -> tuple[int, int]:
     """Counts the parameter tensors of an adapter that differ from where training started, and all of them.
 

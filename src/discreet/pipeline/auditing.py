@@ -15,12 +15,13 @@ from discreet.audit import canaries as canary
 from discreet.audit.canaries import Canaries
 from discreet.audit.external import LooseTradeOff
 from discreet.config import ModelSection, TrainSection
-from discreet.dp import accounting, mechanism
+from discreet.dp import accounting
 from discreet.errors import DigestMismatch, NotFound, TrackRefused
 from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.keys import Key
 from discreet.model import Base, PublicText
 from discreet.pipeline.admission import audit_design, plant_canaries
+from discreet.pipeline.continuing import promise_of
 from discreet.pipeline.house import House, Observer, config_of, finished_result, keep_result, needed_result, run_config, subject_of
 from discreet.pipeline.pricing import plan_of
 from discreet.pipeline.weights import all_texts, frozen_public, last_public, load_base, rounded_curve, setup_of, shown_to
@@ -51,7 +52,7 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     if done is not None:
         return done
     observer.stage("audit")
-    canaries, plan = plant_canaries(house), plan_of(house, trained["run"])
+    canaries, plan, promised = plant_canaries(house), plan_of(house, trained["run"]), promise_of(house, trained["run"])
     base = load_base(house, None, observer)
     adapter = house.project.state / "runs" / trained["run"] / "adapter"
     if (base.digest, model.adapter_digest(adapter)) != (trained["base"], trained["adapter"]):
@@ -64,7 +65,7 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     observer.note("scored the private model; training the control on canaries alone")
     control = _control(house, base, canaries, observer)
     controlled = _log_likelihoods(house, control, base, canaries) - untouched
-    level, claim = bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))), _claimed_curve(plan)
+    level, claim = bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))), _claimed_curve(promised)
     rounded = _children(house, private, base, canaries, untouched, trade_off=claim, level=OF_CHILDREN * level)
     attacked = _attack(house, trained, base, private, observer, trade_off=claim, level=OF_RECORDS * level)
     found = bounds.verdict(
@@ -75,8 +76,8 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
             "bag of words": membership.blind(canaries.texts, canaries.included),
             "untouched model": bounds.area_under_curve(untouched, canaries.included),
         },
-        epsilon=plan.guarantee.epsilon,
-        delta=plan.delta,
+        epsilon=promised.epsilon,
+        delta=promised.delta,
         trade_off=claim,
         fpr=house.project.audit.false_positive_rate,
         level=(1 - OF_CHILDREN - OF_RECORDS) * level,
@@ -116,11 +117,11 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     return result
 
 
-def _claimed_curve(plan: mechanism.Plan) -> bounds.TradeOff:
+def _claimed_curve(promised: accounting.Guarantee) -> bounds.TradeOff:
     """The curve of the event where PLD knows it; of a search, that of its (epsilon, delta) alone."""
-    if accounting.has_pld(plan.event):
-        return accounting.trade_off(plan.event)
-    return LooseTradeOff(epsilon=plan.guarantee.epsilon, delta=plan.delta)
+    if accounting.has_pld(promised.event):
+        return accounting.trade_off(promised.event)
+    return LooseTradeOff(epsilon=promised.epsilon, delta=promised.delta)
 
 
 def _committed(house: House, snapshot: Digest, canaries: Canaries) -> bounds.Layer:

@@ -28,7 +28,7 @@ from discreet.pipeline.admission import freeze, generated_section, rows_as_lines
 from discreet.pipeline.house import House, Silent, fact, forget_model, remember, subject_of
 from discreet.pipeline.people import Own, own_texts
 from discreet.pipeline.training import abandon
-from discreet.pipeline.weights import PUBLIC_ADAPTER, frozen_public, load_base, setup_of
+from discreet.pipeline.weights import PUBLIC_ADAPTER, adapter_digest_of, frozen_public, load_base, setup_of
 from discreet.record import Basis, Digest, Sensitivity, SubjectId
 from discreet.train import loop
 from discreet.train.checkpoint import CheckpointStore
@@ -157,7 +157,7 @@ class _UnfinishedWeights:
 def _public_weights(house: House) -> dict[Path, Digest | None]:
     """Folders of weights that public text alone has made, with their digests; None for what a killed write left."""
     runs = [folder for folder in (house.project.state / "runs").glob("*/*") if folder.name.lstrip(".").startswith(PUBLIC_ADAPTER)]
-    adapters = {folder: _adapter_digest(folder) for folder in runs}
+    adapters = {folder: adapter_digest_of(folder) for folder in runs}
     return adapters | {folder: _base_digest(folder) for folder in (house.project.state / "models").glob("*")}
 
 
@@ -184,7 +184,7 @@ class _ProjectModels:
         if written is not None:
             return self._searched(subject, written.read_text(encoding="utf-8"))
         adapter = next(
-            (p for p in sorted((self._house.project.state / "runs").glob("*/adapter")) if _adapter_digest(p) == digest),
+            (p for p in sorted((self._house.project.state / "runs").glob("*/adapter")) if adapter_digest_of(p) == digest),
             None,
         )
         own = own_texts(self._house, subject) if adapter else []
@@ -221,7 +221,7 @@ class _ProjectModels:
         if written is not None:
             written.unlink()
         for adapter in [*(house.project.state / "runs").glob("*/*adapter"), *house.releases.glob("*/adapter")]:
-            if _adapter_digest(adapter) == digest:
+            if adapter_digest_of(adapter) == digest:
                 shutil.rmtree(adapter.parent)
         for folder, found in _public_weights(house).items():
             if found == digest:
@@ -246,13 +246,6 @@ def synthetic_file(house: House, digest: Digest) -> Path | None:
     return file
 
 
-def _adapter_digest(folder: Path) -> Digest | None:
-    try:
-        return model.adapter_digest(folder) if folder.is_dir() else None  # it may have gone with the run beside it
-    except NotFound:
-        return None
-
-
 def _base_digest(folder: Path) -> Digest | None:
     try:
         return model.base_digest(folder)
@@ -265,7 +258,7 @@ def _transcript(guarantee: Mapping[str, Any] | None) -> Transcript:
     names = ("unit", "relation", "epsilon", "delta", "sampling_probability", "noise_multiplier", "steps")
     if not guarantee:
         return Transcript()
-    plain = guarantee.get("sampler", "poisson") == "poisson" and not {"search", "bands", "adaptive"} & guarantee.keys()
+    plain = guarantee.get("sampler", "poisson") == "poisson" and not {"search", "bands", "adaptive", "continues"} & guarantee.keys()
     return Transcript(**{name: guarantee[name] for name in names} | ({} if plain else {"noise_multiplier": 0.0}))
 
 

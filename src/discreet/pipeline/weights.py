@@ -45,6 +45,14 @@ def setup_of(house: House, base: Base, *, held_out: PublicText, start: Path | No
     return loop.Setup(base=base, model=project.model, train=project.train, run=project.run, held_out=held_out, start=start, evaluations=evaluations)
 
 
+def adapter_digest_of(folder: Path) -> Digest | None:
+    """Returns the digest of the adapter in a folder; None where there is none, or no longer: it may have gone with the run beside it."""
+    try:
+        return model.adapter_digest(folder) if folder.is_dir() else None
+    except NotFound:
+        return None
+
+
 def load_base(house: House, public: PublicText | None, observer: Observer) -> Base:
     """Opens the project's base model; the tiny one is built on the project's public text, and found again by the path that training left.
 
