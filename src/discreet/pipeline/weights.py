@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection
 
 from discreet import corpus, model
+from discreet.errors import NotFound
 from discreet.evidence.statement import Predicate
 from discreet.governance import lineage
 from discreet.model import Base, PublicText
