@@ -254,7 +254,7 @@ def fits(base: Base, section: ModelSection, folder: Path) -> bool:
 
     def described(start: Path | None) -> tuple[dict[str, torch.Size], float | None]:
         module = attach(base, section, start=start)
-        scale = float(module.peft_config["default"].lora_alpha) if isinstance(module, PeftModel) else None
+        scale = float(module.peft_config["default"].to_dict()["lora_alpha"]) if isinstance(module, PeftModel) else None
         return {name: parameter.shape for name, parameter in trained_parameters(module).items()}, scale
 
     return described(None) == described(folder)
