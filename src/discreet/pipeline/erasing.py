@@ -25,7 +25,7 @@ from discreet.governance.erasure import Decision, Erasure, Finding, Identity, Re
 from discreet.keys import Key
 from discreet.model import Base, PublicText
 from discreet.pipeline.admission import freeze, generated_section, rows_as_lines, source_documents
-from discreet.pipeline.house import House, Silent, fact, forget_model, remember, subject_of
+from discreet.pipeline.house import House, Silent, deployment_fact, fact, forget_model, remember, subject_of
 from discreet.pipeline.people import Own, own_texts
 from discreet.pipeline.training import abandon
 from discreet.pipeline.weights import PUBLIC_ADAPTER, adapter_digest_of, frozen_public, load_base, setup_of
@@ -167,6 +167,7 @@ class _ProjectModels:
 
     def __init__(self, house: House) -> None:
         self._house = house
+        self._found: dict[tuple[SubjectId, Digest], Finding] = {}
 
     def transcript(self, digest: Digest) -> Transcript:
         """Of the model itself, or of the weakest model that it was derived from."""
@@ -179,7 +180,15 @@ class _ProjectModels:
 
     def test(self, subject: SubjectId, digest: Digest) -> Finding:
         """Compares the subject's frozen text with the same text under other stand-ins, which nobody trained on: under the null they are exchangeable, so the rank is an
-        exact test. 39 twins first; only a text that beats them all is looked at again among 999, so that one test in five hundred is a false alarm. What is not exposed is tested once more after a few steps on public text: relearning brings back what is merely covered."""
+        exact test. 39 twins first; only a text that beats them all is looked at again among 999, so that one test in five hundred is a false alarm. What is not exposed is tested once more after a few steps on public text: relearning brings back what is merely covered.
+        A deployment is tested as the adapter that it serves, once."""
+        served = fact(self._house, deployment_fact(digest))
+        tested = subject, digest if served is None else Digest(served["adapter"])
+        if tested not in self._found:
+            self._found[tested] = self._tested(*tested)
+        return self._found[tested]
+
+    def _tested(self, subject: SubjectId, digest: Digest) -> Finding:
         written = synthetic_file(self._house, digest)
         if written is not None:
             return self._searched(subject, written.read_text(encoding="utf-8"))
@@ -215,8 +224,14 @@ class _ProjectModels:
         return Finding.EXPOSED
 
     def withdraw(self, digest: Digest) -> None:
-        """Destroys every copy of the weights, or the text that they wrote where it was put, forgets the stages that made them and says so in the log."""
+        """Destroys every copy of the weights, or the text that they wrote where it was put, forgets the stages that made them and says so in the log.
+
+        A run and a deployment go with their model: its folders are theirs.
+        """
         house = self._house
+        with house.store.transaction() as tx:
+            if {artifact.kind for artifact in lineage.find_all(tx, [digest])} & {lineage.Kind.RUN, lineage.Kind.DEPLOYMENT}:
+                return
         written = synthetic_file(house, digest)
         if written is not None:
             written.unlink()

@@ -374,7 +374,9 @@ def _record_training(house: House, result: Mapping[str, Any], reservation: Reser
         register_base(house, tx, Digest(result["base"]))
         start = house.project.state / "runs" / result["run"] / PUBLIC_ADAPTER
         above = [model.adapter_digest(start)] if start.exists() else [parent.adapter] if parent is not None else []
-        lineage.derive(tx, artifact, parents=[Digest(result["snapshot"]), Digest(result["base"]), *above])
+        made = lineage.Artifact(digest=digest_of({"run": result["run"]}), kind=lineage.Kind.RUN)
+        lineage.derive(tx, made, parents=[Digest(result["snapshot"]), Digest(result["base"]), *above])
+        lineage.derive(tx, artifact, parents=[made.digest])
         keep_result(tx, "train", run_config(house), result)
 
 
