@@ -747,7 +747,8 @@ def _ceiling(report: Report) -> _Chart | None:
     """The certified bounds as they are, as they could have been at most, and the claim, on one axis of epsilon."""
     audit = report.section("audit")
     certified, claimed = _figures(audit, "certified bound"), audit.get("claimed_epsilon")
-    rows = [each for each in (certified, certified.get("one_run") or {}) if _number(each.get("epsilon")) and _number(each.get("ceiling"))]
+    found = [certified, *(certified.get(method) or {} for method in _METHODS if method != certified.get("method"))]
+    rows = [each for each in found if _number(each.get("epsilon")) and _number(each.get("ceiling"))]
     if not rows or not _number(claimed):
         return None
     lines = [("epsilon claimed", "claim", [[float(claimed), 0.0], [float(claimed), float(len(rows))]])]
@@ -759,7 +760,12 @@ def _ceiling(report: Report) -> _Chart | None:
     return chart and replace(chart, y_ticks=())
 
 
-_METHODS = {"f_dp_one_run": "f-DP in one run", "one_run": "(epsilon, delta) in one run"}
+_METHODS = {
+    "f_dp_one_run": "f-DP in one run",
+    "one_run": "(epsilon, delta) in one run",
+    "clopper_pearson": "(epsilon, delta) of two samples",
+    "gdp": "Gaussian of two samples",
+}
 
 
 def _figures(audit: Section, layer: str) -> Mapping[str, Any]:
