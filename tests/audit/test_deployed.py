@@ -31,12 +31,12 @@ def logits(module: torch.nn.Module) -> torch.Tensor:
 
 def test_merging_changes_nothing_and_leaves_the_parent_as_it_was(adapted: torch.nn.Module) -> None:
     before = logits(adapted)
-    assert torch.allclose(logits(deployed.merged(adapted)), before, atol=1e-4)
+    assert torch.allclose(logits(model.merged(adapted)), before, atol=1e-4)
     assert torch.equal(logits(adapted), before)
 
 
 def test_every_kind_rounds_by_no_more_than_its_steps(adapted: torch.nn.Module) -> None:
-    whole = dict(deployed.merged(adapted).named_parameters())
+    whole = dict(model.merged(adapted).named_parameters())
     for kind, child in deployed.children(adapted, deployed.KINDS):
         for name, parameter in child.named_parameters():
             largest = float(whole[name].detach().abs().max())

@@ -15,16 +15,14 @@ Does not cover: rounded activations; kinds whose tables depend on data (K-quants
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from peft import PeftModel
 from torch import Tensor, nn
 
+from discreet import model
 from discreet.audit.bounds import Layer, TradeOff, Verdict, curve_test
 from discreet.errors import missing_extra
 
@@ -47,15 +45,7 @@ def children(module: nn.Module, kinds: Sequence[str]) -> Iterator[tuple[str, nn.
     if unknown:
         raise ValueError(f"Expected kinds among {', '.join(KINDS)}, got {', '.join(unknown)}.")
     for kind in kinds:
-        yield kind, rounded(merged(module), kind)
-
-
-def merged(module: nn.Module) -> nn.Module:
-    """Returns a copy that owns its weights, adapters added to them; the module is left as it is."""
-    own = copy.deepcopy(module)
-    whole: Any = own.merge_and_unload() if isinstance(own, PeftModel) else own
-    result: nn.Module = whole.eval()
-    return result
+        yield kind, rounded(model.merged(module), kind)
 
 
 def rounded(module: nn.Module, kind: str) -> nn.Module:
