@@ -16,6 +16,7 @@ from discreet.errors import NothingLearned
 from discreet.evidence.statement import Predicate
 from discreet.governance import erasure
 from discreet.keys import Key
+from discreet.pipeline import erasing
 from discreet.record import Digest
 from discreet.train import search
 from discreet.train.loop import Trained
@@ -150,7 +151,7 @@ def test_a_search_is_one_charge_and_its_losers_leave_no_trace(tmp_path: Path, ne
         result = pipeline.train(house, pipeline.Silent())
         assert set(result["chosen"]) == {"learning_rate"}
         assert result["guarantee"]["search"] == {"tries": "each", "mean": 2.0, "shape": 1.0, "score_epsilon": 0.5}
-        transcript = dataclasses.replace(pipeline._transcript(result["guarantee"]), unit="record")
+        transcript = dataclasses.replace(erasing._transcript(result["guarantee"]), unit="record")
         assert erasure.group_epsilon(transcript, 2) == float("inf"), "no bound for a group follows from the price of a search"
         spent = house.log.select(Predicate.SPENT)
         assert [entry.fields["kind"] for entry in spent] == ["search"]
