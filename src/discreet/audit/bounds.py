@@ -558,7 +558,9 @@ def _curve_layer(curve: CurveTest, area: Chance) -> Layer:
 def _certified_layer(certified: Bound, *others: Bound, claimed: float) -> Layer:
     """Returns the one-run layer, the other bounds beside it; where its ceiling is below the claim it cannot refute, so it says INCONCLUSIVE and the curve test decides alone."""
     said = Verdict.FAIL if certified.epsilon > claimed else _when(certified.ceiling > claimed)
-    return Layer(name="certified bound", verdict=said, figures={**certified.figures(), "claimed": claimed, **{each.method: each.figures() for each in others}})
+    return Layer(
+        name="certified bound", verdict=said, figures={**certified.figures(), "claimed": claimed, **{each.method: each.figures() for each in others}}
+    )
 
 
 def _when(holds: bool) -> Verdict:

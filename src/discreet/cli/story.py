@@ -217,6 +217,21 @@ def synthesize(
 
 
 @commands.command()
+def child(
+    file: Annotated[Path, typer.Argument(help="GGUF file to write with --kind, or one that somebody else made of the release.")],
+    kind: Annotated[str, typer.Option("--kind", help="Write it first: f16, q8_0 or q4_0. It stays only when it passes.")] = "",
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Audits the released model as one GGUF file, at the precision that it will be deployed with."""
+    from discreet import derived, pipeline
+
+    with pipeline.open_house(project) as house:
+        made = derived.child(house, file=file, kind=kind)
+    say(as_json, made, [f"{key}: {value}" for key, value in flat(made)])
+
+
+@commands.command()
 def plan(project: Folder = HERE, as_json: Json = False) -> None:
     """Shows the price before any spend: epsilon, time, noise against signal, what is left of the budget."""
     from discreet import pipeline

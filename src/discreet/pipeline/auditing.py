@@ -28,6 +28,8 @@ from discreet.record import Basis, Digest, Sensitivity
 from discreet.train import loop
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
     from torch import nn
 
@@ -64,8 +66,8 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     observer.note("scored the private model; training the control on canaries alone")
     control = _control(house, base, canaries, observer)
     controlled = _log_likelihoods(house, control, base, canaries) - untouched
-    level, claim = bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))), _claimed_curve(plan)
-    rounded = _children(house, private, base, canaries, untouched, trade_off=claim, level=OF_CHILDREN * level)
+    level, claim = _level_of_this(house), _claimed_curve(plan)
+    rounded = _children(house, private, base, canaries, untouched, scored, trade_off=claim, level=OF_CHILDREN * level)
     attacked = _attack(house, trained, base, private, observer, trade_off=claim, level=OF_RECORDS * level)
     found = bounds.verdict(
         scored,
@@ -116,6 +118,28 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     return result
 
 
+def audit_child(house: House, base: Base, adapter: Path, child: nn.Module, *, kind: str) -> tuple[bounds.Layer, float]:
+    """Attacks the merged child of an audited adapter with the canaries of its parent.
+
+    Args:
+        child: as it will run; `kind` names what it is stored as.
+
+    Returns:
+        the layer, and the level that it was tested at: a child's audit is an audit more.
+    """
+    canaries, plan = plant_canaries(house), plan_of(house, needed_result(house, "audit")["run"])
+    untouched = _log_likelihoods(house, base.module, base, canaries)
+    parent, scored = (_log_likelihoods(house, each, base, canaries) - untouched for each in (model.load_adapter(base, adapter), child))
+    level, fpr = _level_of_this(house), house.project.audit.false_positive_rate
+    return deployed.layer(kind, scored, parent, canaries.included, trade_off=_claimed_curve(plan), fpr=fpr, level=level), level
+
+
+def _level_of_this(house: House) -> float:
+    """What is left of the level that all audits of a project share."""
+    number = 1 + sum(len(house.log.select(kind)) for kind in (Predicate.AUDITED, Predicate.CHILD_AUDITED))
+    return bounds.spent_level(house.project.audit.level, number)
+
+
 def _claimed_curve(plan: mechanism.Plan) -> bounds.TradeOff:
     """The curve of the event where PLD knows it; of a search, that of its (epsilon, delta) alone."""
     if accounting.has_pld(plan.event):
@@ -146,6 +170,7 @@ def _children(
     base: Base,
     canaries: Canaries,
     untouched: NDArray[np.float64],
+    parent: NDArray[np.float64],
     *,
     trade_off: bounds.TradeOff,
     level: float,
@@ -155,7 +180,7 @@ def _children(
     for kind, child in deployed.children(private, kinds):
         scored = _log_likelihoods(house, child, base, canaries) - untouched
         fpr = house.project.audit.false_positive_rate
-        found.append(deployed.layer(kind, scored, canaries.included, trade_off=trade_off, fpr=fpr, level=level / len(kinds)))
+        found.append(deployed.layer(kind, scored, parent, canaries.included, trade_off=trade_off, fpr=fpr, level=level / len(kinds)))
     return found
 
 
