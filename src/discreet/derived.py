@@ -31,8 +31,8 @@ from discreet.governance import lineage
 from discreet.governance.access import Action, current_user
 from discreet.keys import Key
 from discreet.ledger import Kind, Spend
-from discreet.pipeline import House, Observer
 from discreet.model import Base
+from discreet.pipeline import House, Observer
 from discreet.record import Release, Snapshot, SubjectId
 from discreet.serve import gateway
 from discreet.store import write_atomically
