@@ -197,7 +197,7 @@ class Watched:
         self.before: list[dict[str, torch.Tensor]] = []
         self.released: list[dict[str, torch.Tensor]] = []
 
-    def __enter__(self) -> "Watched":
+    def __enter__(self) -> Watched:
         self._step, self._add = parallel.private_step, noise.add
         parallel.private_step, noise.add = self._watch, self._note
         return self

@@ -231,8 +231,12 @@ def extracted(count: int) -> dict[str, Any]:
     return {
         "recited": sides,
         "discoverable": {"samples": 1000, "probability": 0.5, **sides},
-        "exposure": {"rank": {"median": 5.0, "low": 4.0, "high": 6.0}},
+        "exposure": {"rank": {"median": 5.0, "low": 4.0, "high": 6.0}, "counts": [10, 6, 3, 1 + count]},
     }
+
+
+def leaked(count: int) -> dict[str, Any]:
+    return {"planted": Share.of(count, 20).figures(), "held_out": Share.of(0, 20).figures()}
 
 
 def test_the_audit_is_drawn_with_its_forbidden_region_exposure_and_ceiling() -> None:
@@ -241,7 +245,7 @@ def test_the_audit_is_drawn_with_its_forbidden_region_exposure_and_ceiling() -> 
         "layers": [*AUDIT["layers"], certified],
         "roc": [[0.0, 0.02], [0.5, 0.6], [1.0, 1.0]],
         "recitation": AUDIT["recitation"]
-        | {"exposure": {"private": [10, 6, 3, 1], "control": [0, 0, 0, 20]}, "extraction": {"private": extracted(0), "control": extracted(31)}},
+        | {"extraction": {"private": extracted(0), "control": extracted(31)}, "identifiers": {"private": leaked(0), "control": leaked(17)}},
     }
     entries = [
         Entry(index=e.index, predicate=e.predicate, subjects=e.subjects, fields=drawn if e.predicate == "audited" else e.fields, time=e.time)
@@ -249,7 +253,7 @@ def test_the_audit_is_drawn_with_its_forbidden_region_exposure_and_ceiling() -> 
     ]
     page = render_html(build(entries))
     assert '<polygon class="forbidden"' in page
-    for cell in ("31 of 40 (0.6", "0 of 40 (0 to 0.08", "said at least once in 1000 samples", "by rank", "5 (4 to 6)"):
+    for cell in ("31 of 40 (0.6", "0 of 40 (0 to 0.08", "said at least once in 1000 samples", "by rank", "5 (4 to 6)", "17 of 20 (0.6"):
         assert cell in page, cell
     assert page.index("Exposure of planted canaries") < page.index("Lower bounds on epsilon against their ceilings")
     plain = render_html(build(story()))

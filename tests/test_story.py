@@ -444,6 +444,9 @@ def test_the_audit_tells_what_both_models_give_away_of_canaries(house: House):
         assert control["planted"]["low"] > max(control["held_out"]["high"], private["planted"]["high"]), kind
     assert found["control"]["exposure"]["rank"]["low"] > found["private"]["exposure"]["rank"]["high"]
     assert found["control"]["exposure"]["extrapolated"]["median"] > found["private"]["exposure"]["extrapolated"]["median"]
+    read = audited.fields["recitation"]["identifiers"]
+    assert read["control"]["planted"]["low"] > read["control"]["held_out"]["high"], "identifiers that were learnt are read in what is written"
+    assert read["private"]["planted"]["count"] == read["private"]["held_out"]["count"] == 0
 
 
 def test_statistics_do_not_open_a_budget_for_whoever_may_only_run(copied: House, monkeypatch: pytest.MonkeyPatch):

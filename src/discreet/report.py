@@ -727,7 +727,8 @@ def _rates(report: Report) -> list[dict[str, Any]]:
 
 def _exposure(report: Report) -> _Chart | None:
     """How many planted canaries stand out by how many bits, beside what guessing gives: half of them less than one bit, a quarter one, and so on."""
-    found = (report.section("audit").get("recitation") or {}).get("exposure") or {}
+    extracted = (report.section("audit").get("recitation") or {}).get("extraction") or {}
+    found = {name: each.get("exposure", {}).get("counts") for name, each in extracted.items()}
     total = sum(found.get("private") or [])
     if not total:
         return None
