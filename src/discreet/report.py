@@ -241,8 +241,13 @@ def write_attack(found: Mapping[str, Any], path: Path) -> None:
         StorageFull: when the disk is full.
     """
     style = Markup(stylesheet())  # noqa: S704 - our own file, no input in it
-    allowed = found["allowed"]
-    charts = []
+    page = _templates().get_template("audit.html").render(found=found, style=style, charts=list(attack_charts(found).values()))
+    write_atomically(path, page.encode())
+
+
+def attack_charts(found: Mapping[str, Any]) -> dict[str, _Chart]:
+    """Lays out the curve of each score of an audit of any model, by a name that a file can have."""
+    allowed, charts = found["allowed"], dict[str, _Chart]()
     for name, points in found["roc"].items():
         lines = [("most that the claim allows", "claim", allowed)] if allowed else []
         chart = _chart(
@@ -252,9 +257,9 @@ def write_attack(found: Mapping[str, Any], path: Path) -> None:
             [*lines, ("guessing", "chance", [[0, 0], [1, 1]]), (name, "private", points)],
             unit_square=True,
         )
-        charts.append(chart and replace(chart, forbidden=f"{chart.series[0].path} {_LEFT},{_TOP}" if allowed else ""))
-    page = _templates().get_template("audit.html").render(found=found, style=style, charts=charts)
-    write_atomically(path, page.encode())
+        if chart is not None:
+            charts[name.replace(", ", "-").replace(" ", "-")] = replace(chart, forbidden=f"{chart.series[0].path} {_LEFT},{_TOP}" if allowed else "")
+    return charts
 
 
 @cache

@@ -12,7 +12,6 @@ from discreet.audit import extraction, membership
 from discreet.audit.canaries import SECRET_WORDS
 from discreet.audit.extraction import Recitation, exposure_bits, measured
 from discreet.errors import OperationFailed, RecordInvalid
-from discreet.keys import Stream
 
 
 def test_the_control_recites_included_canaries_and_no_held_out_one(control, canaries) -> None:

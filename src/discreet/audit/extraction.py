@@ -253,18 +253,19 @@ def leaks(module: nn.Module, tokenizer: Any, planted: Canaries, *, key: Stream) 
     return {side: Share.of(sum(said[included]), len(said[included])) for side, included in (("planted", True), ("held_out", False))}
 
 
-def write(module: nn.Module, tokenizer: Any, prompts: Sequence[str], *, tokens: int, key: Stream) -> list[str]:
+def write(module: nn.Module, tokenizer: Any, prompts: Sequence[str], *, tokens: int, key: Stream, longest: int | None = None) -> list[str]:
     """Lets a model go on from each prompt by sampling at temperature one, and returns what it wrote, the prompts left out.
 
     Args:
         prompts: texts of at least one token each; cut to the length of the shortest, so that all go in one batch.
         tokens: how many each answer has, >= 1.
+        longest: tokens that are left of a prompt, at most; all when None.
         key: randomness of the draws: the same key and prompts give two models the same uniform numbers.
     """
     ids = [list(map(int, tokenizer(prompt)["input_ids"])) for prompt in prompts]
     if not ids or not all(ids) or tokens < 1:
         raise RecordInvalid("prompts of at least one token, and tokens >= 1", value=tokens)
-    length = min(map(len, ids))
+    length = min(*map(len, ids), longest or len(ids[0]))
     with evaluating(module):
         prompt_DT, mask_DT = pad(module, [each[:length] for each in ids])
         said_DT, past, inputs_DT = prompt_DT[:, :0], None, prompt_DT
