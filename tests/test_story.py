@@ -47,7 +47,7 @@ from discreet.governance import lineage, residue
 from discreet.governance.access import Access, Action
 from discreet.governance.consent import Reason
 from discreet.governance.erasure import Finding
-from discreet.model import PublicText
+from discreet.model import PublicText, file_digest
 from discreet.pipeline import House, Silent, erasing, story, weights
 from discreet.pipeline.admission import plant_canaries
 from discreet.pipeline.house import finished_result, needed_result, run_config
@@ -447,6 +447,19 @@ def test_the_audit_tells_what_both_models_give_away_of_canaries(house: House):
     read = audited.fields["recitation"]["identifiers"]
     assert read["control"]["planted"]["low"] > read["control"]["held_out"]["high"], "identifiers that were learnt are read in what is written"
     assert read["private"]["planted"]["count"] == read["private"]["held_out"]["count"] == 0
+
+
+def test_the_control_is_gone_and_the_log_says_so(house: House):
+    [audited], [destroyed] = house.log.select(Predicate.AUDITED), house.log.select(Predicate.CONTROL_DESTROYED)
+    assert destroyed.index > audited.index
+    assert destroyed.subjects == audited.subjects
+    weights = {path.parent for path in house.project.root.rglob("*.safetensors")}
+    trained = {path.parent for path in house.project.root.rglob("adapter*.safetensors")} | {
+        path.parent for path in house.project.root.rglob("trained.safetensors")
+    }
+    assert {folder.name for folder in trained} == {"adapter"}, "of the run and of its release, no other"
+    assert len({file_digest(next(folder.glob("*.safetensors"))) for folder in trained}) == 1
+    assert all(folder.is_relative_to(house.project.state / "models") for folder in weights - trained)
 
 
 def test_statistics_do_not_open_a_budget_for_whoever_may_only_run(copied: House, monkeypatch: pytest.MonkeyPatch):
