@@ -664,8 +664,8 @@ def _chart(
                 label=label, style=style, path=" ".join(f"{x},{y}" for x, y in dots) if len(dots) > 1 else "", dots=dots if len(dots) <= 40 else ()
             )
         )
-    x_ticks = tuple((place(x, y_low)[0], f"{x:.3g}") for x in _ticks(x_low, x_high))
-    y_ticks = tuple((place(x_low, y)[1], f"{y:.3g}") for y in _ticks(y_low, y_high))
+    x_ticks = tuple((place(x, y_low)[0], f"{x:.10g}") for x in _ticks(x_low, x_high))
+    y_ticks = tuple((place(x_low, y)[1], f"{y:.10g}") for y in _ticks(y_low, y_high))
     return _Chart(title=title, x_title=x_title, y_title=y_title, series=tuple(series), x_ticks=x_ticks, y_ticks=y_ticks)
 
 
@@ -759,19 +759,16 @@ def _ceiling(report: Report) -> _Chart | None:
         return None
     lines = [("epsilon claimed", "claim", [[float(claimed), 0.0], [float(claimed), float(len(rows))]])]
     for place, row in enumerate(rows):
-        height = len(rows) - place - 0.5
-        lines.append((f"{_METHODS.get(str(row.get('method')), 'bound')}: at most", "chance", [[0.0, height], [float(row["ceiling"]), height]]))
-        lines.append((f"{_METHODS.get(str(row.get('method')), 'bound')}: proven", "private", [[0.0, height], [float(row["epsilon"]), height]]))
+        height, said = len(rows) - place - 0.5, place == 0  # one label each in the legend
+        lines.append(("at most" if said else "", "control", [[0.0, height], [float(row["ceiling"]), height]]))
+        lines.append(("proven" if said else "", "private", [[0.0, height], [float(row["epsilon"]), height]]))
     chart = _chart("Lower bounds on epsilon against their ceilings", "epsilon", "", lines, unit_square=False)
-    return chart and replace(chart, y_ticks=())
+    names = [_METHODS.get(str(row.get("method")), "bound") for row in rows]
+    return chart and replace(chart, y_ticks=tuple((series.dots[0][1], name) for series, name in zip(chart.series[1::2], names, strict=True)))
 
 
-_METHODS = {
-    "f_dp_one_run": "f-DP in one run",
-    "one_run": "(epsilon, delta) in one run",
-    "clopper_pearson": "(epsilon, delta) of two samples",
-    "gdp": "Gaussian of two samples",
-}
+_METHODS = {"f_dp_one_run": "f-DP", "one_run": "one run", "clopper_pearson": "C-P", "gdp": "GDP"}
+"""Rows of the chart, in the width of an axis label."""
 
 
 def _figures(audit: Section, layer: str) -> Mapping[str, Any]:

@@ -113,6 +113,12 @@ def test_a_claim_is_a_curve() -> None:
         external.LooseTradeOff(epsilon=-1.0, delta=1e-5)
 
 
+def test_texts_too_short_for_two_halves_say_nothing_about_extraction(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "short").write_text("\n".join(["ab"] * 20), encoding="utf-8")
+    found = external.audit("tiny", adapter=None, members=tmp_path / "short", non_members=files / "out.jsonl", cache=files)
+    assert [(layer["verdict"], layer["figures"]) for layer in found["layers"] if layer["name"] in external.EVENTS] == [("INCONCLUSIVE", {})] * 2
+
+
 def test_files_that_say_nothing_are_refused(files: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("one text\n", encoding="utf-8")

@@ -139,18 +139,18 @@ def audit(
 def _events(
     texts: Sequence[str], subjects: Sequence[str], is_member: NDArray[np.bool_], models: Mapping[str, nn.Module], tokenizer: Any, token_budget: int
 ) -> dict[str, dict[str, tuple[list[bool], NDArray[np.bool_]]]]:
-    """For each event and model whether it happened to each subject, and who is a member; nothing where texts are too short for two halves."""
+    """For each event and model whether it happened to each subject, and who is a member; no model where one side's texts are too short for two halves."""
     ids = [list(map(int, tokenizer(text)["input_ids"])) for text in texts]
-    half = min(50, max(2, int(np.median([len(each) for each in ids])) // 2))
+    half = min(50, max(2, int(np.quantile([len(each) for each in ids], 0.1)) // 2))
     rows = [row for row, each in enumerate(ids) if len(each) >= 2 * half]
     long, whose = [texts[row] for row in rows], [subjects[row] for row in rows]
+    found: dict[str, dict[str, tuple[list[bool], NDArray[np.bool_]]]] = {name: {} for name in EVENTS}
     if not 0 < is_member[rows].sum() < len(rows):
-        return {}
+        return found
     held = [
         extraction.identifiers([tokenizer.decode(ids[row][half : 3 * half])]) - extraction.identifiers([tokenizer.decode(ids[row][:half])])
         for row in rows
     ]
-    found: dict[str, dict[str, tuple[list[bool], NDArray[np.bool_]]]] = {name: {} for name in EVENTS}
     for name, module in models.items():
         log_p = extraction.suffix_log_probabilities(module, tokenizer, long, prefix=half, suffix=half, token_budget=token_budget)
         likely = [extraction.discoverable([each], samples=SAMPLES, probability=PROBABILITY).count == 1 for each in log_p]
@@ -183,7 +183,7 @@ def _document(
         *(
             bounds.Layer(
                 name=name,
-                verdict=Verdict.FAIL if claimed and found["model"].beaten and blind.at_chance else Verdict.INCONCLUSIVE,
+                verdict=Verdict.FAIL if claimed and found and found["model"].beaten and blind.at_chance else Verdict.INCONCLUSIVE,
                 figures={of: event.figures() for of, event in found.items()},
             )
             for name, found in happened.items()

@@ -189,7 +189,9 @@ def _figure(figures: Mapping[str, Any]) -> str:
     """One layer of an audit of any model in a word: an area, or how often something happened."""
     if "auc" in figures:
         return f"AUC {figures['auc']:.3f}"
-    found = figures["model"]
+    found = figures.get("model")
+    if found is None:
+        return "texts are too short"
     return f"{found['inside']['count']} of {found['inside']['total']} members, {found['outside']['count']} of {found['outside']['total']} non-members"
 
 
