@@ -47,8 +47,8 @@ from discreet.governance import lineage, residue
 from discreet.governance.access import Access, Action
 from discreet.governance.consent import Reason
 from discreet.governance.erasure import Finding
-from discreet.model import PublicText, file_digest
-from discreet.pipeline import House, Silent, erasing, story, weights
+from discreet.model import PublicText
+from discreet.pipeline import House, Silent, erasing, story, training, weights
 from discreet.pipeline.admission import plant_canaries
 from discreet.pipeline.house import finished_result, needed_result, run_config
 from discreet.pipeline.people import own_texts
@@ -289,6 +289,29 @@ def test_a_plan_for_a_pld_epsilon_says_what_the_budget_counts(project: Path):
         assert not house.log.select(Predicate.BUDGET_OPENED), "nothing was opened, nothing spent"
 
 
+def test_the_reason_for_a_large_delta_reaches_the_log_without_names(project: Path):
+    settings = project / "discreet.toml"
+    large = 'delta = 0.01\nallow_large_delta = "a pilot, agreed with Mr. Quentin Vandersloot"\n'
+    settings.write_text(settings.read_text().replace("[privacy]\n", f"[privacy]\n{large}"))
+    with pipeline.open_house(project) as house:
+        _, plan, reservation = training._reserve(house, pipeline.ingest(house, Silent()).snapshot)
+        [said] = house.log.select(Predicate.OVERRIDDEN)
+        assert said.subjects == (plan.digest,)
+        assert (said.fields["value"], said.fields["run"]) == (0.01, reservation.run)
+        assert said.fields["reason"].startswith("a pilot, agreed with")
+        assert "Vandersloot" not in said.envelope.decode()
+
+
+def test_the_control_is_gone_and_the_log_says_so(house: House):
+    audited = house.log.select(Predicate.AUDITED)[-1]
+    gone = [entry for entry in house.log.entries(audited.subjects[0]) if entry.predicate is Predicate.CONTROL_DESTROYED]
+    assert [(entry.fields["run"], entry.fields["kind"]) for entry in gone] == [(audited.fields["run"], "non-private, canaries only")]
+    assert gone[0].index > audited.index
+    known = {entry.fields["adapter"] for entry in house.log.select(Predicate.TRAINED)}
+    left = [path.parent for path in house.project.state.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".bin", ".pt", ".sealed")]
+    assert {model.adapter_digest(folder) for folder in left} == known, "no weights but the private model's"
+
+
 def test_the_detectors_are_measured_on_labelled_text(house: House):
     measured = [entry.fields["detector"] for entry in house.log.select(Predicate.DEIDENTIFIED)]
     assert measured
@@ -447,19 +470,6 @@ def test_the_audit_tells_what_both_models_give_away_of_canaries(house: House):
     read = audited.fields["recitation"]["identifiers"]
     assert read["control"]["planted"]["low"] > read["control"]["held_out"]["high"], "identifiers that were learnt are read in what is written"
     assert read["private"]["planted"]["count"] == read["private"]["held_out"]["count"] == 0
-
-
-def test_the_control_is_gone_and_the_log_says_so(house: House):
-    [audited], [destroyed] = house.log.select(Predicate.AUDITED), house.log.select(Predicate.CONTROL_DESTROYED)
-    assert destroyed.index > audited.index
-    assert destroyed.subjects == audited.subjects
-    weights = {path.parent for path in house.project.root.rglob("*.safetensors")}
-    trained = {path.parent for path in house.project.root.rglob("adapter*.safetensors")} | {
-        path.parent for path in house.project.root.rglob("trained.safetensors")
-    }
-    assert {folder.name for folder in trained} == {"adapter"}, "of the run and of its release, no other"
-    assert len({file_digest(next(folder.glob("*.safetensors"))) for folder in trained}) == 1
-    assert all(folder.is_relative_to(house.project.state / "models") for folder in weights - trained)
 
 
 def test_statistics_do_not_open_a_budget_for_whoever_may_only_run(copied: House, monkeypatch: pytest.MonkeyPatch):
