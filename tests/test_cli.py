@@ -273,9 +273,13 @@ def test_a_search_is_asked_for_exactly_where_it_is_declared(run: Run, project: P
     assert (code, document("error", out)["error"]["code"]) == (2, "request.invalid")
 
 
-def test_nothing_is_synthesized_before_a_release_or_counted_for_nothing(run: Run, project: Path):
+def test_nothing_is_synthesized_or_stored_before_a_release_or_counted_for_nothing(run: Run, project: Path):
     code, out, _ = run("synthesize", "out.jsonl", "-C", str(project), "--json")
     assert (code, document("error", out)["error"]["code"]) == (2, "not_found")
+    code, out, _ = run("child", "model.gguf", "--kind", "q8_0", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "not_found")
+    code, out, _ = run("child", "model.gguf", "--kind", "q9", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "request.invalid")
     code, out, _ = run("statistics", "--epsilon", "0", "-C", str(project), "--json")
     assert (code, document("error", out)["error"]["code"]) == (2, "plan.invalid")
 

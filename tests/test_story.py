@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sqlalchemy import text
 
 from discreet import corpus, demo, derived, dossier, federate, model, pipeline
 from discreet.cli import serving
-from discreet.config import load
+from discreet.config import ModelSection, load
 from discreet.deid import policy as deid
 from discreet.errors import (
     AccessDenied,
@@ -48,6 +49,7 @@ from discreet.governance.consent import Reason
 from discreet.governance.erasure import Finding
 from discreet.model import PublicText
 from discreet.pipeline import House, Silent, erasing, pricing, story, training, weights
+from discreet.pipeline.admission import plant_canaries
 from discreet.pipeline.house import finished_result, needed_result, run_config
 from discreet.pipeline.people import own_texts
 from discreet.record import Basis, Digest, Sensitivity
@@ -483,7 +485,7 @@ def test_text_that_a_model_wrote_is_searched_for_a_person(copied: House, tmp_pat
         file.write_text(json.dumps({"text": f"he said {leak}"}, ensure_ascii=False) + "\n")
         digest = Digest("sha256:" + hashlib.sha256(file.read_bytes()).hexdigest())
         with copied.store.transaction() as tx:
-            pipeline.record_synthetic(tx, digest, file)
+            pipeline.record_written(tx, digest, file)
         assert models.test(subject, digest) is Finding.EXPOSED
 
 
@@ -521,6 +523,9 @@ def test_the_audit_tells_what_both_models_give_away_of_canaries(house: House):
         assert control["planted"]["low"] > max(control["held_out"]["high"], private["planted"]["high"]), kind
     assert found["control"]["exposure"]["rank"]["low"] > found["private"]["exposure"]["rank"]["high"]
     assert found["control"]["exposure"]["extrapolated"]["median"] > found["private"]["exposure"]["extrapolated"]["median"]
+    read = audited.fields["recitation"]["identifiers"]
+    assert read["control"]["planted"]["low"] > read["control"]["held_out"]["high"], "identifiers that were learnt are read in what is written"
+    assert read["private"]["planted"]["count"] == read["private"]["held_out"]["count"] == 0
 
 
 def test_statistics_do_not_open_a_budget_for_whoever_may_only_run(copied: House, monkeypatch: pytest.MonkeyPatch):
@@ -698,6 +703,41 @@ def test_synthetic_text_is_below_its_model_in_the_lineage(copied: House, tmp_pat
     for wrong in ({"count": 0}, {"max_tokens": 0}, {"temperature": 0.0}):
         with pytest.raises(RequestInvalid):
             derived.synthesize(copied, **{"count": 1, "out": out, **wrong})
+
+
+def test_a_child_in_one_file_is_audited_and_goes_with_its_model(copied: House, tmp_path: Path):
+    file = tmp_path / "child.gguf"
+    made = derived.child(copied, file=file, kind="q8_0")
+    assert made["verdict"] == "PASS"
+    [said] = copied.log.select(Predicate.CHILD_AUDITED)
+    assert (said.subjects, said.fields["verdict"]) == ((made["digest"],), "PASS")
+    assert said.fields["level"] < copied.log.select(Predicate.AUDITED)[-1].fields["level"] / 3, "an audit more, of one shared level"
+    with copied.store.transaction() as tx:
+        [node] = [each for each in lineage.descendants(tx, [Digest(made["adapter"])]) if each.kind is lineage.Kind.QUANTISATION]
+    assert node.digest == made["digest"]
+    models = erasing._ProjectModels(copied)
+    assert models.test(_one(copied).record.subject, node.digest) is Finding.NOT_EXPOSED
+    base = pipeline.load_base(copied, None, Silent())
+    model.write_gguf(model.merged(base.module), base.tokenizer, tmp_path / "base.gguf", kind="q8_0")
+    assert derived.child(copied, file=tmp_path / "base.gguf")["verdict"] == "INCONCLUSIVE", "the adapter is not in it"
+    models.withdraw(node.digest)
+    assert not file.exists()
+
+
+def test_a_child_that_leaks_is_not_left(copied: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    planted = [each.text for each in plant_canaries(copied) if each.included]
+    learnt = PublicText.of(planted, sensitivity=Sensitivity.INTERNAL, basis=Basis.GENERATED)
+    setup = weights.setup_of(copied, pipeline.load_base(copied, None, Silent()), held_out=PublicText(planted[:1]), evaluations=1)
+    setup = replace(setup, model=ModelSection(train=("all",), max_tokens=copied.project.model.max_tokens))
+    leaky = loop.fit(learnt, setup=setup, steps=60, batch=16, order=copied.keyring.purpose("test").stream("order")).module
+    monkeypatch.setattr(model, "merged", lambda _: leaky)
+    with pytest.raises(NotReleased):
+        derived.child(copied, file=tmp_path / "child.gguf", kind="f16")
+    assert list(tmp_path.glob("*.gguf")) == []
+    assert copied.log.select(Predicate.CHILD_AUDITED)[-1].fields["verdict"] == "FAIL"
+    for wrong in ({"kind": "q2_k"}, {"kind": "f16", "file": copied.project.root / "discreet.toml"}):
+        with pytest.raises(RequestInvalid):
+            derived.child(copied, **{"file": tmp_path / "other.gguf", **wrong})
 
 
 def test_every_kind_of_statement_is_written(copied: House, tmp_path: Path):

@@ -17,14 +17,14 @@ Does not cover: machines that do not trust each other (federated/), serving itse
 from __future__ import annotations
 
 from discreet.pipeline.admission import confirm_sensitivity, ingest, propose_sensitivity
-from discreet.pipeline.auditing import audit, utility_control
+from discreet.pipeline.auditing import audit, audit_child, utility_control
 from discreet.pipeline.erasing import (
     NO_SUBJECTS,
     confirm_erasure,
     drill,
     erase,
     erasure_of,
-    record_synthetic,
+    record_written,
     remains,
     request_erasure,
     resume_erasures,
@@ -47,6 +47,7 @@ __all__ = [
     "Silent",
     "access_export",
     "audit",
+    "audit_child",
     "budget_fields",
     "confirm_erasure",
     "confirm_sensitivity",
@@ -68,7 +69,7 @@ __all__ = [
     "override_inconclusive",
     "price",
     "propose_sensitivity",
-    "record_synthetic",
+    "record_written",
     "reidentification",
     "release",
     "released_name",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -189,9 +188,9 @@ class _ProjectModels:
         return self._found[tested]
 
     def _tested(self, subject: SubjectId, digest: Digest) -> Finding:
-        written = synthetic_file(self._house, digest)
+        written = written_file(self._house, digest)
         if written is not None:
-            return self._searched(subject, written.read_text(encoding="utf-8"))
+            return self._child(subject, written) if model.is_gguf(written) else self._searched(subject, written.read_text(encoding="utf-8"))
         adapter = next(
             (p for p in sorted((self._house.project.state / "runs").glob("*/adapter")) if adapter_digest_of(p) == digest),
             None,
@@ -206,6 +205,15 @@ class _ProjectModels:
         found = self._ranked(subject, own, base, model.load_adapter(base, adapter))
         relearnt = _relearnt(self._house, base, adapter) if found is Finding.NOT_EXPOSED else None
         return found if relearnt is None else self._ranked(subject, own, base, relearnt)
+
+    def _child(self, subject: SubjectId, file: Path) -> Finding:
+        """The same test of a model in one file, at the precision that it holds."""
+        own = own_texts(self._house, subject)
+        try:
+            base = load_base(self._house, None, Silent())
+        except NotFound:
+            return Finding.NO_POWER
+        return self._ranked(subject, own, base, model.read_gguf(base, file)[0]) if own else Finding.NO_POWER
 
     def _searched(self, subject: SubjectId, text: str) -> Finding:
         """Whether text that a model wrote holds one of the subject's texts, or an identifier that their source declares."""
@@ -224,7 +232,7 @@ class _ProjectModels:
         return Finding.EXPOSED
 
     def withdraw(self, digest: Digest) -> None:
-        """Destroys every copy of the weights, or the text that they wrote where it was put, forgets the stages that made them and says so in the log.
+        """Destroys every copy of the weights, or the file of text or weights that was made of them where it was put, forgets the stages that made them and says so in the log.
 
         A run and a deployment go with their model: its folders are theirs.
         """
@@ -232,7 +240,7 @@ class _ProjectModels:
         with house.store.transaction() as tx:
             if {artifact.kind for artifact in lineage.find_all(tx, [digest])} & {lineage.Kind.RUN, lineage.Kind.DEPLOYMENT}:
                 return
-        written = synthetic_file(house, digest)
+        written = written_file(house, digest)
         if written is not None:
             written.unlink()
         for adapter in [*(house.project.state / "runs").glob("*/*adapter"), *house.releases.glob("*/adapter")]:
@@ -247,16 +255,16 @@ class _ProjectModels:
             house.log.append(tx, Statement(predicate=Predicate.WITHHELD, subjects=(digest,), fields=fields))
 
 
-def record_synthetic(tx: Connection, digest: Digest, file: Path) -> None:
-    """Remembers where text that a model wrote was put: inside, so that an erasure finds it."""
+def record_written(tx: Connection, digest: Digest, file: Path) -> None:
+    """Remembers where a file was put that was made of a model, text that it drew or its merged weights: inside, so that an erasure finds it."""
     remember(tx, f"text/{digest[-24:]}", {"file": str(file.resolve()), "digest": digest})
 
 
-def synthetic_file(house: House, digest: Digest) -> Path | None:
-    """Returns the file of text that a model wrote, where it still is what was written; a copy elsewhere is the operator's to destroy."""
+def written_file(house: House, digest: Digest) -> Path | None:
+    """Returns the file that was made of a model, where it still is what was written; a copy elsewhere is the operator's to destroy."""
     known = fact(house, f"text/{digest[-24:]}")
     file = Path(known["file"]) if known else None
-    if file is None or not file.is_file() or "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+    if file is None or not file.is_file() or model.file_digest(file) != digest:
         return None
     return file
 
