@@ -259,13 +259,13 @@ def _compiled(index: int) -> re.Pattern[str]:
     return _ROWS[index].compiled()
 
 
-_FILLER = r"(?:(?:is|was|are|number|numbers|num|no|nr|id|the|at|to|as|on|my|his|her|their|me|us|new|code|been|reads|below|above|for|with|from|this|your|or|and|home|work|cell)\b[^\w\ufffc]{0,4}){0,4}$"
+_FILLER = r"(?:(?:is|was|are|number|numbers|num|no|nr|id|the|at|to|as|on|my|his|her|their|me|us|new|code|been|reads|below|above|for|with|from|this|your|or|and|home|work|cell)(?:\b|(?=_))(?:[^\w\ufffc]|_){0,4}){0,4}$"
 
 
 @cache
 def _context(words: tuple[str, ...]) -> re.Pattern[str]:
-    alternatives = "|".join(re.escape(word).replace(r"\ ", r"\s{1,3}") for word in sorted(words, key=len, reverse=True))
-    return re.compile(rf"(?<![a-z0-9])(?:{alternatives})(?![a-z])[^\w\ufffc]{{0,6}}{_FILLER}", re.IGNORECASE)
+    alternatives = "|".join(re.escape(word).replace(r"\ ", r"[\s_-]{1,3}") for word in sorted(words, key=len, reverse=True))
+    return re.compile(rf"(?<![a-z0-9])(?:{alternatives})(?![a-z])(?:[^\w\ufffc]|_){{0,6}}{_FILLER}", re.IGNORECASE)
 
 
 def scan(row: Pattern, text: str) -> Iterator[tuple[int, int]]:
@@ -605,6 +605,7 @@ def _names(text: str, others: Sequence[Span], regions: Regions, windows: Mapping
     """Yields people and towns: cues, titles, lists and pairs of the gazetteer, then every other mention of what was found."""
     cued = {id(expression): windows.get(number, ()) for number, expression in enumerate(_CUES, _TURNED_AT + 1)}
     people = [*_cued(text, cued), *_listed(text, regions), *_caseless(text, regions)]
+    yield from _foreign(text, regions)
     taken = [s for s in others if s.label is Label.PERSON]
     yield from people
     yield from _mentions(text, [*people, *taken])
@@ -745,6 +746,27 @@ def _caseless(text: str, regions: Regions) -> Iterator[Span]:
             after = _LOWER_NEXT.match(text, match.end())
             whole = after is not None and is_last(after["value"]) and not _common(after["value"])
             yield Span(match.start(), after.end() if after is not None and whole else match.end(), Label.PERSON, WEAK)
+
+
+_OTHER_SCRIPT = re.compile("[\u0370-\u058f]")
+"""Greek, Cyrillic and Armenian: alphabets that tell a name by its capital."""
+_OTHER_WORD = r"(?=[A-Za-z]{0,20}[\u0370-\u058f])[^\W\d_]{2,40}"
+_RUN_OF_OTHERS = re.compile(rf"(?<![^\W_]){_OTHER_WORD}(?:[ -]{_OTHER_WORD}){{0,3}}(?![^\W_])")
+_AT = re.compile(r"\b(?:in|to|at|from|near) $")
+
+
+def _foreign(text: str, regions: Regions) -> Iterator[Span]:
+    """Yields capitalised words of another alphabet in a text of Latin letters: what is not translated there is the name of somebody or of a place."""
+    if text.isascii():
+        return
+    others = len(_OTHER_SCRIPT.findall(text))
+    if not others or others * 4 > sum(map(str.isalpha, text)):
+        return
+    for match in _within(_RUN_OF_OTHERS, text, regions):
+        words = match.group().split()
+        if all(word.istitle() or word.isupper() for word in words) and any(len(word) > 2 for word in words):
+            place = _AT.search(text, max(0, match.start() - 6), match.start()) is not None
+            yield Span(*match.span(), Label.LOCATION if place else Label.PERSON, WEAK)
 
 
 def _name_from(tokens: Sequence[tuple[int, int, str]], at: int) -> int:
