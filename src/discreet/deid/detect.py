@@ -335,7 +335,7 @@ def _built(named: bool) -> automaton.Windows:
 
 def _sought(*, named: bool) -> list[automaton.Sought]:
     """Everything that the one pass looks for: the rows (where they need a cue, behind it), the expressions of `decode`, and those of names where names are wanted."""
-    rows = [automaton.Sought(_compiled(i), _context(row.context) if row.context else None) for i, row in enumerate(_ROWS)]
+    rows = [automaton.Sought(_compiled(i), _context(row.context) if row.context and not row.rare else None) for i, row in enumerate(_ROWS)]
     return [*rows, *map(automaton.Sought, (*EXPRESSIONS, _TURNED, *(_CUES if named else ())))]
 
 

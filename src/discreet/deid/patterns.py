@@ -98,6 +98,7 @@ class Pattern:
         context: words of which one must stand directly before the value, case ignored; empty asks for none.
         anchors: lower-case texts of which one must occur in the document, or the row is not run at all; empty: any digit.
         cased: letter case matters.
+        rare: the expression matches less often than its cues stand in a text, so that the one pass looks for it and not for them.
         digits: the value holds a digit (False: the row also reads text that has none near).
         locale: ISO 3166 country the format belongs to, or "any".
         source: where the format is published.
@@ -112,6 +113,7 @@ class Pattern:
     context: tuple[str, ...] = ()
     anchors: tuple[str, ...] = ()
     cased: bool = False
+    rare: bool = False
     digits: bool = True
     locale: str = "any"
     source: str = "own"
@@ -1351,6 +1353,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         label=Label.DATE,
         expression=r"(?<![\w/.-])(?:0?[1-9]|[12]\d|3[01])[/-](?:0?[1-9]|[12]\d|3[01])(?![\w/-]|\.\d|,\d|%)",
+        rare=True,
         score=SHAPE,
         validator=_is_month_day,
         context=("on", "dated", "date", "since", "dob", "visit", "seen", "appointment", "admitted", "discharged", "until", "by", "surgery"),
@@ -1422,6 +1425,7 @@ PATTERNS: tuple[Pattern, ...] = (
         digits=False,
         score=SHAPE,
         cased=True,
+        rare=True,
         context=("on", "at", "in", "near", "along", "off", "of", "and"),
         anchors=("street", "avenue", "road", "lane", "boulevard", "drive"),
         matches=("shops on «Tarsicio Isle Street» were", "lives near «Magnolia Avenue»."),
@@ -1432,6 +1436,7 @@ PATTERNS: tuple[Pattern, ...] = (
         expression=r"(?<![\w.-])\d{1,6} (?!(?:mg|ml|minutes?|hours?|days?|miles?|km|way|lane)\b)[a-z]{3,20}(?: [a-z]{3,20})? (?:street|avenue|boulevard|road|drive|lane)(?!\w)",
         score=SHAPE,
         cased=True,
+        rare=True,
         context=("address", "lives at", "living at", "resides at", "moved to", "located at", "home address", "at"),
         anchors=("street", "avenue", "boulevard", "road", "drive", "lane"),
         locale="US",
@@ -1570,6 +1575,7 @@ PATTERNS: tuple[Pattern, ...] = (
         label=Label.ID,
         expression=r"(?<![\w./-])\d{4,6}/\d{2}(?:\d{2})?(?![\w/-]|\.\d)",
         score=STRONG,
+        rare=True,
         context=("no", "nos", "case no", "application no", "application nos", "docket", "case", "docket no", "file no", "case number", "ref"),
         anchors=("no", "docket", "case", "ref"),
         source="dockets of courts",
