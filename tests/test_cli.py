@@ -340,7 +340,7 @@ def test_unexpected_errors_do_not_quote_text(run: Run, project: Path, monkeypatc
     def explode(*_: object, **__: object) -> None:
         raise RuntimeError(SECRET)
 
-    monkeypatch.setattr("discreet.pipeline.ingest", explode)
+    monkeypatch.setattr("discreet.pipeline.story.ingest", explode)
     code, out, err = run("run", "ingest", "-C", str(project), "--json")
     assert code == 1
     assert "Quimby" not in out + err
