@@ -599,6 +599,15 @@ _LIVES = re.compile(
     rf"(?<![A-Za-z])(?i:lives? in|living in|lived in|resides? in|resident of|born in|moved (?:here )?(?:from|to)|native of|grew up in|travel(?:ed|led|ing)? to|flew to|trip to|city|town|hometown is|arrived at|based in)"
     rf":? (?P<value>{_CAPITALISED}(?:{_GAP}(?:(?:de|la|of|upon|am|el|los|las|del) )?(?:{_CAPITALISED}|pho|altos|bajos)){{0,3}})"
 )
+_EMPLOYED = re.compile(
+    rf"(?<![A-Za-z])(?i:(?:works?|worked|working|employed|employee|job|jobs|position|years?|career|intern|interned|internship|internships|partner|manager|engineer|director|analyst|consultant|stint) (?:at|with|for|by)"
+    rf"|(?:ceo|cto|cfo|founder|co-founder|owner|president|employees?|subsidiary|customer|client) of|hired by|acquired by|founded by|(?:later )?became part of|later became|merged with|laid off (?:from|by)|retired from) "
+    rf"(?P<value>{_CAPITALISED}(?:{_GAP}(?:(?:of|and|&|de) )?{_CAPITALISED}){{0,3}})"
+)
+_IS_A_FIRM = re.compile(
+    rf"(?P<value>{_CAPITALISED}(?:{_GAP}(?:(?:of|and|And|&) )?{_CAPITALISED}){{0,3}}),? (?:is|was|are) an? (?:[a-z-]{{2,20}} ){{0,3}}"
+    r"(?:company|agency|firm|start-?up|bank|corporation|organi[sz]ation|manufacturer|retailer|supplier|publisher|studio|charity|brewery|brand|insurer|consultancy|employer)(?![a-z])"
+)
 
 
 def _names(text: str, others: Sequence[Span], regions: Regions, windows: Mapping[int, Regions]) -> Iterator[Span]:
@@ -610,6 +619,17 @@ def _names(text: str, others: Sequence[Span], regions: Regions, windows: Mapping
     yield from people
     yield from _mentions(text, [*people, *taken])
     yield from _towns(text, cued)
+    yield from _firms(text, cued)
+
+
+def _firms(text: str, cued: Mapping[int, Regions]) -> Iterator[Span]:
+    """Yields what somebody works at, and what is said to be a company, where it is more than ordinary words and nobody's title."""
+    for expression in (_EMPLOYED, _IS_A_FIRM):
+        for match in _within(expression, text, cued[id(expression)]):
+            words = re.findall(r"[a-z'-]+", match["value"].lower())
+            strange = not all(word in _words() or word in _GENERIC for word in words)
+            if strange and match["value"] not in _REGIONS and not any(word in patterns.TITLES for word in words):
+                yield Span(*match.span("value"), Label.ORG, SHAPE)
 
 
 def _cued(text: str, cued: Mapping[int, Regions]) -> Iterator[Span]:
@@ -863,6 +883,7 @@ _REGIONS = frozenset(patterns.STATE_NAMES.split("|")) | frozenset(
 _PLACES = re.compile(rf"(?<![\w-])(?:{'|'.join(re.escape(p) for p in sorted(places(), key=len, reverse=True))})(?![\w-])")
 _CUES = (
     _TITLED, _COLON, _NAMING, _CREDENTIALED, _PHRASE, _RELATION, _ADDRESSED, _COMMA, _COLON_LOWER, _TITLED_LOWER, _DIRECTION, _TOWN, _LIVES, _PLACES,
+    _EMPLOYED, _IS_A_FIRM,
 )  # fmt: skip
 """Expressions of names that the automaton looks for beside the rows, encodings and lines written backwards."""
 _CODES = range(len(_ROWS), len(_ROWS) + len(EXPRESSIONS))
