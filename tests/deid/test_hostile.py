@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 from re import _constants as op  # type: ignore[attr-defined]  # the parser of the standard library has no stubs
 from re import _parser as parser  # type: ignore[attr-defined]  # as above
-from pathlib import Path
 from typing import Any
 
 import pytest
