@@ -385,6 +385,11 @@ def spellings(known: Mapping[str, Sequence[str]]) -> dict[str, Label]:
     return found
 
 
+def is_telling(name: str) -> bool:
+    """Says whether a name can be looked for elsewhere: no part of it is an ordinary word ("Young")."""
+    return all(part not in _words() for part in re.findall(r"[a-z]{2,}", fold(name).lower()))
+
+
 def leaves_none(text: str, spans: Sequence[Span], sought: Mapping[str, Label]) -> bool:
     """Says whether every known value that may stand in a text, encoded ones included, is inside a span, and under its own label where it is the whole of one: reading
     the text again with `known` would then change nothing.
