@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -121,6 +124,18 @@ def test_the_stored_automaton_is_taken_only_from_this_users_hands(tmp_path: Path
     for number in range(5):
         windows([Sought(re.compile(f"stored{number}"))], Engine.HYPERSCAN)
     assert len(list((tmp_path / "discreet").iterdir())) == scan.KEPT
+
+
+def test_every_process_asks_for_the_same_automaton() -> None:
+    code = """
+import hashlib
+from discreet.deid import detect
+sought = detect._sought(named=True)
+print(hashlib.sha256(repr([(s.expression.pattern, s.cue and s.cue.pattern) for s in sought]).encode()).hexdigest())
+"""
+    seeds = ({**os.environ, "PYTHONHASHSEED": seed} for seed in "12")
+    said = {subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout for env in seeds}
+    assert len(said) == 1, "an automaton whose expressions have another order is built again, in seconds, by every process"
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

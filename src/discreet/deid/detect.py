@@ -35,7 +35,7 @@ from discreet.deid import patterns
 from discreet.deid import scan as automaton
 from discreet.deid.decode import BREAK, EXPRESSIONS, MAX_DEPTH, hidden, plain
 from discreet.deid.normalise import OPAQUE, View, fold, normalise
-from discreet.deid.patterns import GUARDS, ISSUERS, PATTERNS, SHAPE, STRONG, WEAK, Label, Pattern
+from discreet.deid.patterns import GUARDS, ISSUERS, PATTERNS, SHAPE, STRONG, WEAK, Label, Pattern, longest_first
 from discreet.deid.scan import Regions
 from discreet.deid.tagging import Reader
 from discreet.errors import RequestInvalid
@@ -264,7 +264,7 @@ _FILLER = r"(?:(?:is|was|are|number|numbers|num|no|nr|id|the|at|to|as|on|my|his|
 
 @cache
 def _context(words: tuple[str, ...]) -> re.Pattern[str]:
-    alternatives = "|".join(re.escape(word).replace(r"\ ", r"[\s_-]{1,3}") for word in sorted(words, key=len, reverse=True))
+    alternatives = "|".join(re.escape(word).replace(r"\ ", r"[\s_-]{1,3}") for word in longest_first(words))
     return re.compile(rf"(?<![a-z0-9])(?:{alternatives})(?![a-z])(?:[^\w\ufffc]|_){{0,6}}{_FILLER}", re.IGNORECASE)
 
 
@@ -556,7 +556,7 @@ def is_last(token: str) -> bool:
 _FUNCTION_WORDS = frozenset(("do", "so", "no", "an", "he", "in", "to", "is", "it", "we", "my", "you", "she", "can", "has", "was", "for"))
 _NO_NAME = patterns.NOT_NAMES | set(patterns.TITLES)
 _CAPITALISED = r"[A-Z](?:[a-z]{1,30}|[A-Z]{1,30}|'[A-Z][a-z]{1,30}|[a-z]{1,3}[A-Z][a-z]{1,30})(?:[-'][A-Z]?[A-Za-z]{2,30}){0,2}(?![A-Za-z])"
-_PARTICLE = rf"(?:{'|'.join(re.escape(p) for p in sorted(patterns.PARTICLES, key=len, reverse=True))})"
+_PARTICLE = rf"(?:{'|'.join(re.escape(p) for p in longest_first(patterns.PARTICLES))})"
 _GAP = r"[ \t\xa0]{1,2}"
 _NAME = rf"(?:{_CAPITALISED}|[A-Z]\.(?= ?[A-Z]))(?:(?:{_GAP}(?:(?i:{_PARTICLE}){_GAP}){{0,2}})(?:{_CAPITALISED}|[A-Z]\b\.?)){{0,3}}"
 _LOWER_NAME = r"[a-z][a-z'-]{1,30}(?![a-z])"
@@ -573,19 +573,19 @@ _LARGE, _SMALL = string.ascii_uppercase.encode(), string.ascii_lowercase.encode(
 _LOWER_NEXT = re.compile(r" (?P<value>[a-z]{3,30})(?![a-z])")
 _COLON = re.compile(rf"[:=][ \t]{{0,4}}(?P<value>{_NAME})")
 _COLON_LOWER = re.compile(r"[:=][ \t]{0,4}(?P<value>[a-z]{3,30} [a-z]{3,30})(?![a-z'-])")
-_COLON_CUE = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(patterns.COLON_CUES, key=len, reverse=True))})(?: name)?[ \t]{{0,2}}$", re.IGNORECASE)
+_COLON_CUE = re.compile(rf"(?<![a-z])(?:{'|'.join(longest_first(patterns.COLON_CUES))})(?: name)?[ \t]{{0,2}}$", re.IGNORECASE)
 _SPEAKER = re.compile(rf"(?<![a-z])(?:{'|'.join(patterns.SPEAKERS)})[ \t]{{0,2}}$", re.IGNORECASE)
 _ADDRESSED = re.compile(
     rf"(?:(?<=[a-z,;] )|(?<=[a-z],\n))(?P<value>{_CAPITALISED})(?!{_GAP}[A-Z])|(?:(?<=[.?!:] )|(?<=\n)|\A)(?P<opening>{_CAPITALISED})(?=, )"
 )
 _ARTICLE = re.compile(r"\b(?:the|a|an|in|on|of|since|by|until|from|during|last|next|this|every|early|late|mid)\s$", re.IGNORECASE)
-_NAMING = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.NAMING_CUES, key=len, reverse=True))}),?[ \t\n]{{1,2}}(?P<value>{_NAME})")
-_PHRASE = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.PHRASE_CUES, key=len, reverse=True))}),?[ \t\n]{{1,2}}(?P<value>{_NAME})")
+_NAMING = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(longest_first(patterns.NAMING_CUES))}),?[ \t\n]{{1,2}}(?P<value>{_NAME})")
+_PHRASE = re.compile(rf"(?<![A-Za-z])(?i:{'|'.join(longest_first(patterns.PHRASE_CUES))}),?[ \t\n]{{1,2}}(?P<value>{_NAME})")
 _RELATION = re.compile(
-    rf"(?<![A-Za-z])(?i:{'|'.join(sorted(patterns.RELATIONS, key=len, reverse=True))}),?(?: (?:is|was)(?: named| called)?| named| called)?[ \t\n]{{1,2}}(?P<value>{_NAME})"
+    rf"(?<![A-Za-z])(?i:{'|'.join(longest_first(patterns.RELATIONS))}),?(?: (?:is|was)(?: named| called)?| named| called)?[ \t\n]{{1,2}}(?P<value>{_NAME})"
 )
 _CREDENTIALED = re.compile(
-    rf"(?<![A-Za-z])(?P<value>{_NAME}),? {{1,2}}(?:{'|'.join(re.escape(c) for c in sorted(patterns.CREDENTIALS, key=len, reverse=True))})(?![A-Za-z])"
+    rf"(?<![A-Za-z])(?P<value>{_NAME}),? {{1,2}}(?:{'|'.join(re.escape(c) for c in longest_first(patterns.CREDENTIALS))})(?![A-Za-z])"
 )
 _COMMA = re.compile(
     rf"(?<![A-Za-z'-])(?P<value>{_CAPITALISED}(?:{_GAP}{_CAPITALISED})?, ?{_CAPITALISED}(?:{_GAP}(?:{_CAPITALISED}|[A-Z]\b\.?))?)(?!\.? {{0,2}}\d)"
@@ -885,7 +885,7 @@ _REGIONS = frozenset(patterns.STATE_NAMES.split("|")) | frozenset(
 )
 
 
-_PLACES = re.compile(rf"(?<![\w-])(?:{'|'.join(re.escape(p) for p in sorted(places(), key=len, reverse=True))})(?![\w-])")
+_PLACES = re.compile(rf"(?<![\w-])(?:{'|'.join(re.escape(p) for p in longest_first(places()))})(?![\w-])")
 _CUES = (
     _TITLED, _COLON, _NAMING, _CREDENTIALED, _PHRASE, _RELATION, _ADDRESSED, _COMMA, _COLON_LOWER, _TITLED_LOWER, _DIRECTION, _TOWN, _LIVES, _PLACES,
     _EMPLOYED, _IS_A_FIRM,

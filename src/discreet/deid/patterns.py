@@ -20,7 +20,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from enum import StrEnum
@@ -131,6 +131,11 @@ _SPACED = "0-9A-Za-z_\\u00c0-\\u1fff"
 
 
 # Validators -------------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def longest_first(words: Iterable[str]) -> list[str]:
+    """Returns words as the alternatives of an expression, in one order for every process: a stored automaton is found by its text."""
+    return sorted(words, key=lambda word: (-len(word), word))
 
 
 def digits(value: str) -> str:

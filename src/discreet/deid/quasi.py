@@ -30,7 +30,7 @@ from typing import final
 
 from discreet.deid.detect import detect
 from discreet.deid.operators import SMALL_ZIP3
-from discreet.deid.patterns import Label
+from discreet.deid.patterns import Label, longest_first
 from discreet.errors import RequestInvalid
 
 VERSION = 1
@@ -220,7 +220,7 @@ def _states() -> Mapping[str, tuple[float, str]]:
 
 @cache
 def _state_names() -> re.Pattern[str]:
-    return re.compile(rf"\b(?:{'|'.join(sorted(_states(), key=len, reverse=True))})\b")
+    return re.compile(rf"\b(?:{'|'.join(longest_first(_states()))})\b")
 
 
 _ZIP5, _ZIP3, _TOWN = 10_000, 370_000, 20_000
@@ -265,7 +265,7 @@ def _known_terms() -> Mapping[str, tuple[float, str, float]]:
 
 @cache
 def _term_names(more: tuple[str, ...]) -> re.Pattern[str]:
-    names = sorted({*_known_terms(), *more}, key=len, reverse=True)
+    names = longest_first({*_known_terms(), *more})
     return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, names))})s?(?![\w-])", re.IGNORECASE)
 
 
