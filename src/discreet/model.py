@@ -361,7 +361,8 @@ def read_gguf(base: Base, file: Path) -> tuple[nn.Module, Digest]:
         shutil.copyfile(file, copied)
         digest = file_digest(copied)
         try:
-            whole, said = AutoModelForCausalLM.from_pretrained(
+            loader: Any = AutoModelForCausalLM
+            whole, said = loader.from_pretrained(
                 directory, gguf_file=copied.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
             )
         except Exception as error:  # a parser that meets a broken file raises what it likes
@@ -459,7 +460,7 @@ def _gguf() -> Any:
 def _interleaved(name: str, weight: Tensor, config: Any) -> Tensor:
     """GGUF's Llama turns neighbouring pairs where transformers turns halves of a head: rows of queries and keys change places (llama.cpp, convert_hf_to_gguf.py)."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    return weight if heads is None else weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
+    return weight if heads is None else weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
 def _describe(writer: Any, config: Any, tokenizer: Any) -> None:
