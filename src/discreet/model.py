@@ -251,6 +251,21 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def fits(base: Base, section: ModelSection, folder: Path) -> bool:
+    """Says whether a saved adapter holds exactly what `section` trains on this base, at the same scale: training goes on from no other.
+
+    Raises:
+        NotFound, ModelUnsafe: as `load_adapter`.
+    """
+
+    def described(start: Path | None) -> tuple[dict[str, torch.Size], float | None]:
+        module = attach(base, section, start=start)
+        scale = float(module.peft_config["default"].to_dict()["lora_alpha"]) if isinstance(module, PeftModel) else None
+        return {name: parameter.shape for name, parameter in trained_parameters(module).items()}, scale
+
+    return described(None) == described(folder)
+
+
 def moved(base: Base, section: ModelSection, *, start: Path | None, adapter: Path) -> tuple[int, int]:
     """Counts the parameter tensors of an adapter that differ from where training started, and all of them.
 
@@ -460,7 +475,7 @@ def _gguf() -> Any:
 def _interleaved(name: str, weight: Tensor, config: Any) -> Tensor:
     """GGUF's Llama turns neighbouring pairs where transformers turns halves of a head: rows of queries and keys change places (llama.cpp, convert_hf_to_gguf.py)."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    return weight if heads is None else weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+    return weight if heads is None else weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def _describe(writer: Any, config: Any, tokenizer: Any) -> None:

@@ -436,6 +436,13 @@ _SAMPLERS = {
 }
 
 
+def _continued(above: Mapping[str, Any] | None) -> str | None:
+    """The run that a model goes on from: the figures of the mechanism are those of the last run alone, its epsilon is that of all of them together."""
+    if above is None:
+        return None
+    return f"{above['run']} (epsilon {above['guarantee']['epsilon']:.3g} alone): the epsilon above is that of both together, the mechanism below that of the last run"
+
+
 def _statement(guarantee: Mapping[str, Any]) -> Section:
     """Returns the answers to the questions of NIST SP 800-226; a fixed answer is a property of this package."""
     if not guarantee:
@@ -461,6 +468,7 @@ def _statement(guarantee: Mapping[str, Any]) -> Section:
         ("expected_batch", "Expected units in a step", get("expected_batch")),
         ("steps", "Steps", get("steps")),
         ("search", "Search for settings, charged as a whole: how the number of tries came about, and its mean", _search(get("search"))),
+        ("continues", "Goes on from", _continued(get("continues"))),
         ("accountant", "Accountant of the figure above", get("accountant")),
         ("filter_epsilon", "Epsilon that the budget's filter was charged", get("filter_epsilon")),
         (

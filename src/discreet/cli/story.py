@@ -301,10 +301,16 @@ def report(
 
 
 @commands.command()
-def update(project: Folder = HERE, as_json: Json = False) -> None:
+def update(
+    onward: Annotated[
+        bool, typer.Option("--continue", help="Go on from the model that was released last; its epsilon and that of the new run then count together.")
+    ] = False,
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
     """Takes in changed sources: same ledger, trained, audited and released anew; warns when the audit sees more than before."""
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        done = pipeline.update(house, Bars())
+        done = pipeline.update(house, Bars(), start="released" if onward else "base")
     say(as_json, done, [f"{name}: {value}" for name, value in flat(done)])

@@ -9,7 +9,7 @@
 A stage that finished leaves its result in the table `stages`; calling it again returns that result. A stage that was killed is repeated: what it had already
 logged is recognised, what it had already spent is not spent again, and training continues from its sealed checkpoint with the same draws.
 
-The parts, each on top of those before it: house, weights, people, admission, pricing, training, auditing, releasing, erasing, story.
+The parts, each on top of those before it: house, weights, people, admission, pricing, continuing, training, auditing, releasing, erasing, story.
 
 Does not cover: machines that do not trust each other (federated/), serving itself (serve/), the demo's corpus (demo.py).
 """

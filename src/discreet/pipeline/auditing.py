@@ -15,12 +15,13 @@ from discreet.audit import canaries as canary
 from discreet.audit.canaries import Canaries
 from discreet.audit.external import LooseTradeOff
 from discreet.config import ModelSection, TrainSection
-from discreet.dp import accounting, mechanism
+from discreet.dp import accounting
 from discreet.errors import DigestMismatch, NotFound, TrackRefused
 from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.keys import Key
 from discreet.model import Base, PublicText
 from discreet.pipeline.admission import audit_design, plant_canaries
+from discreet.pipeline.continuing import promise_of
 from discreet.pipeline.house import House, Observer, config_of, finished_result, keep_result, needed_result, run_config, subject_of
 from discreet.pipeline.pricing import plan_of
 from discreet.pipeline.weights import all_texts, frozen_public, last_public, load_base, rounded_curve, setup_of, shown_to
@@ -55,7 +56,7 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     if done is not None:
         return done
     observer.stage("audit")
-    canaries, plan = plant_canaries(house), plan_of(house, trained["run"])
+    canaries, plan, promised = plant_canaries(house), plan_of(house, trained["run"]), promise_of(house, trained["run"])
     base = load_base(house, None, observer)
     adapter = house.project.state / "runs" / trained["run"] / "adapter"
     if (base.digest, model.adapter_digest(adapter)) != (trained["base"], trained["adapter"]):
@@ -69,7 +70,7 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     identifying = canary.plant_identifiers(IDENTIFIERS, key=house.keyring.purpose("identifiers").stream("plant"))
     control = _control(house, base, [*canaries, *identifying], observer)
     controlled = _log_likelihoods(house, control, base, canaries) - untouched
-    level, claim = _level_of_this(house), _claimed_curve(plan)
+    level, claim = _level_of_this(house), _claimed_curve(promised)
     rounded = _children(house, private, base, canaries, untouched, scored, trade_off=claim, level=OF_CHILDREN * level)
     leaked = {
         name: extraction.leaks(module, base.tokenizer, identifying, key=house.keyring.purpose("identifiers").stream("answers"))
@@ -85,8 +86,8 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
             "bag of words": membership.blind(canaries.texts, canaries.included),
             "untouched model": bounds.area_under_curve(untouched, canaries.included),
         },
-        epsilon=plan.guarantee.epsilon,
-        delta=plan.delta,
+        epsilon=promised.epsilon,
+        delta=promised.delta,
         trade_off=claim,
         fpr=house.project.audit.false_positive_rate,
         level=(1 - OF_CHILDREN - OF_RECORDS) * level,
@@ -132,11 +133,11 @@ def audit_child(house: House, base: Base, adapter: Path, child: nn.Module, *, ki
     Returns:
         the layer, and the level that it was tested at: a child's audit is an audit more.
     """
-    canaries, plan = plant_canaries(house), plan_of(house, needed_result(house, "audit")["run"])
+    canaries, promised = plant_canaries(house), promise_of(house, needed_result(house, "audit")["run"])
     untouched = _log_likelihoods(house, base.module, base, canaries)
     parent, scored = (_log_likelihoods(house, each, base, canaries) - untouched for each in (model.load_adapter(base, adapter), child))
     level, fpr = _level_of_this(house), house.project.audit.false_positive_rate
-    return deployed.layer(kind, scored, parent, canaries.included, trade_off=_claimed_curve(plan), fpr=fpr, level=level), level
+    return deployed.layer(kind, scored, parent, canaries.included, trade_off=_claimed_curve(promised), fpr=fpr, level=level), level
 
 
 def _level_of_this(house: House) -> float:
@@ -145,11 +146,11 @@ def _level_of_this(house: House) -> float:
     return bounds.spent_level(house.project.audit.level, number)
 
 
-def _claimed_curve(plan: mechanism.Plan) -> bounds.TradeOff:
+def _claimed_curve(promised: accounting.Guarantee) -> bounds.TradeOff:
     """The curve of the event where PLD knows it; of a search, that of its (epsilon, delta) alone."""
-    if accounting.has_pld(plan.event):
-        return accounting.trade_off(plan.event)
-    return LooseTradeOff(epsilon=plan.guarantee.epsilon, delta=plan.delta)
+    if accounting.has_pld(promised.event):
+        return accounting.trade_off(promised.event)
+    return LooseTradeOff(epsilon=promised.epsilon, delta=promised.delta)
 
 
 def _committed(house: House, snapshot: Digest, canaries: Canaries) -> bounds.Layer:
