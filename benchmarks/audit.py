@@ -2,6 +2,7 @@
 
     python benchmarks/audit.py alarms          false alarms under epsilon = 0
     python benchmarks/audit.py power           power of the curve test with the noise halved, on simulated scores
+    python benchmarks/audit.py rehearsal       layer 0 on planted gradients: which layers fail with the noise halved, and as it is
     python benchmarks/audit.py clean           verdicts of correct runs of both demos
     python benchmarks/audit.py text            power on text canaries, noise as planned and halved; lower bound over theory, white box and black box
     python benchmarks/audit.py overhead        CPU time of layers 0 to 2 over that of training, controls apart
@@ -110,6 +111,21 @@ def power(runs: int) -> dict[str, Any]:
         }
         for plus in (250, 500)
     }
+
+
+def rehearsals(runs: int) -> dict[str, Any]:
+    """Share of rehearsals in which each layer says FAIL: epsilon 2.4 at 1e-4, 1,000 units in batches of 100, 20 steps."""
+    plan = calibrate(epsilon=2.4, delta=1e-4, population=1000, expected_batch=100, steps=20, clip_norm=0.5, unit="patient")
+    found: dict[str, Any] = {"runs": runs}
+    for name, context in (("noise halved", _halved()), ("as it is", noise.add)):
+        original, noise.add = noise.add, context
+        try:
+            told = [layer for number in range(runs) for layer in rehearsal.layers(plan, key=Key(number.to_bytes(32)))]
+        finally:
+            noise.add = original
+        failed = [layer.name for layer in told if layer.verdict is bounds.Verdict.FAIL]
+        found[name] = {each: failed.count(each) / runs for each in dict.fromkeys(layer.name for layer in told)}
+    return found
 
 
 def clean_demo(runs: int) -> dict[str, Any]:
@@ -364,7 +380,7 @@ def overhead(num_canaries: int, times: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["alarms", "power", "clean", "text", "overhead"])
+    parser.add_argument("what", choices=["alarms", "power", "rehearsal", "clean", "text", "overhead"])
     parser.add_argument("--runs", type=int, default=0, help="runs in each cell; default 1000 for alarms and power, 100 for clean, 5 for text")
     parser.add_argument("--canaries", type=int, default=500)
     parser.add_argument("--cells", nargs="*", choices=list(CELLS), help="of text; all of them by default")
@@ -377,6 +393,8 @@ def main() -> None:
             found: dict[str, Any] = false_alarms(given.runs or 1000)
         case "power":
             found = power(given.runs or 1000)
+        case "rehearsal":
+            found = rehearsals(given.runs or 50)
         case "clean":
             found = clean_demo(given.runs or 100)
         case "text":

@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from discreet.audit import bounds
@@ -253,6 +255,28 @@ def test_higher_scores_mean_included() -> None:
         assert auditor(-scores, included, delta=DELTA, level=0.05).epsilon == 0
     assert bounds.area_under_curve(scores, included).auc == 1
     assert bounds.area_under_curve(-scores, included).auc == 0
+
+
+@st.composite
+def _audits(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores with ties, coins of both kinds, an order."""
+    scores = draw(st.lists(st.integers(-5, 5), min_size=4, max_size=40))
+    coins = draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores)).filter(lambda each: 0 < sum(each) < len(each)))
+    return np.array(scores, dtype=float), np.array(coins), np.array(draw(st.permutations(range(len(scores)))))
+
+
+@given(_audits(), st.sampled_from([0.0, 0.05, 0.3]))
+def test_readings_at_a_threshold_depend_on_the_order_of_scores_alone(audit: tuple[np.ndarray, np.ndarray, np.ndarray], fpr: float) -> None:
+    scores, included, order = audit
+    moved, coins = np.exp(scores)[order] - 3, included[order]
+    for reading in (bounds.clopper_pearson, bounds.gdp):
+        found = reading(scores, included, delta=DELTA, level=0.05, fpr=fpr)
+        assert found == reading(moved, coins, delta=DELTA, level=0.05, fpr=fpr)
+        assert 0 <= found.epsilon <= found.ceiling
+    claim = GaussianTradeOff(mu=0.5)
+    first, second = (bounds.curve_test(*each, trade_off=claim, fpr=fpr, level=0.05).figures() for each in ((scores, included), (moved, coins)))
+    assert first == second
+    assert first["rejected"] == (first["tpr_low"] > first["cap"])
 
 
 def test_equal_scores_say_nothing() -> None:
