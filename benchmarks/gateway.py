@@ -257,7 +257,7 @@ async def streams_and_memory(url: str, pid: int, options: argparse.Namespace) ->
 
 
 def client_of(key: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=400), headers={"authorization": f"Bearer {key}"})
+    return httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=400, keepalive_expiry=2.0), headers={"authorization": f"Bearer {key}"})
 
 
 def main() -> None:

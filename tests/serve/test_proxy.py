@@ -850,7 +850,7 @@ def test_traces_have_attributes_of_a_closed_list_only(fake):
 
 def test_what_was_served_is_signed_and_verifies_offline(tmp_path, fake):
     with (
-        trail.opened(tmp_path / "trail", server="upstream.test") as kept,
+        trail.opened(tmp_path / "trail") as kept,
         serving(fake, {}, {"guard": Guard(own=OwnIdentifiers.STOP)}, trail=kept) as gate,
     ):
         ask = {"model": "m", "messages": [{"role": "user", "content": PROMPT}]}
@@ -870,7 +870,7 @@ def test_what_was_served_is_signed_and_verifies_offline(tmp_path, fake):
 
 
 def test_a_trail_that_cannot_be_written_refuses_requests(tmp_path, fake, monkeypatch):
-    with trail.opened(tmp_path / "trail", server="upstream.test") as kept, serving(fake, trail=kept) as gate:
+    with trail.opened(tmp_path / "trail") as kept, serving(fake, trail=kept) as gate:
         ask = {"model": "m", "messages": [{"role": "user", "content": PROMPT}]}
         monkeypatch.setattr(trail, "BATCH", 1)
         real = kept._log.append_all

@@ -1,4 +1,4 @@
-"""The one server that the gateway may call: named once, resolved once, never followed elsewhere.
+"""What stands behind the gateway, and the one server elsewhere that it may call: named once, resolved once, never followed elsewhere.
 
 The URL is an allowlist of one host. Its name is resolved when the gateway starts; addresses that are not global (loopback, private, link-local, metadata services) are refused
 unless the operator lists that host, and every later connection goes to the address that was checked, under the host's name for TLS and for `Host`, so that a name that
@@ -16,12 +16,14 @@ import ipaddress
 import json
 import socket
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Protocol, final
 from urllib.parse import urlsplit
 
 from discreet.errors import ConfigInvalid, DiscreetError, Overloaded, RequestInvalid, UpstreamFailed, missing_extra
+from discreet.evidence.statement import digest_of
+from discreet.record import Digest
 
 try:
     import httpx
@@ -39,7 +41,53 @@ CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, MODELS = (
 PATHS = frozenset((CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, MODELS))
 ANTHROPIC_VERSION = "2023-06-01"
 
+KEEP_ALIVE_S = 2.0
+"""Idle connections are dropped before the servers do it (uvicorn, and so vLLM, after five seconds): a request that meets a connection being closed would fail."""
+
 _DEFAULT_PORTS = {"https": 443, "http": 80}
+
+
+class Server(Protocol):
+    """Whatever stands behind the gateway: a server elsewhere (`Upstream`), or a model in this process (`local.Local`).
+
+    Attributes:
+        paths: the routes it has, of `PATHS`.
+        headers: said with every answer of it.
+        digest: of who answers: the adapter that was released, or the name of a server elsewhere.
+        released: whether it is a verified release.
+        max_answer_bytes: largest answer that is read, where that is not bounded otherwise.
+    """
+
+    @property
+    def paths(self) -> frozenset[str]: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    @property
+    def digest(self) -> Digest: ...
+    @property
+    def released(self) -> bool: ...
+
+    max_answer_bytes: int
+
+    async def open(self) -> None:
+        """Called in the event loop before the first request."""
+        ...
+
+    async def close(self) -> None:
+        """Called after the last one."""
+        ...
+
+    async def models(self) -> frozenset[str]:
+        """Returns the names under which callers may ask for a model."""
+        ...
+
+    async def ask(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Returns the JSON that answers a de-identified request."""
+        ...
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> AbstractAsyncContextManager[AsyncGenerator[bytes, None]]:
+        """Gives the bytes of the server-sent events that answer it."""
+        ...
 
 
 @final
@@ -125,7 +173,7 @@ def _is_global(address: str) -> bool:
 
 
 @final
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Upstream:
     """A client of the one server.
 
@@ -142,7 +190,15 @@ class Upstream:
     max_answer_bytes: int = 32_000_000
     timeout_s: float = 120.0
     transport: httpx.AsyncBaseTransport | None = None
+    paths: frozenset[str] = field(default=PATHS - {MODELS}, init=False)
+    headers: Mapping[str, str] = field(default_factory=dict, init=False)
+    digest: Digest = field(init=False)
+    released: bool = field(default=False, init=False)
     _client: httpx.AsyncClient | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Computes the digest of the server's name."""
+        self.digest = digest_of(self.address.authority.encode())
 
     async def open(self) -> None:
         """Opens the pool of connections, in the loop that will use it."""
@@ -151,13 +207,18 @@ class Upstream:
             follow_redirects=False,
             trust_env=False,
             timeout=httpx.Timeout(self.timeout_s, connect=10.0),
-            limits=httpx.Limits(max_connections=512, max_keepalive_connections=64),
+            limits=httpx.Limits(max_connections=512, max_keepalive_connections=64, keepalive_expiry=KEEP_ALIVE_S),
         )
 
     async def close(self) -> None:
         """Closes it."""
         if self._client is not None:
             await self._client.aclose()
+
+    async def models(self) -> frozenset[str]:
+        """Returns the names that it lists. Raises like `ask`."""
+        listed = await self.ask(MODELS)
+        return frozenset(str(model["id"]) for model in listed["data"])
 
     async def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Returns the JSON that the upstream answers.

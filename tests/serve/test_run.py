@@ -26,7 +26,7 @@ from cryptography.x509.oid import NameOID
 
 from discreet.errors import ConfigInvalid
 from discreet.evidence.log import verify_bundle
-from discreet.serve import alone, asgi, trail
+from discreet.serve import asgi, run, trail
 
 NAME = "Aurelia Quistgaard"
 
@@ -170,7 +170,7 @@ def test_the_command_over_tls_reloads_drains_and_leaves_a_verified_trail(tmp_pat
 
 def test_traces_reach_a_collector_and_hold_no_text(upstream):
     with contextlib.ExitStack() as stack:
-        tracer = alone._tracer(f"http://127.0.0.1:{upstream}/v1/traces", stack)
+        tracer = run._tracer(f"http://127.0.0.1:{upstream}/v1/traces", stack)
         with tracer.start_as_current_span("discreet /v1/chat/completions"):
             pass
     assert b"discreet-gateway" in b"".join(_Upstream.seen)
@@ -190,6 +190,7 @@ def test_certificates_that_do_not_fit_are_refused(tmp_path):
 def test_plain_http_beyond_this_machine_is_said_aloud(monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(asgi, "run", lambda *_, **__: None)
-    for host in ("127.0.0.1", "localhost", "0.0.0.0"):
-        alone.run(alone.Options(upstream="http://127.0.0.1:9", host=host, port=1, private=frozenset(("127.0.0.1",))), say=said.append)
+    with run.elsewhere("http://127.0.0.1:9", private=frozenset(("127.0.0.1",)), key_env="NO_SUCH_KEY", trail=None) as behind:
+        for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+            run.run(run.Options(host=host, port=1), behind, say=said.append)
     assert [line.split()[0] for line in said].count("warning") == 1
