@@ -50,7 +50,9 @@ def ours(options: argparse.Namespace, base: object) -> dict[str, object]:
     from discreet.serve.engine import LocalEngine, Sampling, Turn
 
     found: dict[str, object] = {}
-    for clients, most in [(clients, most) for clients in options.clients for most in (1, 8, 16) if most == 1 or clients > most // 2]:
+    for clients, most in [
+        (clients, most) for clients in options.clients for most in (1, 8, 16) if most == 1 or (clients > 1 and most <= max(8, clients))
+    ]:
         engine = LocalEngine(base.module, base.tokenizer, key=Key.random(), max_batch=most, max_waiting=64)
         engine._ends = frozenset()  # every answer has the same length
 

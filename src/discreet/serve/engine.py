@@ -203,7 +203,7 @@ class _Running:
 class LocalEngine:
     """A causal language model in this process."""
 
-    def __init__(self, module: torch.nn.Module, tokenizer: Any, *, key: Key, max_waiting: int = 8, max_batch: int = 8) -> None:
+    def __init__(self, module: torch.nn.Module, tokenizer: Any, *, key: Key, max_waiting: int = 16, max_batch: int = 16) -> None:
         """Takes over the model for inference.
 
         Args:

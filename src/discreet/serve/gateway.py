@@ -67,7 +67,7 @@ def verify_release(release: Release, *, public_key: str, base: Digest, adapter: 
     return release
 
 
-def open_engine(release: Release, base: model.Base, *, public_key: str, key: Key, max_waiting: int = 8) -> LocalEngine:
+def open_engine(release: Release, base: model.Base, *, public_key: str, key: Key) -> LocalEngine:
     """Returns the engine of a release, verified against the files that it opens.
 
     The adapter is copied into a folder of this process first: what is hashed is then what is loaded, whoever writes to the release folder meanwhile.
@@ -79,4 +79,4 @@ def open_engine(release: Release, base: model.Base, *, public_key: str, key: Key
         adapter = Path(private) / ADAPTER_FOLDER
         shutil.copytree(release.path / ADAPTER_FOLDER, adapter, symlinks=True)  # a link is refused below, not followed here
         verify_release(release, public_key=public_key, base=base.digest, adapter=model.adapter_digest(adapter))
-        return LocalEngine(model.load_adapter(base, adapter), base.tokenizer, key=key, max_waiting=max_waiting)
+        return LocalEngine(model.load_adapter(base, adapter), base.tokenizer, key=key)
