@@ -89,8 +89,9 @@ def fastdp(model: nn.Module, loss_fn: Loss, *, clip_norm: float, source: Path) -
     _import_fastdp(source)
     hooks = importlib.import_module("fastDP.autograd_grad_sample")
     layers = importlib.import_module("fastDP.supported_layers_grad_samplers")._supported_layers_norm_sample_AND_clipping
-    parameters = trained(model)
+    parameters: dict[str, Any] = trained(model)
     holds_embedding = any("embed" in name and "lora" not in name for name in parameters)
+    parameter: Any  # fastDP keeps its notes on the parameters
     for name, parameter in model.named_parameters():
         parameter.initially_requires_grad = parameter.requires_grad
         parameter.requires_grad = parameter.requires_grad and ("embed_in" in name or "embed_tokens" in name or not holds_embedding)

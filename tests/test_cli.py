@@ -339,7 +339,7 @@ def test_usage_mistakes_exit_2(run: Run, tmp_path: Path):
 
 
 def test_the_name_model_has_one_thread_unless_the_operator_says_otherwise():
-    told = "import os, sys; sys.argv = ['discreet', 'serve', '--new-key']; from discreet import cli; cli._new_key = lambda: print(os.environ['OPENBLAS_NUM_THREADS']); cli.main()"
+    told = "import os, sys; sys.argv = ['discreet', 'serve', '--new-key']; from discreet import cli; from discreet.cli import serving; serving._new_key = lambda: print(os.environ['OPENBLAS_NUM_THREADS']); cli.main()"
     for given, found in (({}, "1"), ({"OPENBLAS_NUM_THREADS": "2"}, "2")):
         env = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"} | given
         assert subprocess.run([sys.executable, "-c", told], env=env, capture_output=True, text=True, check=True, timeout=60).stdout.strip() == found
@@ -349,7 +349,7 @@ def test_unexpected_errors_do_not_quote_text(run: Run, project: Path, monkeypatc
     def explode(*_: object, **__: object) -> None:
         raise RuntimeError(SECRET)
 
-    monkeypatch.setattr("discreet.pipeline.ingest", explode)
+    monkeypatch.setattr("discreet.pipeline.story.ingest", explode)
     code, out, err = run("run", "ingest", "-C", str(project), "--json")
     assert code == 1
     assert "Quimby" not in out + err

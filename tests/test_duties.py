@@ -18,7 +18,7 @@ from discreet.evidence.statement import Predicate
 from discreet.governance import residue
 from discreet.governance.access import Action, Principal
 from discreet.ledger import Kind
-from discreet.pipeline import House
+from discreet.pipeline import House, admission, erasing, people, pricing, releasing, story, training
 
 TOML = """
 [project]
@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 def acting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> As:
     @contextmanager
     def as_(name: str) -> Iterator[House]:
-        for module in (duties, pipeline):
+        for module in (duties, admission, erasing, people, pricing, releasing, story):
             monkeypatch.setattr(module, "current_user", lambda: Principal(name))
         with pipeline.open_house(folder) as house:
             yield house
@@ -115,10 +115,10 @@ def test_a_raise_needs_its_owner_and_a_second_person_for_exactly_that(acting: As
 
 def test_a_run_opens_no_budget_for_whoever_may_not(acting: As, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training opens the budget of discreet.toml the first time: that stays the owner's."""
-    monkeypatch.setattr(pipeline, "_calibrate", lambda house, snapshot: _Planned)
-    monkeypatch.setattr(pipeline, "_refuse_unaffordable", lambda house, plan, snapshot: None)
+    monkeypatch.setattr(training, "calibrate", lambda house, snapshot: _Planned)
+    monkeypatch.setattr(training, "refuse_unaffordable", lambda house, plan, snapshot: None)
     with acting("emil") as house, pytest.raises(AccessDenied, match="open budget"):
-        pipeline._reserve(house, _Frozen)  # type: ignore[arg-type]
+        training._reserve(house, _Frozen)  # type: ignore[arg-type]
 
 
 class _Planned:

@@ -19,7 +19,8 @@ import pyarrow.parquet
 import pytest
 from sqlalchemy import text
 
-from discreet import cli, corpus, demo, derived, federate, model, pipeline
+from discreet import corpus, demo, derived, federate, model, pipeline
+from discreet.cli import serving
 from discreet.config import load
 from discreet.deid import policy as deid
 from discreet.errors import (
@@ -47,7 +48,9 @@ from discreet.governance.access import Access, Action
 from discreet.governance.consent import Reason
 from discreet.governance.erasure import Finding
 from discreet.model import PublicText
-from discreet.pipeline import House, Silent
+from discreet.pipeline import House, Silent, erasing, releasing, story, training, weights
+from discreet.pipeline.house import finished_result, needed_result, run_config
+from discreet.pipeline.people import own_texts
 from discreet.record import Basis, Digest, Sensitivity
 from discreet.train import loop, preference
 
@@ -292,6 +295,29 @@ def test_a_plan_for_a_pld_epsilon_says_what_the_budget_counts(project: Path):
         assert not house.log.select(Predicate.BUDGET_OPENED), "nothing was opened, nothing spent"
 
 
+def test_the_reason_for_a_large_delta_reaches_the_log_without_names(project: Path):
+    settings = project / "discreet.toml"
+    large = 'delta = 0.01\nallow_large_delta = "a pilot, agreed with Mr. Quentin Vandersloot"\n'
+    settings.write_text(settings.read_text().replace("[privacy]\n", f"[privacy]\n{large}"))
+    with pipeline.open_house(project) as house:
+        _, plan, reservation = training._reserve(house, pipeline.ingest(house, Silent()).snapshot)
+        [said] = house.log.select(Predicate.OVERRIDDEN)
+        assert said.subjects == (plan.digest,)
+        assert (said.fields["value"], said.fields["run"]) == (0.01, reservation.run)
+        assert said.fields["reason"].startswith("a pilot, agreed with")
+        assert "Vandersloot" not in said.envelope.decode()
+
+
+def test_the_control_is_gone_and_the_log_says_so(house: House):
+    audited = house.log.select(Predicate.AUDITED)[-1]
+    gone = [entry for entry in house.log.entries(audited.subjects[0]) if entry.predicate is Predicate.CONTROL_DESTROYED]
+    assert [(entry.fields["run"], entry.fields["kind"]) for entry in gone] == [(audited.fields["run"], "non-private, canaries only")]
+    assert gone[0].index > audited.index
+    known = {entry.fields["adapter"] for entry in house.log.select(Predicate.TRAINED)}
+    left = [path.parent for path in house.project.state.rglob("*") if path.is_file() and path.suffix in (".safetensors", ".bin", ".pt", ".sealed")]
+    assert {model.adapter_digest(folder) for folder in left} == known, "no weights but the private model's"
+
+
 def test_the_detectors_are_measured_on_labelled_text(house: House):
     measured = [entry.fields["detector"] for entry in house.log.select(Predicate.DEIDENTIFIED)]
     assert measured
@@ -348,7 +374,7 @@ def test_pairs_are_learnt_by_preference_through_the_whole_pipeline(project: Path
         [trained] = [entry for entry in house.log.select(Predicate.TRAINED) if entry.fields["track"] == "dp"]
         assert trained.fields["kind"] == "preference tuning"
         snapshot = corpus.open_snapshot(_root(house), keyring=house.keyring, folder=house.snapshots)
-        texts = pipeline._all_texts(house, snapshot)
+        texts = weights.all_texts(house, snapshot)
         base = model.load_base(house.project.model.base, cache=house.project.state / "models")
         pairs = [preference.encode(each, base, max_tokens=house.project.model.max_tokens, beta=0.1) for each in texts]
         assert sum(pair is not None for pair in pairs) > 0.9 * len(notes) - 10, "all but the opted-out, beside canaries"
@@ -360,14 +386,14 @@ def test_ranks_and_a_learning_gateway_start_for_those_who_may(project: Path):
         file.write('\n[access]\nowner = ["olga"]\nengineer = ["emil"]\n')
     with pytest.raises(AccessDenied):
         pipeline.train_together(project, Silent())
-    with pytest.raises(AccessDenied), cli._learner(project, "notes"):
+    with pytest.raises(AccessDenied), serving._learner(project, "notes"):
         pass
     with pytest.raises(AccessDenied):
         federate.enroll(project, Silent())
 
 
 def test_a_raised_budget_keeps_the_runs_that_were_reserved_from_it(copied: House):
-    before = pipeline._run_config(copied)
+    before = run_config(copied)
     copied.ledger.raise_to(copied.project.budget.name, 9.0, reason="a second year of notes")
     pipeline.open_project_budget(copied, delta=copied.project.privacy.delta or 1e-3)
     assert copied.ledger.show(copied.project.budget.name).epsilon == 9.0
@@ -376,16 +402,15 @@ def test_a_raised_budget_keeps_the_runs_that_were_reserved_from_it(copied: House
     settings.write_text(text.replace('name = "patients"\nepsilon = 8.0', 'name = "patients"\nepsilon = 9.0'))
     assert settings.read_text() != text
     assert (
-        pipeline._run_config(House(**{**{name: getattr(copied, name) for name in copied.__dataclass_fields__}, "project": load(copied.project.root)}))
-        == before
+        run_config(House(**{**{name: getattr(copied, name) for name in copied.__dataclass_fields__}, "project": load(copied.project.root)})) == before
     )
 
 
 def test_an_erased_public_record_leaves_a_hole_that_is_read_around(copied: House):
     row = json.loads((copied.project.root / "public_train.jsonl").read_text().splitlines()[3])
-    before = pipeline._frozen_public(copied, "public")
+    before = weights.frozen_public(copied, "public")
     pipeline.erase(copied, row["id"], source="public")
-    after = pipeline._frozen_public(copied, "public")
+    after = weights.frozen_public(copied, "public")
     assert (len(after), set(after) < set(before)) == (len(before) - 1, True)
 
 
@@ -393,7 +418,7 @@ def test_text_that_a_withdrawn_model_wrote_is_destroyed_where_it_was_put(copied:
     made = derived.synthesize(copied, count=2, out=tmp_path / "texts.jsonl", max_tokens=8)
     other = derived.synthesize(copied, count=1, out=tmp_path / "changed.jsonl", max_tokens=8)
     (tmp_path / "changed.jsonl").write_text("somebody else's file by now\n")
-    models = pipeline._ProjectModels(copied)
+    models = erasing._ProjectModels(copied)
     for digest in (made["digest"], other["digest"]):
         models.withdraw(digest)
     assert not (tmp_path / "texts.jsonl").exists()
@@ -403,9 +428,9 @@ def test_text_that_a_withdrawn_model_wrote_is_destroyed_where_it_was_put(copied:
 def test_text_that_a_model_wrote_is_searched_for_a_person(copied: House, tmp_path: Path):
     made = derived.synthesize(copied, count=1, out=tmp_path / "texts.jsonl", max_tokens=8)
     subject = _one(copied).record.subject
-    models = pipeline._ProjectModels(copied)
+    models = erasing._ProjectModels(copied)
     assert models.test(subject, made["digest"]) is Finding.NOT_EXPOSED
-    mine, known, _ = pipeline._own_texts(copied, subject)[0]
+    mine, known, _ = own_texts(copied, subject)[0]
     for leak in (mine, known["PERSON"][0]):
         file = tmp_path / "leak.jsonl"
         file.write_text(json.dumps({"text": f"he said {leak}"}, ensure_ascii=False) + "\n")
@@ -417,23 +442,23 @@ def test_text_that_a_model_wrote_is_searched_for_a_person(copied: House, tmp_pat
 
 def test_a_model_that_remembers_a_person_is_found_after_relearning_too(copied: House, monkeypatch: pytest.MonkeyPatch):
     """A non-private adapter on one person's frozen text, its memory covered at first sight; the project's own adapter shows nothing either way."""
-    models, subject = pipeline._ProjectModels(copied), _one(copied).record.subject
-    own, base = pipeline._own_texts(copied, subject), pipeline.load_base(copied, None, Silent())
+    models, subject = erasing._ProjectModels(copied), _one(copied).record.subject
+    own, base = own_texts(copied, subject), pipeline.load_base(copied, None, Silent())
     frozen = [deid.redact(text, policy, known=known, key=copied.keyring.subject(subject)).text for text, known, policy in own]
     learnt = PublicText.of(frozen, sensitivity=Sensitivity.INTERNAL, basis=Basis.GENERATED)
-    setup = pipeline._setup(copied, base, held_out=learnt, evaluations=1)
+    setup = weights.setup_of(copied, base, held_out=learnt, evaluations=1)
     module = loop.fit(learnt, setup=setup, steps=60, batch=4, order=copied.keyring.purpose("test").stream("order")).module
     folder = copied.project.state / "runs" / "remembers" / "adapter"
     remembers = model.save_adapter(module, folder)
     [private] = [each.fields["adapter"] for each in copied.log.select(Predicate.TRAINED) if each.fields["track"] == "dp"]
     assert [models.test(subject, each) for each in (remembers, private)] == [Finding.EXPOSED, Finding.NOT_EXPOSED]
-    covered, ranked = [], pipeline._ProjectModels._ranked
+    covered, ranked = [], erasing._ProjectModels._ranked
 
     def once_covered(self: Any, *about: Any) -> Finding:
         covered.append(about)
         return Finding.NOT_EXPOSED if len(covered) == 1 else ranked(self, *about)
 
-    monkeypatch.setattr(pipeline._ProjectModels, "_ranked", once_covered)
+    monkeypatch.setattr(erasing._ProjectModels, "_ranked", once_covered)
     assert models.test(subject, remembers) is Finding.EXPOSED
     covered.clear()
     assert models.test(subject, private) is Finding.NOT_EXPOSED
@@ -609,7 +634,7 @@ def test_another_release_is_noticed_and_the_same_one_is_loaded_once(copied: Hous
     assert behind.server() is first
     real = pipeline.load_release
     other = dataclasses.replace(real(copied.releases / pipeline.released_name(copied), public_key=copied.log.public_key()), name="another")
-    monkeypatch.setattr(pipeline, "load_release", lambda *_, **__: other)
+    monkeypatch.setattr(releasing, "load_release", lambda *_, **__: other)
     second = behind.server()
     assert second is not first
     assert (second.name, len(opened)) == ("another", 2)
@@ -644,7 +669,7 @@ def test_synthetic_text_is_below_its_model_in_the_lineage(copied: House, tmp_pat
         [node] = [each for each in lineage.descendants(tx, [Digest(made["adapter"])]) if each.kind is lineage.Kind.SYNTHETIC]
     assert (node.digest, node.protects) == (made["digest"], "patient")
     [said] = copied.log.select(Predicate.SYNTHESIZED)
-    assert said.fields["reservation"] == copied.ledger.of_run(pipeline._needed(copied, "train")["run"]).id
+    assert said.fields["reservation"] == copied.ledger.of_run(needed_result(copied, "train")["run"]).id
     for wrong in ({"count": 0}, {"max_tokens": 0}, {"temperature": 0.0}):
         with pytest.raises(RequestInvalid):
             derived.synthesize(copied, **{"count": 1, "out": out, **wrong})
@@ -724,7 +749,7 @@ def test_an_update_takes_new_records_and_warns_when_the_risk_rises(copied: House
         assert any(record.text.reveal() == "Seen again, better." for record in records)
         return {"train": {"run": "run-x"}, "audit": {"epsilon_lower": 99.0, "verdict": "PASS"}}
 
-    monkeypatch.setattr(pipeline, "run", rerun)
+    monkeypatch.setattr(story, "run", rerun)
     heard = _Heard()
     done = pipeline.update(copied, heard)
     assert (done["changed"], done["rising"], done["epsilon_lower"]) == (["notes"], True, 99.0)
@@ -812,14 +837,14 @@ def with_public_track(project: Path, request: pytest.FixtureRequest) -> Iterator
 def test_whoever_is_behind_a_public_record_reaches_all_that_was_trained_on_it(with_public_track: House):
     """Tiny base, adapter of the public track and the private model above them: trained without privacy on the record, so all go; training again is a new run at a new price."""
     house, row = with_public_track, json.loads((with_public_track.project.root / "public_train.jsonl").read_text().splitlines()[3])
-    trained = pipeline._needed(house, "train")
+    trained = needed_result(house, "train")
     public = next(entry.subjects[0] for entry in house.log.select(Predicate.TRAINED) if entry.fields["track"] == "public")
     with house.store.transaction() as tx:
         assert {trained["base"], trained["snapshot"], public} <= {a.digest for a in lineage.ancestors(tx, [Digest(trained["adapter"])])}
         assert public in {a.digest for a in lineage.descendants(tx, [Digest(trained["base"])])}
     patient = json.loads((house.project.root / "notes.jsonl").read_text().splitlines()[0])["patient"]
     pipeline.erase(house, patient)
-    assert pipeline._finished(house, "train") is not None, "the private model is kept for a patient"
+    assert finished_result(house, "train") is not None, "the private model is kept for a patient"
     pipeline.erase(house, row["id"], source="public")
     decided = {d: said for entry in house.log.select(Predicate.ERASED) for d, said in entry.fields.get("decisions", {}).items()}
     made_here = {trained["base"]} if house.project.model.base == "tiny" else set()

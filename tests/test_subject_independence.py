@@ -9,6 +9,7 @@ import pytest
 
 from discreet import corpus, pipeline
 from discreet.keys import Key, Keyring
+from discreet.pipeline import admission, story
 from discreet.record import SubjectId
 
 PEOPLE = {
@@ -78,7 +79,7 @@ def same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         return Key(bytes(32)).derive(name) if kind == "subject" else found
 
     monkeypatch.setattr(Keyring, "_load", fixed)
-    monkeypatch.setattr(pipeline, "open_master", lambda _: Key(bytes(32)))
+    monkeypatch.setattr(story, "open_master", lambda _: Key(bytes(32)))
 
 
 @pytest.mark.parametrize(
@@ -97,13 +98,13 @@ def test_removing_one_subject_leaves_every_other_byte(tmp_path: Path, deid: str)
 
 def test_the_test_sees_one_subject_that_depends_on_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: a table of all texts so far is looked at."""
-    original, seen = pipeline.deid.deidentify, []
+    original, seen = admission.deid.deidentify, []
 
     def looking(admitted, policy, key):
         seen.append(admitted.record.text.reveal())
         return original(admitted, policy, key.derive("seen", str(any("Kelly" in text for text in seen[:-1]))))
 
-    monkeypatch.setattr(pipeline.deid, "deidentify", looking)
+    monkeypatch.setattr(admission.deid, "deidentify", looking)
     everybody = frozen(tmp_path / "all", ["p1", "p4"], "")
     seen.clear()
     alone = frozen(tmp_path / "p4", ["p4"], "")

@@ -39,7 +39,7 @@ from discreet.evidence.statement import Predicate
 from discreet.keys import Key
 from discreet.ledger import Reservation, State
 from discreet.model import Base, PublicText
-from discreet.pipeline import House, Silent
+from discreet.pipeline import House, Silent, admission, auditing, training
 from discreet.record import Basis, Digest, Sensitive, Sensitivity, Snapshot, SubjectId
 from discreet.train import loop, parallel, step
 from discreet.train.checkpoint import Checkpoints
@@ -332,7 +332,7 @@ def house(ingested: Path, tmp_path: Path) -> Iterator[House]:
 
 def audited(house: House, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Trains and audits although the rehearsal may have failed: as if somebody had switched its refusal off."""
-    patch.setattr(pipeline, "_rehearsed", lambda house, plan, run: [each.to_json() for each in rehearsal.layers(plan, key=Key(bytes(32)))])
+    patch.setattr(training, "_rehearsed", lambda house, plan, run: [each.to_json() for each in rehearsal.layers(plan, key=Key(bytes(32)))])
     pipeline.train(house, Silent())
     return pipeline.audit(house, Silent())
 
@@ -367,8 +367,8 @@ def test_swapped_canaries_fail_whether_the_corpus_or_the_audit_swapped_them(
     shutil.copytree(ingested, tmp_path / "later")
     with pipeline.open_house(tmp_path / "later") as opened:
         pipeline.train(opened, Silent())
-        plant = pipeline.canary.plant
-        monkeypatch.setattr(pipeline.canary, "plant", lambda number, *, key: _swapped(plant(number, key=key)))
+        plant = admission.canary.plant
+        monkeypatch.setattr(admission.canary, "plant", lambda number, *, key: _swapped(plant(number, key=key)))
         found = pipeline.audit(opened, Silent())
     assert [each["verdict"] for each in found["layers"] if each["name"] == COMMITTED] == ["FAIL"]
     assert found["verdict"] == "FAIL"
@@ -379,7 +379,7 @@ def test_an_adapter_that_is_not_loaded_is_inconclusive_and_the_loop_as_it_is_doe
     pipeline.train(house, Silent())
     with monkeypatch.context() as patch:
         patch.setattr(model, "load_adapter", lambda base, folder: base.module)
-        patch.setattr(pipeline, "_record", lambda *_: None)  # so that it is audited again
+        patch.setattr(auditing, "keep_result", lambda *_: None)  # so that it is audited again
         blind = pipeline.audit(house, Silent())
     assert blind["verdict"] == "INCONCLUSIVE"
     assert {each["name"]: each["verdict"] for each in blind["layers"]}["audited model"] == "INCONCLUSIVE"

@@ -13,9 +13,11 @@ from discreet import pipeline, report
 from discreet.audit import records, risk
 from discreet.audit.bounds import GaussianTradeOff, Verdict
 from discreet.audit.records import Attacked, Means
+from discreet.deid import policy as deid
 from discreet.evidence.statement import Predicate
 from discreet.keys import Stream
-from discreet.pipeline import Silent
+from discreet.pipeline import Silent, admission, auditing
+from discreet.pipeline.house import needed_result, training_policy
 
 CLAIM = GaussianTradeOff(mu=1.0)
 KEY = Stream(bytes(range(32)))
@@ -139,12 +141,12 @@ def test_the_pipeline_attacks_real_records_and_lets_the_verdict_out_alone(projec
 def test_nobody_who_withdrew_is_attacked(project: Path, tmp_path: Path) -> None:
     shutil.copytree(project, tmp_path / "hospital")
     with pipeline.open_house(tmp_path / "hospital") as house:
-        trained = pipeline._needed(house, "train")
-        before = pipeline._attacked(house, trained)
+        trained = needed_result(house, "train")
+        before = auditing._attacked(house, trained)
         gone = {before.subjects[0], before.subjects[-1]}
         for subject in gone:
             house.consent.withdraw(subject, house.project.purpose)
-        assert gone.isdisjoint(pipeline._attacked(house, trained).subjects)
+        assert gone.isdisjoint(auditing._attacked(house, trained).subjects)
 
 
 def test_who_is_withheld_is_in_no_training_snapshot_and_depends_on_nobody_else(project: Path) -> None:
@@ -157,9 +159,8 @@ def test_who_is_withheld_is_in_no_training_snapshot_and_depends_on_nobody_else(p
         source = house.catalog.register(house.project, house.project.source[0])
         admitted, _ = house.consent.admit_all(house.catalog.collect(source), house.project.purpose)
         documents = [
-            pipeline.deid.deidentify(each, pipeline._policy(house, house.project.source[0]), house.keyring.subject(each.record.subject))
-            for each in admitted
+            deid.deidentify(each, training_policy(house, house.project.source[0]), house.keyring.subject(each.record.subject)) for each in admitted
         ]
         for document in documents[:20]:
-            _, out = pipeline._by_coin(house, [document])
+            _, out = admission._by_coin(house, [document])
             assert bool(out) == (document.subject in outside)

@@ -31,6 +31,7 @@ from discreet.governance.erasure import (
     group_epsilon,
     recomputed,
     request_digest,
+    unfinished,
 )
 from discreet.governance.lineage import Artifact, Kind
 from discreet.record import Deidentified, Digest, Purpose, Sensitive
@@ -351,9 +352,9 @@ def test_a_restored_database_brings_nobody_back(ward, tmp_path):
     assert erasure.reapply() == 1
     assert erasure.reapply() == 0
     assert house.consent.admit_all(ward.records[:1], PURPOSE)[0] == []
-    assert erasure.unfinished() == [ward.subject]
+    assert unfinished(house.store, house.keyring) == [ward.subject]
     erasure.execute(ward.subject, reason=Reason.RESTORED)
-    assert erasure.unfinished() == []
+    assert unfinished(house.store, house.keyring) == []
     assert house.catalog.holds(ward.subject) == []
     journal.write_text(journal.read_text().replace("0", "1"))
     with pytest.raises(ErasureIncomplete, match="journal"):

@@ -12,10 +12,11 @@ from sqlalchemy import text
 from discreet import pipeline
 from discreet.config import SearchSection, TrainSection
 from discreet.dp.mechanism import Plan, calibrate
-from discreet.errors import NothingLearned
+from discreet.errors import Forgotten, NothingLearned
 from discreet.evidence.statement import Predicate
 from discreet.governance import erasure
 from discreet.keys import Key
+from discreet.pipeline import erasing, training
 from discreet.record import Digest
 from discreet.train import search
 from discreet.train.loop import Trained
@@ -142,15 +143,28 @@ def test_no_try_is_an_error_and_another_search_is_refused(tmp_path: Path) -> Non
     ) == float("inf")
 
 
-def test_a_search_is_one_charge_and_its_losers_leave_no_trace(tmp_path: Path, new_project: Callable[[Path], Path]) -> None:
+def test_a_search_is_one_charge_and_its_losers_leave_no_trace(
+    tmp_path: Path, new_project: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the stored result and the destruction of its key, too."""
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
     folder = new_project(tmp_path / "hospital")
     with (folder / "discreet.toml").open("a") as file:
         file.write('\n[search]\ntries = "each"\nlearning_rate = [0.002, 0.01]\nscore = "private"\nscore_epsilon = 0.5\n')
     with pipeline.open_house(folder) as house:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training, "_close_run", killed)
+            pipeline.train(house, pipeline.Silent())
+        assert not house.log.select(Predicate.KEY_DESTROYED)
         result = pipeline.train(house, pipeline.Silent())
+        with pytest.raises(Forgotten):
+            house.keyring.run(result["run"])
         assert set(result["chosen"]) == {"learning_rate"}
         assert result["guarantee"]["search"] == {"tries": "each", "mean": 2.0, "shape": 1.0, "score_epsilon": 0.5}
-        transcript = dataclasses.replace(pipeline._transcript(result["guarantee"]), unit="record")
+        transcript = dataclasses.replace(erasing._transcript(result["guarantee"]), unit="record")
         assert erasure.group_epsilon(transcript, 2) == float("inf"), "no bound for a group follows from the price of a search"
         spent = house.log.select(Predicate.SPENT)
         assert [entry.fields["kind"] for entry in spent] == ["search"]

@@ -571,13 +571,6 @@ class Erasure:
             for row in rows
         ]
 
-    def unfinished(self) -> list[SubjectId]:
-        """Returns the subjects that this project knows and that are restricted without a certificate: killed erasures, and people whom a restored database brought back."""
-        with self._database.transaction() as tx:
-            begun = _erasures.c.state.not_in((*_NOT_YET_RESTRICTED, *_FINISHED))
-            open_tokens = set(tx.execute(select(_erasures.c.token).where(begun)).scalars())
-        return [subject for subject in self._keyring.known_subjects() if token(self._keyring, subject) in open_tokens] if open_tokens else []
-
     def reapply(self) -> int:
         """Restricts whoever the journal names and the database does not: a restored backup brought them back. Returns how many.
 
@@ -679,6 +672,14 @@ def erased(tx: Connection, keyring: Keyring, subjects: Sequence[SubjectId]) -> s
         t for chunk in lineage.chunks(by_token) for t in tx.execute(select(_erasures.c.token).where(begun, _erasures.c.token.in_(chunk))).scalars()
     ]
     return {by_token[t] for t in found}
+
+
+def unfinished(database: Database, keyring: Keyring) -> list[SubjectId]:
+    """Returns the subjects that this project knows and that are restricted without a certificate: killed erasures, and people whom a restored database brought back."""
+    with database.transaction() as tx:
+        begun = _erasures.c.state.not_in((*_NOT_YET_RESTRICTED, *_FINISHED))
+        open_tokens = set(tx.execute(select(_erasures.c.token).where(begun)).scalars())
+    return [subject for subject in keyring.known_subjects() if token(keyring, subject) in open_tokens] if open_tokens else []
 
 
 def recomputed(tx: Connection, artifacts: Iterable[Digest]) -> set[Digest]:
