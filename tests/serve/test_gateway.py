@@ -8,6 +8,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import threading
@@ -684,4 +685,5 @@ def test_run_returns_on_a_signal_so_that_what_was_served_can_be_written_down(ech
     stopper.start()
     asgi.run(application, host="127.0.0.1", port=0)
     stopper.join()
+    assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0, "a crash leaves no prompts in a file"
     assert signal.getsignal(number) is before

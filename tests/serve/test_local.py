@@ -13,7 +13,7 @@ import httpx
 import openai
 import pytest
 
-from discreet.errors import NotFound, RequestInvalid
+from discreet.errors import NotFound, OperationFailed, RequestInvalid
 from discreet.record import Digest
 from discreet.serve import local
 from discreet.serve.engine import Sampling
@@ -244,3 +244,49 @@ def test_a_model_that_fails_is_an_error_on_every_wire_without_its_words(path, st
     assert not [secret for secret in SECRETS if secret in answer.text]
     assert not stream or json.loads(answer.text.rstrip().rpartition("data: ")[2])
     assert local.frame("[DONE]") not in answer.text
+
+
+AWAITS = (
+    (Local, "ask"),
+    (Local, "stream"),
+    (Local, "_pieces"),
+    (Local, "_read"),
+    (Local, "models"),
+    (local, "_with_first"),
+    (local, "_bytes"),
+    (EchoEngine, "generate"),
+)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("owner", "name"), AWAITS, ids=[name for _, name in AWAITS])
+def test_a_fault_at_any_await_fails_closed(monkeypatch, caplog, owner, name, stream):
+    calls = []
+
+    def fails(*_args, **_kwargs):
+        calls.append(name)
+        raise RuntimeError(PROMPT)
+
+    engine = EchoEngine()
+    with serving(engine) as running:
+        monkeypatch.setattr(owner, name, fails)
+        answer = running.post({"model": MODEL, "messages": [{"role": "user", "content": PROMPT}], "stream": stream})
+    assert bool(calls) == (name not in (("ask",) if stream else ("stream", "_with_first", "_bytes")))
+    if calls:
+        assert '"error"' in answer.text
+        assert "[DONE]" not in answer.text
+        assert not [secret for secret in SECRETS if secret in answer.text + caplog.text + engine.everything()]
+
+
+def test_a_server_that_cannot_be_opened_changes_nothing(monkeypatch):
+    old, new = EchoEngine(), Local(EchoEngine(), name=MODEL, adapter=OTHER)
+
+    async def fails():
+        raise OperationFailed("a model that opens")
+
+    monkeypatch.setattr(new, "open", fails)
+    with serving(old) as running, running.client() as client:
+        with pytest.raises(OperationFailed):
+            running.application.change(running.settings, new)
+        assert ask(client).system_fingerprint == ADAPTER
+        assert not old.ended.is_set()

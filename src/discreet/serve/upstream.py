@@ -255,6 +255,8 @@ class Upstream:
             )  # a transport follows nothing and asks nobody for credentials, and is quicker than a client
             try:
                 _check(response.status_code)
+                if response.headers.get("content-encoding", "identity") != "identity":
+                    raise UpstreamFailed("an answer that is not compressed")  # nobody asked for it, and how large it is would be known too late
                 yield self._bytes(response)
             finally:
                 await response.aclose()
