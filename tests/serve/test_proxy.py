@@ -624,9 +624,30 @@ def test_limits(fake):
         assert gate.post("chat/completions", {"model": "m", "messages": [{"role": "user", "content": "x" * 501}]}).status_code == 400
 
 
-def test_the_gateway_alone_needs_no_training_library():
-    code = "import sys, discreet.serve.proxy; print([name for name in ('torch', 'transformers', 'peft') if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+def test_the_gateway_alone_needs_no_training_library(tmp_path):
+    """Nor do its commands: the trail is exported and verified where torch cannot be imported."""
+    with trail.opened(tmp_path / "trail"):
+        pass
+    told = """
+import sys
+class Absent:
+    def find_spec(name, *_):
+        if name.partition(".")[0] in ("torch", "transformers", "peft"):
+            raise ModuleNotFoundError(name=name)
+sys.meta_path.insert(0, Absent)
+from discreet import cli
+import discreet.serve.run
+for verb in (["evidence", "export", "--trail", "trail", "--out", "bundle"], ["evidence", "verify", "bundle", "--key", "bundle.pub"]):
+    sys.argv = ["discreet", *verb]
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code, verb
+print("VALID" if __import__("pathlib").Path("bundle.pub").is_file() else "nothing")
+"""
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("VALID")
 
 
 def test_a_line_of_ten_thousand_tokens_and_many_streams_at_once(gate, fake):
