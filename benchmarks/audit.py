@@ -7,7 +7,7 @@
     python benchmarks/audit.py overhead        CPU time of layers 0 to 2 over that of training, controls apart
 
 Simulated scores come from the mechanism itself: T Poisson-sampled Gaussian releases of one canary's coordinate, read by the likelihood ratio, which is the best attack there is.
-Models are tiny: a Llama of four blocks, all of its weights trained (a small full fine-tune) or adapters (as the demo trains). Prints JSON.
+Models of `text`: a Llama of four blocks, all of its weights trained (a small full fine-tune) or adapters, and the demo's own base with the demo's adapters. Prints JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ from discreet.keys import Key
 from discreet.ledger import Reservation, State
 from discreet.model import Base, PublicText
 from discreet.record import Basis, Digest, Sensitive, Sensitivity, Snapshot, SubjectId
-from discreet.train import loop, step
+from discreet.train import loop, parallel, step
 from discreet.train.checkpoint import Checkpoints
 
 DELTA = 1e-5
@@ -176,51 +177,119 @@ def generated(texts: Sequence[str]) -> PublicText:
     return PublicText.of(list(texts), sensitivity=Sensitivity.PUBLIC, basis=Basis.GENERATED)
 
 
-SECTIONS = {
-    "full fine-tune": (ModelSection(base="tiny", train=("all",), max_tokens=64), 0.5),
-    "adapters": (ModelSection(base="tiny", train=("lora_B",), max_tokens=64), 0.03),
+FOUR_STEPS = {"epsilon": 4.0, "delta": 1e-4, "population": 250, "expected_batch": 125, "steps": 4, "clip_norm": 0.5, "unit": "canary"}
+CELLS: dict[str, tuple[str, ModelSection, float]] = {
+    "full fine-tune": (model.TINY, ModelSection(base="tiny", train=("all",), max_tokens=64), 0.5),
+    "full fine-tune, small steps": (model.TINY, ModelSection(base="tiny", train=("all",), max_tokens=64), 0.02),
+    "adapters": (model.TINY, ModelSection(base="tiny", train=("lora_B",), max_tokens=64), 0.03),
+    "SmolLM2, adapters as the demo": (
+        model.SMOLLM2,
+        ModelSection(base=model.SMOLLM2, train=("lora_B",), lora_rank=4, lora_targets=("q_proj", "v_proj"), max_tokens=64),
+        0.01,
+    ),
 }
 
 
-def text_canaries(runs: int) -> dict[str, Any]:
-    """Text canaries alone, 500, every unit in every second step; noise as planned and halved; both readings."""
+class Watched:
+    """Where the weights were before each step, and what each step released: what the guarantee lets an attacker see."""
+
+    def __init__(self) -> None:
+        self.before: list[dict[str, torch.Tensor]] = []
+        self.released: list[dict[str, torch.Tensor]] = []
+
+    def __enter__(self) -> Watched:
+        self._step, self._add = parallel.private_step, noise.add
+        parallel.private_step, noise.add = self._watch, self._note
+        return self
+
+    def __exit__(self, *about: object) -> None:
+        parallel.private_step, noise.add = self._step, self._add
+
+    def _watch(self, module: torch.nn.Module, *about: Any, **how: Any) -> Any:
+        self.before.append({name: each.detach().clone() for name, each in model.trained_parameters(module).items()})
+        return self._step(module, *about, **how)
+
+    def _note(self, clipped: Any, **how: Any) -> Any:
+        noised = self._add(clipped, **how)
+        self.released.append(dict(noised.gradients))
+        return noised
+
+    def scores(self, start: torch.nn.Module, documents: Sequence[torch.Tensor], plan: Plan) -> np.ndarray:
+        """Reads every release along the gradients at the weights of its step, and adds the readings up."""
+        share = plan.sampling_probability / 2
+        total = np.zeros(len(documents))
+        for before, released in zip(self.before, self.released, strict=True):
+            with torch.no_grad():
+                for name, parameter in model.trained_parameters(start).items():
+                    parameter.copy_(before[name])
+            [products], gram = attacks.gradient(start, [released], documents)
+            total += attacks.untangled(products, gram, ridge=plan.noise_multiplier**2 / (share * (1 - share)))
+        return total
+
+
+def text_canaries(runs: int, cells: Sequence[str], count: int) -> dict[str, Any]:
+    """Text canaries alone, every unit in every second step; noise as planned and halved; every reading, and what of a canary's gradient is its own."""
     found: dict[str, Any] = {}
-    plan = calibrate(epsilon=4.0, delta=1e-4, population=250, expected_batch=125, steps=4, clip_norm=0.5, unit="canary")
-    claim, halved = accounting.trade_off(plan.event), _halved()
+    plan = calibrate(**{**FOUR_STEPS, "population": count // 2, "expected_batch": count // 4})
+    claim, expected = accounting.trade_off(plan.event), plan.steps * plan.sampling_probability
+    ridge = plan.steps * plan.noise_multiplier**2 / (expected * (1 - plan.sampling_probability) / 2 + expected**2 / 4)
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
-        base = model.load_base("tiny", cache=folder / "cache")
-        for name, (section, rate) in SECTIONS.items():
-            for noise_name, context in (("as planned", None), ("halved", halved)):
+        for name in cells:
+            base_name, section, rate = CELLS[name]
+            cache = Path.home() / ".cache" / "discreet" / "models" if base_name == model.SMOLLM2 else folder / "cache"
+            base = model.load_base(base_name, cache=cache)
+            for noise_name, context in (("as planned", noise.add), ("halved", _halved())):
                 rows = []
                 for number in range(runs):
-                    planted = canaries.plant(500, key=Key(bytes([number]) * 32).stream("plant"))
+                    planted = canaries.plant(count, key=Key(bytes([number]) * 32).stream("plant"))
                     inside = [each.text for each in planted if each.included]
-                    original = noise.add
-                    if context:
-                        noise.add = context
+                    original, noise.add = noise.add, context
+                    cell = folder / f"{name} {noise_name}"  # its own, or the checkpoint of another cell would be taken up
                     try:
-                        cell = folder / f"{name} {noise_name}"  # its own, or the checkpoint of another cell would be taken up
-                        module = trained(base, plan, inside, section, rate=rate, folder=cell, number=number)
+                        with Watched() as watched:
+                            module = trained(base, plan, inside, section, rate=rate, folder=cell, number=number)
                     finally:
                         noise.add = original
-                    black = membership.scores(
-                        module, base.tokenizer, planted.texts, token_budget=2048, adapter_off=lambda m=module: model.adapter_off(m, base)
-                    )
-                    documents = step.tokenize(planted.texts, base, max_tokens=64)
-                    [white] = attacks.gradient(model.attach(base, section), [module], documents)
-                    rows.append({way: _read(scores, planted.included, claim, plan) for way, scores in (("black box", black), ("white box", white))})
+                    rows.append(_readings(base, section, module, watched, planted, claim, plan, ridge))
                 found[f"{name}, noise {noise_name}"] = {
-                    way: {figure: float(np.mean([row[way][figure] for row in rows])) for figure in rows[0][way]} for way in ("black box", "white box")
+                    way: {figure: float(np.mean([row[way][figure] for row in rows])) for figure in rows[0][way]} for way in rows[0]
                 }
+                print(json.dumps({f"{name}, noise {noise_name}": found[f"{name}, noise {noise_name}"]}), file=sys.stderr, flush=True)
     return {
         "epsilon": plan.guarantee.epsilon,
         "claimed_mu": claim.mu,
+        "canaries": count,
         "steps": plan.steps,
         "noise_multiplier": plan.noise_multiplier,
         "runs": runs,
         **found,
     }
+
+
+def _readings(
+    base: Base,
+    section: ModelSection,
+    module: torch.nn.Module,
+    watched: Watched,
+    planted: canaries.Canaries,
+    claim: bounds.TradeOff,
+    plan: Plan,
+    ridge: float,
+) -> dict[str, dict[str, float]]:
+    black = membership.scores(module, base.tokenizer, planted.texts, token_budget=2048, adapter_off=lambda: model.adapter_off(module, base))
+    documents, start = step.tokenize(planted.texts, base, max_tokens=64), model.attach(base, section)
+    [products], gram = attacks.gradient(start, [attacks.moved(start, module)], documents)
+    own = 1 / np.sqrt(np.diag(np.linalg.inv(gram + 1e-9 * np.eye(len(gram)))))
+    ways = {
+        "black box": black,
+        "white box, last weights, inner product": products,
+        "white box, last weights, untangled": attacks.untangled(products, gram, ridge=ridge),
+        "white box, every step, untangled": watched.scores(start, documents, plan),
+    }
+    apart = gram[~np.eye(len(gram), dtype=bool)]
+    shape = {"cosine of two": float(apart.mean()), "length of what is its own": float(np.median(own))}
+    return {way: _read(scores, planted.included, claim, plan) for way, scores in ways.items()} | {"gradients": shape}
 
 
 def _halved() -> Callable[..., Any]:
@@ -233,6 +302,7 @@ def _read(scores: np.ndarray, included: Sequence[bool], claim: bounds.TradeOff, 
     curve = bounds.curve_test(scores, included, trade_off=claim, fpr=0.05, level=0.05)
     return {
         "auc": bounds.area_under_curve(scores, included).auc,
+        "mu_lower": bounds.gdp(scores, included, delta=plan.delta, level=0.05, fpr=0.05).mu or 0.0,
         "rejected": float(curve.rejected),
         "epsilon_lower": certified.epsilon,
         "lower_over_theory": certified.epsilon / plan.guarantee.epsilon,
@@ -297,6 +367,7 @@ def main() -> None:
     parser.add_argument("what", choices=["alarms", "power", "clean", "text", "overhead"])
     parser.add_argument("--runs", type=int, default=0, help="runs in each cell; default 1000 for alarms and power, 100 for clean, 5 for text")
     parser.add_argument("--canaries", type=int, default=500)
+    parser.add_argument("--cells", nargs="*", choices=list(CELLS), help="of text; all of them by default")
     parser.add_argument("--times", type=int, default=20, help="tokens trained for each token of a planted canary")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -309,7 +380,7 @@ def main() -> None:
         case "clean":
             found = clean_demo(given.runs or 100)
         case "text":
-            found = text_canaries(given.runs or 5)
+            found = text_canaries(given.runs or 5, given.cells or list(CELLS), given.canaries)
         case "overhead":
             found = overhead(given.canaries, given.times)
     found |= {"machine": f"{platform.machine()}, one thread", "cpu_s": time.process_time() - began}

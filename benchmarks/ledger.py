@@ -6,6 +6,8 @@
 `--postgres` starts a server of its own (extra: dev) as it comes, `fsync` on. Each process opens its own connection and charges one pure query at a time to one budget that has room for all. `reservations_per_second` counts what was committed
 in wall-clock time from the moment when all processes were ready; `threaded` the same with `--threads` callers in each process, who share transactions. `batched` charges in lists of 100: one
 transaction for each list. `per_cpu_second` counts by the CPU time of the calling processes, which other work on the machine changes little (a PostgreSQL server's own is not in it).
+`raw_commits_per_second` is what the bare database reaches with one inserted row a durable transaction, by the number of connections, and `disk_flushes_per_second` what the disk does: no
+caller who waits for each reservation can be quicker than one of these.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
+import sqlite3
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -75,6 +79,48 @@ def rate(url: str, *, count: int, processes: int, batch: int, threads: int = 1) 
     return round(done / seconds, 1), round(done / spent.value, 1)
 
 
+def raw_commits(url: str, *, count: int, callers: int) -> float:
+    """Durable transactions of one inserted row a second that the database itself makes, from as many connections: what one reservation a transaction can never pass."""
+    with closing(_connection(url)) as first:
+        first.execute("CREATE TABLE IF NOT EXISTS raw_commits (i INTEGER)")
+
+    def call() -> None:
+        with closing(_connection(url)) as connection:
+            for _ in range(count // callers):
+                connection.execute("INSERT INTO raw_commits VALUES (1)")
+
+    threads = [threading.Thread(target=call) for _ in range(callers)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return round(count // callers * callers / (time.perf_counter() - started), 1)
+
+
+def _connection(url: str) -> Any:
+    if url.startswith("sqlite"):
+        connection = sqlite3.connect(url.removeprefix("sqlite:///"), isolation_level=None, timeout=30)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        return connection
+    import psycopg
+
+    return psycopg.connect(url.replace("postgresql+psycopg:", "postgresql:"), autocommit=True)
+
+
+def disk_flushes(folder: str, *, count: int = 300) -> float:
+    """Pages of 8 kB that are written and flushed to the disk, one after the other, a second."""
+    descriptor = os.open(f"{folder}/flushes", os.O_CREAT | os.O_WRONLY)
+    started = time.perf_counter()
+    for page in range(count):
+        os.pwrite(descriptor, bytes(8192), 8192 * page)
+        os.fdatasync(descriptor)
+    seconds = time.perf_counter() - started
+    os.close(descriptor)
+    return round(count / seconds, 1)
+
+
 @contextmanager
 def own_server() -> Iterator[str]:
     """The URL of a PostgreSQL that lives as long as this."""
@@ -119,6 +165,10 @@ def main() -> None:
         }.items():
             found[f"{name}reservations_per_second"], found[f"{name}per_cpu_second"] = rate(url, **how)
         store.close()
+        found["raw_commits_per_second"] = {
+            str(callers): raw_commits(url, count=args.count, callers=callers) for callers in (1, args.processes, args.threads)
+        }
+        found["disk_flushes_per_second"] = disk_flushes(folder)
     print(json.dumps(found, indent=1))
     Path(__file__).with_name("results").joinpath(f"ledger-{found['database'].partition('+')[0]}.json").write_text(json.dumps(found, indent=1) + "\n")
 

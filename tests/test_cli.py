@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,44 @@ def test_ingest_trace_and_erase(run: Run, project: Path):
     code, out, _ = run("trace", "sha256:" + "0" * 64, "-C", str(project), "--json")
     assert code == 2
     assert SECRET not in out + err
+
+
+def test_classify_proposes_and_keeps_nothing(run: Run, project: Path):
+    code, out, err = run("catalog", "classify", "notes", "-C", str(project), "--json")
+    assert code == 0, err
+    found = document("catalog-classify", out)
+    assert (found["declared"], found["proposed"], found["exceeds"], found["sampled"]) == ("special", "personal", False, 30)
+    assert found["shares"]["PERSON"] == 1.0
+    with closing(sqlite3.connect(project / ".discreet" / "discreet.db")) as database:
+        assert database.execute("SELECT count(*) FROM wrapped_keys WHERE kind = 'subject'").fetchone() == (0,)
+        assert database.execute("SELECT count(*) FROM records").fetchone() == (0,)
+    code, said, err = run("catalog", "classify", "notes", "-C", str(project))
+    assert code == 0
+    assert "proposed personal from 30 records" in said
+    code, out, _ = run("catalog", "classify", "nothing", "-C", str(project), "--json")
+    assert code == 2
+    assert document("error", out)["error"]["code"] == "not_found"
+    assert SECRET not in said + err + out + json.dumps(found)
+
+
+def test_words_of_many_people_are_imported_whole_or_not_at_all(run: Run, project: Path):
+    words = project / "words.csv"
+    words.write_text("subject,purpose,basis\np1,note-assistant,consent\np1,*,\np2,note-assistant,contract\n")
+    code, out, err = run("consent", "import", str(words), "-C", str(project), "--json")
+    assert code == 0, err
+    assert document("consent-import", out)["changed"] == 3
+    for who, said in (("p1", ["granted", "withdrawn"]), ("p2", ["granted"]), ("p3", [])):
+        code, out, _ = run("consent", "history", who, "-C", str(project), "--json")
+        assert [word["state"] for word in document("consent-history", out)["history"]] == said
+    code, out, _ = run("consent", "grant", "p1", "-C", str(project), "--json")
+    assert (code, document("consent", out)["state"]) == (0, "granted")
+    for wrong in ("p4,note-assistant,consent\np5,note-assistant,whim\n", "p4,,consent\n", ",*,\n"):
+        words.write_text("subject,purpose,basis\n" + wrong)
+        code, out, _ = run("consent", "import", str(words), "-C", str(project), "--json")
+        assert code == 2
+        assert document("error", out)["error"]["value"].startswith("line ")
+        assert document("consent-history", run("consent", "history", "p4", "-C", str(project), "--json")[1])["history"] == []
+    assert run("consent", "import", "nowhere.csv", "-C", str(project), "--json")[0] == 2
 
 
 def test_budget_is_a_budget(run: Run, project: Path):
@@ -235,9 +275,13 @@ def test_a_search_is_asked_for_exactly_where_it_is_declared(run: Run, project: P
     assert (code, document("error", out)["error"]["code"]) == (2, "request.invalid")
 
 
-def test_nothing_is_synthesized_before_a_release_or_counted_for_nothing(run: Run, project: Path):
+def test_nothing_is_synthesized_or_stored_before_a_release_or_counted_for_nothing(run: Run, project: Path):
     code, out, _ = run("synthesize", "out.jsonl", "-C", str(project), "--json")
     assert (code, document("error", out)["error"]["code"]) == (2, "not_found")
+    code, out, _ = run("child", "model.gguf", "--kind", "q8_0", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "not_found")
+    code, out, _ = run("child", "model.gguf", "--kind", "q9", "-C", str(project), "--json")
+    assert (code, document("error", out)["error"]["code"]) == (2, "request.invalid")
     code, out, _ = run("statistics", "--epsilon", "0", "-C", str(project), "--json")
     assert (code, document("error", out)["error"]["code"]) == (2, "plan.invalid")
 

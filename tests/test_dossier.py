@@ -154,6 +154,28 @@ def test_a_search_is_accounted_as_a_whole(claim: dict[str, Any]) -> None:
         compiled(statements(searched | {"epsilon": claim["epsilon"]}, people=5))
 
 
+def test_a_model_that_goes_on_from_another_counts_both_runs(claim: dict[str, Any]) -> None:
+    """The epsilon of the last run alone is refused, and so is a run below it that claimed something else, was not paid for, or is not in the log."""
+    once = statements(claim, people=5)
+    both = accounting.guarantee(event_of(sampling_probability=Q, noise_multiplier=SIGMA, steps=2 * STEPS), delta=DELTA).epsilon
+    onward = claim | {"epsilon": both, "continues": {"run": "run-1", "guarantee": claim}}
+
+    def told(last: dict[str, Any], first: list[Any] = once) -> Report:
+        return compiled([*first, *statements(last, people=5, run="run-2", adapter=OTHER)])
+
+    found = facts(told(onward))
+    assert found["dp_statement.recomputed_epsilon"][0] == pytest.approx(both, rel=1e-4)
+    assert "run-1" in found["guarantee.continues"][0]
+    with pytest.raises(NotReleased, match="accounted"):
+        told(onward | {"epsilon": claim["epsilon"]})
+    with pytest.raises(NotReleased, match="claimed something else"):
+        told(onward | {"continues": {"run": "run-1", "guarantee": claim | {"noise_multiplier": 9.0}}})
+    with pytest.raises(NotReleased, match="claimed something else"):
+        told(onward, [row for row in once if row[0] != "trained"])
+    with pytest.raises(NotReleased, match="nothing was charged"):
+        told(onward, [row for row in once if row[0] != "spent"])
+
+
 @pytest.mark.parametrize(
     "more",
     [{"sampler": "cyclic_poisson", "bands": list(coefficients(3, STEPS))}, {"adaptive": {"quantile": 0.5, "rate": 0.2, "votes_multiplier": 1.0}}],

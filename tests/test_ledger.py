@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import multiprocessing
 import os
@@ -16,7 +17,7 @@ from uuid import uuid4
 
 import dp_accounting
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 
@@ -88,7 +89,7 @@ def pay(ledger, name, epsilon):
 
 
 def snapshot(name="train", sources=("notes",), people=("S1",)):
-    root = Digest("sha256:" + (name.encode().hex() * 64)[:64])
+    root = Digest("sha256:" + hashlib.sha256(name.encode()).hexdigest())
     units = {SubjectId(person): (position,) for position, person in enumerate(people)}
     return Snapshot(root=root, name=name, sensitivity=Sensitivity.SPECIAL, path=Path("nowhere"), units=Sensitive(units), sources=sources)
 
@@ -266,6 +267,7 @@ def test_overlapping_populations_meet_in_the_overlap(house, plan):
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sets(st.integers(0, 5), max_size=5), st.sampled_from("ab"), st.sampled_from([0.1, 0.2, 0.3])), max_size=12))
+@example([(set(), "a", 0.1), ({0, 5}, "a", 0.1), *[(set(), "a", 0.1)] * 2, ({5}, "a", 0.1), *[(set(), "a", 0.1)] * 6, ({0, 1}, "a", 0.1)])
 def test_cohorts_count_what_counting_each_person_counts(house, wanted):
     """Against a model that keeps a list for every person and budget; an empty set of people is a query about everyone."""
     made = uuid4().hex[:8]

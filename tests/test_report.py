@@ -14,7 +14,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from discreet.audit.extraction import Share
-from discreet.report import Exposure, Report, _allowed, _allowed_gaussian, build, figure, render_html
+from discreet.report import Exposure, Report, _allowed, _allowed_gaussian, build, charts, figure, render_html
 
 ADAPTER = "sha256:" + "ad" * 32
 BASE = "sha256:" + "ba" * 32
@@ -231,17 +231,22 @@ def extracted(count: int) -> dict[str, Any]:
     return {
         "recited": sides,
         "discoverable": {"samples": 1000, "probability": 0.5, **sides},
-        "exposure": {"rank": {"median": 5.0, "low": 4.0, "high": 6.0}},
+        "exposure": {"rank": {"median": 5.0, "low": 4.0, "high": 6.0}, "counts": [10, 6, 3, 1 + count]},
     }
 
 
+def leaked(count: int) -> dict[str, Any]:
+    return {"planted": Share.of(count, 20).figures(), "held_out": Share.of(0, 20).figures()}
+
+
 def test_the_audit_is_drawn_with_its_forbidden_region_exposure_and_ceiling() -> None:
-    certified = {"name": "certified bound", "verdict": "PASS", "figures": {"method": "f_dp_one_run", "epsilon": 0.3, "ceiling": 4.2}}
+    pair = {"method": "gdp", "epsilon": 0.2, "ceiling": 6.5}
+    certified = {"name": "certified bound", "verdict": "PASS", "figures": {"method": "f_dp_one_run", "epsilon": 0.3, "ceiling": 4.2, "gdp": pair}}
     drawn = AUDIT | {
         "layers": [*AUDIT["layers"], certified],
         "roc": [[0.0, 0.02], [0.5, 0.6], [1.0, 1.0]],
         "recitation": AUDIT["recitation"]
-        | {"exposure": {"private": [10, 6, 3, 1], "control": [0, 0, 0, 20]}, "extraction": {"private": extracted(0), "control": extracted(31)}},
+        | {"extraction": {"private": extracted(0), "control": extracted(31)}, "identifiers": {"private": leaked(0), "control": leaked(17)}},
     }
     entries = [
         Entry(index=e.index, predicate=e.predicate, subjects=e.subjects, fields=drawn if e.predicate == "audited" else e.fields, time=e.time)
@@ -249,9 +254,12 @@ def test_the_audit_is_drawn_with_its_forbidden_region_exposure_and_ceiling() -> 
     ]
     page = render_html(build(entries))
     assert '<polygon class="forbidden"' in page
-    for cell in ("31 of 40 (0.6", "0 of 40 (0 to 0.08", "said at least once in 1000 samples", "by rank", "5 (4 to 6)"):
+    for cell in ("31 of 40 (0.6", "0 of 40 (0 to 0.08", "said at least once in 1000 samples", "by rank", "5 (4 to 6)", "17 of 20 (0.6"):
         assert cell in page, cell
     assert page.index("Exposure of planted canaries") < page.index("Lower bounds on epsilon against their ceilings")
+    bounds_drawn = charts(build(entries))["ceiling"]
+    assert [name for _, name in bounds_drawn.y_ticks] == ["f-DP", "GDP"]
+    assert [series.label for series in bounds_drawn.series if series.label] == ["epsilon claimed", "at most", "proven"]
     plain = render_html(build(story()))
     assert "Exposure of planted canaries" not in plain
 

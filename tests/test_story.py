@@ -9,7 +9,8 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ import pyarrow.parquet
 import pytest
 from sqlalchemy import text
 
-from discreet import corpus, demo, derived, federate, model, pipeline
+from discreet import corpus, demo, derived, dossier, federate, model, pipeline
 from discreet.cli import serving
-from discreet.config import load
+from discreet.config import ModelSection, load
 from discreet.deid import policy as deid
 from discreet.errors import (
     AccessDenied,
@@ -44,11 +45,12 @@ from discreet.errors import (
 from discreet.evidence.log import verify_bundle, verify_proof
 from discreet.evidence.statement import Exposure, Predicate, exposure
 from discreet.governance import lineage, residue
-from discreet.governance.access import Access, Action
+from discreet.governance.access import Access, Action, current_user
 from discreet.governance.consent import Reason
 from discreet.governance.erasure import Finding
 from discreet.model import PublicText
-from discreet.pipeline import House, Silent, erasing, releasing, story, training, weights
+from discreet.pipeline import House, Silent, erasing, pricing, releasing, story, training, weights
+from discreet.pipeline.admission import plant_canaries
 from discreet.pipeline.house import finished_result, needed_result, run_config
 from discreet.pipeline.people import own_texts
 from discreet.record import Basis, Digest, Sensitivity
@@ -240,6 +242,26 @@ def test_withdrawn_after_collection_is_not_admitted(project: Path):
             house.consent.admit(record, house.project.purpose)
 
 
+def test_a_withdrawal_stops_the_training_that_is_under_way(project: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run asks at least every half minute; what it spent stays spent, and the next run is on a snapshot without them."""
+    assert training.CONSENT_S <= 30
+    monkeypatch.setattr(training, "CONSENT_S", 0.0)
+    with pipeline.open_house(project) as house:
+
+        class Withdraws(Silent):
+            def progress(self, task: str, done: int, total: int, figures: Mapping[str, object]) -> None:
+                if (task, done) == ("train", 2):
+                    house.consent.withdraw(subject, house.project.purpose)
+
+        subject = _one(house).record.subject
+        with pytest.raises(NotAdmitted, match="until the run ends"):
+            pipeline.train(house, Withdraws())
+        spent = house.ledger.budgets()[0].remaining_epsilon
+        assert spent < house.project.budget.epsilon
+        assert not house.log.select(Predicate.TRAINED)
+        assert subject not in pipeline.ingest(house, Silent()).snapshot.units.reveal()
+
+
 def test_not_admitted_cannot_be_deidentified(house: House):
     record = _one(house).record
     with pytest.raises((TypeError, AttributeError)):
@@ -274,14 +296,49 @@ def test_a_model_is_not_audited_before_it_is_trained(project: Path):
             pipeline.release(house, Silent())
 
 
-def test_an_exhausted_budget_refuses_a_second_run(copied: House):
+def test_an_exhausted_budget_refuses_a_second_run(copied: House, monkeypatch: pytest.MonkeyPatch):
     settings = copied.project.root / "discreet.toml"
     settings.write_text(settings.read_text().replace("learning_rate = 1e-2", "learning_rate = 2e-2"))
-    changed = load(copied.project.root)
-    copied_again = House(**{**{name: getattr(copied, name) for name in copied.__dataclass_fields__}, "project": changed})
-    with pytest.raises(BudgetExhausted):
-        pipeline.train(copied_again, Silent())
+    copied_again = _reloaded(copied)
+    for least, admitted in ((pricing.NOTHING_LEFT, r"0\.\d+"), (1.0, "0")):  # what is left admits a run of much noise, or none at all
+        monkeypatch.setattr(pricing, "NOTHING_LEFT", least)
+        with pytest.raises(BudgetExhausted, match=rf"it admits a run of epsilon {admitted}\. "):
+            pipeline.train(copied_again, Silent())
     assert len(copied.log.select(Predicate.SPENT)) == 1
+
+
+def _reloaded(house: House) -> House:
+    """The same house under the discreet.toml that now lies there."""
+    return House(**{**{name: getattr(house, name) for name in house.__dataclass_fields__}, "project": load(house.project.root)})
+
+
+def test_a_paced_budget_trains_once_a_period(project: Path, monkeypatch: pytest.MonkeyPatch):
+    """[budget] periods from the file to the run: the first share trains one run and alerts, the next run waits for its period, and an unused share is forfeited."""
+    settings, days, real = project / "discreet.toml", 0.0, time.time
+    monkeypatch.setattr(time, "time", lambda: real() + days * 86_400)
+    paced = '[budget]\nname = "paced"\nepsilon = 12.0\nperiods = 3\nperiod_days = 30\ncarry_over = "none"\n\n'
+    settings.write_text(re.sub(r"\[budget\]\n.*?\n\n", paced, settings.read_text(), flags=re.DOTALL))
+    heard = _Heard()
+
+    def trained(learning_rate: str) -> pipeline.House:
+        settings.write_text(re.sub(r"learning_rate = .*", f"learning_rate = {learning_rate}", settings.read_text(), count=1))
+        again = _reloaded(house)
+        pipeline.train(again, heard)
+        return again
+
+    with pipeline.open_house(project) as house:
+        trained("3e-3")
+        with pytest.raises(BudgetExhausted, match="next period"):
+            trained("4e-3")
+        assert house.ledger.show("paced").unlocked == pytest.approx(1 / 3)
+        days = 61.0
+        trained("5e-3")
+        with pytest.raises(BudgetExhausted):
+            trained("6e-3")
+        assert house.ledger.show("paced").unlocked == 1.0
+        assert [entry.fields["epsilon"] <= 8 for entry in house.log.select(Predicate.SPENT)] == [True] * 2
+        assert house.ledger.show("paced").remaining_epsilon > 1, "the share of the second period is there, and gone"
+    assert any("ALERT: budget 'paced'" in note for note in heard.notes)
 
 
 def test_a_plan_for_a_pld_epsilon_says_what_the_budget_counts(project: Path):
@@ -436,7 +493,7 @@ def test_text_that_a_model_wrote_is_searched_for_a_person(copied: House, tmp_pat
         file.write_text(json.dumps({"text": f"he said {leak}"}, ensure_ascii=False) + "\n")
         digest = Digest("sha256:" + hashlib.sha256(file.read_bytes()).hexdigest())
         with copied.store.transaction() as tx:
-            pipeline.record_synthetic(tx, digest, file)
+            pipeline.record_written(tx, digest, file)
         assert models.test(subject, digest) is Finding.EXPOSED
 
 
@@ -459,6 +516,7 @@ def test_a_model_that_remembers_a_person_is_found_after_relearning_too(copied: H
         return Finding.NOT_EXPOSED if len(covered) == 1 else ranked(self, *about)
 
     monkeypatch.setattr(erasing._ProjectModels, "_ranked", once_covered)
+    models = erasing._ProjectModels(copied)  # as the next erasure makes it; one remembers what it found
     assert models.test(subject, remembers) is Finding.EXPOSED
     covered.clear()
     assert models.test(subject, private) is Finding.NOT_EXPOSED
@@ -473,6 +531,9 @@ def test_the_audit_tells_what_both_models_give_away_of_canaries(house: House):
         assert control["planted"]["low"] > max(control["held_out"]["high"], private["planted"]["high"]), kind
     assert found["control"]["exposure"]["rank"]["low"] > found["private"]["exposure"]["rank"]["high"]
     assert found["control"]["exposure"]["extrapolated"]["median"] > found["private"]["exposure"]["extrapolated"]["median"]
+    read = audited.fields["recitation"]["identifiers"]
+    assert read["control"]["planted"]["low"] > read["control"]["held_out"]["high"], "identifiers that were learnt are read in what is written"
+    assert read["private"]["planted"]["count"] == read["private"]["held_out"]["count"] == 0
 
 
 def test_statistics_do_not_open_a_budget_for_whoever_may_only_run(copied: House, monkeypatch: pytest.MonkeyPatch):
@@ -523,10 +584,7 @@ def test_an_inconclusive_audit_leaves_in_the_name_of_a_person_only(copied: House
 
 
 def test_a_failed_gate_withholds_the_model(copied: House):
-    rules = copied.project.release.model_copy(update={"max_epsilon": 0.001})
-    strict = House(
-        **{**{name: getattr(copied, name) for name in copied.__dataclass_fields__}, "project": copied.project.model_copy(update={"release": rules})}
-    )
+    strict = _with(copied, release=copied.project.release.model_copy(update={"max_epsilon": 0.001}))
     with pytest.raises(NotReleased, match="epsilon"):
         pipeline.release(strict, Silent())
     assert copied.log.select(Predicate.WITHHELD)[-1].fields["reasons"] == ["epsilon (PLD)"]
@@ -613,7 +671,7 @@ def test_a_person_sees_what_is_held_and_what_was_made_of_it(copied: House):
     held = pipeline.access_export(copied, unit)
     assert [r["text"] for s in held["sources"] for r in s["records"]] == [row["text"] for row in rows if row["patient"] == unit]
     events = pipeline.lineage_export(copied, unit=unit)
-    assert {event["job"]["name"] for event in events} <= {"make snapshot", "make model"}
+    assert {event["job"]["name"] for event in events} == {"make snapshot", "make run", "make model", "make deployment"}
     assert pipeline.access_export(copied, "nobody")["sources"] == []
 
 
@@ -673,6 +731,68 @@ def test_synthetic_text_is_below_its_model_in_the_lineage(copied: House, tmp_pat
     for wrong in ({"count": 0}, {"max_tokens": 0}, {"temperature": 0.0}):
         with pytest.raises(RequestInvalid):
             derived.synthesize(copied, **{"count": 1, "out": out, **wrong})
+
+
+def test_a_child_in_one_file_is_audited_and_goes_with_its_model(copied: House, tmp_path: Path):
+    file = tmp_path / "child.gguf"
+    made = derived.child(copied, file=file, kind="q8_0")
+    assert made["verdict"] == "PASS"
+    [said] = copied.log.select(Predicate.CHILD_AUDITED)
+    assert (said.subjects, said.fields["verdict"]) == ((made["digest"],), "PASS")
+    assert said.fields["level"] < copied.log.select(Predicate.AUDITED)[-1].fields["level"] / 3, "an audit more, of one shared level"
+    with copied.store.transaction() as tx:
+        [node] = [each for each in lineage.descendants(tx, [Digest(made["adapter"])]) if each.kind is lineage.Kind.QUANTISATION]
+    assert node.digest == made["digest"]
+    models = erasing._ProjectModels(copied)
+    assert models.test(_one(copied).record.subject, node.digest) is Finding.NOT_EXPOSED
+    base = pipeline.load_base(copied, None, Silent())
+    model.write_gguf(model.merged(base.module), base.tokenizer, tmp_path / "base.gguf", kind="q8_0")
+    assert derived.child(copied, file=tmp_path / "base.gguf")["verdict"] == "INCONCLUSIVE", "the adapter is not in it"
+    models.withdraw(node.digest)
+    assert not file.exists()
+
+
+def test_a_child_that_leaks_is_not_left(copied: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    planted = [each.text for each in plant_canaries(copied) if each.included]
+    learnt = PublicText.of(planted, sensitivity=Sensitivity.INTERNAL, basis=Basis.GENERATED)
+    setup = weights.setup_of(copied, pipeline.load_base(copied, None, Silent()), held_out=PublicText(planted[:1]), evaluations=1)
+    setup = replace(setup, model=ModelSection(train=("all",), max_tokens=copied.project.model.max_tokens))
+    leaky = loop.fit(learnt, setup=setup, steps=60, batch=16, order=copied.keyring.purpose("test").stream("order")).module
+    monkeypatch.setattr(model, "merged", lambda _: leaky)
+    with pytest.raises(NotReleased):
+        derived.child(copied, file=tmp_path / "child.gguf", kind="f16")
+    assert list(tmp_path.glob("*.gguf")) == []
+    assert copied.log.select(Predicate.CHILD_AUDITED)[-1].fields["verdict"] == "FAIL"
+    for wrong in ({"kind": "q2_k"}, {"kind": "f16", "file": copied.project.root / "discreet.toml"}):
+        with pytest.raises(RequestInvalid):
+            derived.child(copied, **{"file": tmp_path / "other.gguf", **wrong})
+
+
+def test_every_kind_of_statement_is_written(copied: House, tmp_path: Path):
+    """The table of kinds has no row that nothing writes: the finished story, and each act that it has no occasion for."""
+    pytest.importorskip("opendp")
+    unit = json.loads((copied.project.root / "notes.jsonl").read_text().splitlines()[0])["patient"]
+    rules = copied.project.release.model_copy(update={"max_epsilon": 0.001})
+    copied.consent.withdraw(pipeline.subject_of(copied, unit), copied.project.purpose)
+    copied.access.break_glass(Action.READ, who=current_user(), reason="the audit cannot wait")
+    copied.ledger.raise_to(copied.project.budget.name, 9.0, reason="a second year of notes")
+    derived.statistics(copied, epsilon=1e-4, observer=Silent())
+    derived.synthesize(copied, count=1, out=tmp_path / "synthetic.jsonl", max_tokens=4)
+    pipeline.confirm_sensitivity(copied, "public", by="Petra", reason="read it")
+    served = pipeline.Served(copied)
+    served.count(Digest(copied.log.select(Predicate.RELEASED)[-1].fields["adapter"]), Digest("sha256:" + "0" * 64), {"PERSON": 1})
+    served.write()
+    with pytest.raises(NotReleased):
+        pipeline.release(_with(copied, release=rules), Silent())
+    pipeline.erase(copied, unit)
+    copied.log.rotate()
+    assert {predicate for predicate in Predicate if not copied.log.select(predicate)} == set()
+
+
+def _with(house: House, **sections: Any) -> House:
+    """The same house with other sections of its configuration."""
+    fields = {name: getattr(house, name) for name in house.__dataclass_fields__}
+    return House(**{**fields, "project": house.project.model_copy(update=sections)})
 
 
 def test_two_runs_at_once_are_refused(project: Path):
@@ -743,7 +863,8 @@ def test_an_update_takes_new_records_and_warns_when_the_risk_rises(copied: House
     _add_a_note(copied)
     finished = []
 
-    def rerun(house: House, *, until: str | None, observer: object) -> dict[str, Any]:
+    def rerun(house: House, *, until: str | None, observer: object, parent: object) -> dict[str, Any]:
+        assert parent is None, "trained from the base"
         finished.append(pipeline.finished(house))
         records = house.catalog.collect(house.catalog.register(house.project, house.project.source[0]))
         assert any(record.text.reveal() == "Seen again, better." for record in records)
@@ -755,6 +876,59 @@ def test_an_update_takes_new_records_and_warns_when_the_risk_rises(copied: House
     assert (done["changed"], done["rising"], done["epsilon_lower"]) == (["notes"], True, 99.0)
     assert finished == [set()], "every stage is done again"
     assert any("ALERT" in note for note in heard.notes)
+
+
+def test_an_update_after_a_raise_trains_within_what_is_left(copied: House):
+    """A raise that is large against the noise asks the filter for orders near 1, where dp_accounting gives up: nothing seemed left of the budget."""
+    _add_a_note(copied)
+    copied.ledger.raise_to(copied.project.budget.name, 40.0, reason="a second year of notes")
+    left = copied.ledger.budgets()[0].remaining_epsilon
+    assert 20 < left < 40, "[privacy] epsilon stays at 8"
+    done = pipeline.update(copied, Silent())
+    assert (done["changed"], done["rising"]) == (["notes"], False)
+    assert copied.ledger.budgets()[0].remaining_epsilon < left
+    assert [entry.fields["guarantee"]["epsilon"] <= 8 for entry in copied.log.select(Predicate.TRAINED) if entry.fields["track"] == "dp"] == [
+        True
+    ] * 2
+
+
+def test_an_update_goes_on_from_the_last_release_and_counts_both_runs(copied: House, tmp_path: Path):
+    """Charged as a further run on the same people, below its parent in the lineage; claim, audit, gate and dossier take the price of both together."""
+    settings = copied.project.root / "discreet.toml"
+    _add_a_note(copied)
+    budget = copied.project.budget.name
+    copied.ledger.raise_to(budget, 24.0, reason="a second year of notes")
+    settings.write_text(settings.read_text().replace("max_epsilon = 8.0", "max_epsilon = 16.0"))
+    house = _reloaded(copied)
+    left, first = house.ledger.show(budget).remaining_epsilon, house.log.select(Predicate.RELEASED)[-1]
+    done = pipeline.update(house, Silent(), start="released")
+    assert (done["changed"], done["continues"]) == (["notes"], first.fields["run"])
+    assert house.ledger.show(budget).remaining_epsilon < left
+    second = house.log.select(Predicate.RELEASED)[-1]
+    claim, alone = second.fields["guarantee"], first.fields["guarantee"]
+    [paid] = [entry for entry in house.log.select(Predicate.SPENT) if entry.fields["run"] == done["run"]]
+    assert claim["continues"] == {"run": first.fields["run"], "guarantee": alone}
+    assert max(alone["epsilon"], paid.fields["epsilon"]) < claim["epsilon"] < alone["epsilon"] + paid.fields["epsilon"]
+    assert house.log.select(Predicate.AUDITED)[-1].fields["claimed_epsilon"] == claim["epsilon"]
+    assert house.log.select(Predicate.TRAINED)[-1].fields["kind"] == "continued training"
+    with house.store.transaction() as tx:
+        above = {artifact.digest for artifact in lineage.ancestors(tx, [Digest(second.fields["adapter"])])}
+    assert first.fields["adapter"] in above
+    answers = dossier.write(house.log, house.store, tmp_path / "dossier", public=True, namespace="example.org")
+    said = json.loads((answers / "dossier.json").read_text())["sections"]
+    assert said["dp_statement"]["recomputed_epsilon"]["value"] == pytest.approx(claim["epsilon"], rel=1e-4)
+    assert first.fields["run"] in said["guarantee"]["continues"]["value"]
+    transcript = pipeline.erasure_of(house)._models.transcript(Digest(second.fields["adapter"]))
+    assert (transcript.unit, transcript.noise_multiplier) == ("patient", 0.0), "kept for the unit; for a group no bound is claimed"
+    _add_a_note(house)
+    settings.write_text(settings.read_text().replace("lora_alpha = 16.0", "lora_alpha = 8.0"))
+    charged = len(house.log.select(Predicate.RESERVED))
+    with pytest.raises(NotReleased, match="Nothing was spent"):
+        pipeline.update(_reloaded(house), Silent(), start="released")
+    assert len(house.log.select(Predicate.RESERVED)) == charged
+    shutil.rmtree(house.project.state / "runs" / done["run"])
+    with pytest.raises(NotReleased, match="to go on from"):
+        pipeline.update(house, Silent(), start="released")
 
 
 def test_an_update_that_the_budget_refuses_leaves_the_release_where_it_was(copied: House):
@@ -802,8 +976,13 @@ CHATS = [  # of people whom no stand-in is called after
 
 def test_erasure_and_access_reach_a_source_that_grew_since_its_registration(copied: House):
     house = _with_chats(copied, CHATS)
+    keys = house.keyring.known_subjects()
     held = pipeline.access_export(house, "chat-1")
-    assert [record["text"] for source in held["sources"] for record in source["records"]] == [CHATS[0]["text"], CHATS[1]["text"]]
+    told = [record for source in held["sources"] for record in source["records"]]
+    assert [(record["text"], record["digest"] is None) for record in told] == [(CHATS[0]["text"], False), (CHATS[1]["text"], True)]
+    assert pipeline.access_export(house, "chat-2")["sources"], "nobody has collected anything of theirs"
+    assert pipeline.propose_sensitivity(house, "chats")["sampled"] == 3
+    assert house.keyring.known_subjects() == keys, "looking makes no key"
     for who, left in (("chat-1", [CHATS[2]]), ("chat-2", [])):
         done = pipeline.erase(house, who)
         assert (done["failed"], [json.loads(line) for line in (house.project.root / "chats.jsonl").read_text().splitlines()]) == ([], left)

@@ -1,9 +1,10 @@
-"""What may leave beside a model: private statistics of the frozen corpus, and text that the released model writes.
+"""What may leave beside a model: private statistics of the frozen corpus, text that the released model writes, and the model itself as one file.
 
     statistics   one pure-DP query about the people of the corpus; charged to the budget before anything is counted
     synthesize   text drawn from a verified release: post-processing, so nothing is charged; the statement names the reservation that paid for the model
+    child        the release merged into one GGUF file, or such a file that somebody else made of it; audited as it is stored
 
-Both leave a statement in the log, and synthetic text a node in the lineage: whoever withdraws the model finds what was drawn from it.
+All leave a statement in the log, text and children a node in the lineage: whoever withdraws the model finds what was drawn from it, and made of it.
 
 Guarantees: a unit counts once among the units and with at most `cap` documents, chosen by keyed hash, in the histogram; noise is OpenDP's discrete Laplace, whose scale is
 checked by OpenDP's own proof of privacy (`map`) against what was charged.
@@ -21,16 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from discreet import corpus, model, pipeline
+from discreet.audit.bounds import Verdict
 from discreet.config import digest_of
-from discreet.errors import DigestMismatch, MissingExtra, PlanInvalid, RequestInvalid
+from discreet.errors import DigestMismatch, MissingExtra, NotReleased, PlanInvalid, RequestInvalid
 from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.evidence.statement import digest_of as digest_of_bytes
 from discreet.governance import lineage
 from discreet.governance.access import Action, current_user
 from discreet.keys import Key
 from discreet.ledger import Kind, Spend
+from discreet.model import Base
 from discreet.pipeline import House, Observer
-from discreet.record import Snapshot, SubjectId
+from discreet.record import Release, Snapshot, SubjectId
 from discreet.serve import gateway
 from discreet.store import write_atomically
 
@@ -126,10 +129,7 @@ def synthesize(house: House, *, count: int, out: Path, max_tokens: int = 96, tem
     house.access.require(Action.RUN, who=current_user())
     if not 1 <= count <= 100_000 or max_tokens < 1 or not temperature > 0:
         raise RequestInvalid("1 to 100,000 texts of at least one token at a temperature > 0", value=f"{count}, {max_tokens}, {temperature}")
-    released = pipeline.load_release(house.releases / pipeline.released_name(house), public_key=house.log.public_key())
-    base, folder = pipeline.load_base(house, None, pipeline.Silent()), released.path / gateway.ADAPTER_FOLDER
-    if (base.digest, model.adapter_digest(folder)) != (released.base, released.adapter):
-        raise DigestMismatch("the base model and the adapter that were released")
+    released, base, folder = _released(house)
     module = model.load_adapter(base, folder)
     module.eval()
     stream = Key.random().stream("synthetic")
@@ -151,6 +151,64 @@ def synthesize(house: House, *, count: int, out: Path, max_tokens: int = 96, tem
         lineage.derive(
             tx, lineage.Artifact(digest=digest, kind=lineage.Kind.SYNTHETIC, protects=house.project.privacy.unit), parents=[released.adapter]
         )
-        pipeline.record_synthetic(tx, digest, out)
+        pipeline.record_written(tx, digest, out)
         house.log.append(tx, Statement(predicate=Predicate.SYNTHESIZED, subjects=(digest,), fields=fields))
     return {"file": str(out), "digest": digest, "texts": count, "adapter": released.adapter, "guarantee": dict(released.guarantee)}
+
+
+def child(house: House, *, file: Path, kind: str = "") -> dict[str, Any]:
+    """Audits the released model as one GGUF file; with a kind it is written first, and stays only when it passes.
+
+    Args:
+        file: where to write, or what somebody else made of the release.
+        kind: of `model.GGUF_KINDS`, or nothing for a file that is there.
+
+    Raises:
+        RequestInvalid: when the kind is unknown, or a file to write is there already.
+        NotFound: when a file to audit is not there.
+        ModelUnsafe: when the file is no GGUF of the base's tensors, or the model is none that can be written as one.
+        NotReleased: when a written child does not pass, or there is no release. The verdict is in the log.
+        EvidenceInvalid, DigestMismatch: when the release is not what was signed.
+    """
+    house.access.require(Action.RUN, who=current_user())
+    if kind and (kind not in model.GGUF_KINDS or file.exists()):
+        raise RequestInvalid(f"a kind among {', '.join(model.GGUF_KINDS)} and a file that is not there yet", value=f"{kind}, {file.name}")
+    released, base, folder = _released(house)
+    if kind:
+        model.write_gguf(model.merged(model.load_adapter(base, folder)), base.tokenizer, file, kind=kind)
+    try:
+        module, digest = model.read_gguf(base, file)
+        layer, level = pipeline.audit_child(house, base, folder, module, kind=kind or "gguf")
+        stays = not kind or layer.verdict is Verdict.PASS
+        with house.store.transaction() as tx:
+            if stays:
+                artifact = lineage.Artifact(digest=digest, kind=lineage.Kind.QUANTISATION, protects=house.project.privacy.unit)
+                lineage.derive(tx, artifact, parents=[released.adapter])
+                pipeline.record_written(tx, digest, file)
+            fields: dict[str, JSON] = {"adapter": released.adapter, "verdict": str(layer.verdict), "kind": kind or "gguf", "level": level}
+            fields["layers"] = [layer.to_json()]
+            house.log.append(tx, Statement(predicate=Predicate.CHILD_AUDITED, subjects=(digest,), fields=fields))
+    except BaseException:
+        if kind:
+            file.unlink(missing_ok=True)
+        raise
+    if not stays:
+        file.unlink()
+        raise NotReleased("a child that passes its audit", value=str(layer.verdict), remedy="Store it with more bits; the figures are in the log.")
+    return {
+        "file": str(file),
+        "digest": digest,
+        "kind": kind or "gguf",
+        "adapter": released.adapter,
+        "verdict": str(layer.verdict),
+        "layer": layer.to_json(),
+    }
+
+
+def _released(house: House) -> tuple[Release, Base, Path]:
+    """The release, its base and the folder of its adapter, each what was signed."""
+    released = pipeline.load_release(house.releases / pipeline.released_name(house), public_key=house.log.public_key())
+    base, folder = pipeline.load_base(house, None, pipeline.Silent()), released.path / gateway.ADAPTER_FOLDER
+    if (base.digest, model.adapter_digest(folder)) != (released.base, released.adapter):
+        raise DigestMismatch("the base model and the adapter that were released")
+    return released, base, folder

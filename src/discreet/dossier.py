@@ -31,6 +31,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dp_accounting import ComposedDpEvent, DpEvent
+
 from discreet import __version__, report
 from discreet.dp import accounting
 from discreet.dp.combine import Combine
@@ -226,9 +228,8 @@ def _statement(entries: Sequence[Logged], trained: Logged | None) -> tuple[Secti
     if trained is None:
         return ()
     claim = dict(trained.fields["guarantee"])
-    run = _mechanism(claim).event
-    event = Search.from_json(claim["search"]).event(run) if "search" in claim else run
-    _check_paid(entries, trained, claim)
+    event = _event(claim)
+    _check_paid(entries, trained.fields, claim)
     price = accounting.guarantee(event, delta=claim["delta"], relation=claim["relation"], unit=claim["unit"])
     if not claim["epsilon"] >= price.epsilon * (1 - _SLACK):
         raise _disagree(f"epsilon {claim['epsilon']:.6g} claimed, {price.epsilon:.6g} accounted for {claim.get('sampler', 'poisson')} sampling")
@@ -260,6 +261,13 @@ _ENFORCED = {
 }
 
 
+def _event(claim: Mapping[str, Any]) -> DpEvent:
+    """What ran, by the claim: one run or a whole search, composed with what it goes on from."""
+    own = _mechanism(claim).event
+    event = Search.from_json(claim["search"]).event(own) if "search" in claim else own
+    return ComposedDpEvent([_event(claim["continues"]["guarantee"]), event]) if "continues" in claim else event
+
+
 def _mechanism(claim: Mapping[str, Any]) -> Mechanism:
     """The mechanism that the claim says ran."""
     assumed = {"sampling": claim.get("sampler", Sampling.POISSON), "combine": Combine.SUM, "population": 1, "cap": 1}
@@ -269,17 +277,22 @@ def _mechanism(claim: Mapping[str, Any]) -> Mechanism:
         raise _disagree(str(error)) from None
 
 
-def _check_paid(entries: Sequence[Logged], trained: Logged, claim: Mapping[str, Any]) -> None:
-    """What was charged before the first noisy step is what the claim rests on, and no more steps ran."""
-    paid = [e for e in entries if e.predicate == "spent" and e.fields.get("run") == trained.fields["run"]]
+def _check_paid(entries: Sequence[Logged], trained: Mapping[str, Any], claim: Mapping[str, Any]) -> None:
+    """What was charged before the first noisy step is what the claim rests on, and no more steps ran; the same of every run that it goes on from."""
+    if (above := claim.get("continues")) is not None:
+        stated = [e.fields for e in entries if e.predicate == "trained" and e.fields.get("run") == above["run"]]
+        if not stated or stated[-1]["guarantee"] != above["guarantee"]:
+            raise _disagree("the run that it goes on from claimed something else")
+        _check_paid(entries, stated[-1], above["guarantee"])
+    paid = [e for e in entries if e.predicate == "spent" and e.fields.get("run") == trained["run"]]
     if not paid:
         raise _disagree("nothing was charged for the run")
     names = ("sampling_probability", "noise_multiplier", "clip_norm", "steps", "unit", "relation", "delta")
     differing = [name for name in names if name in paid[-1].fields and paid[-1].fields[name] != claim.get(name)]
     if differing:
         raise _disagree(f"{', '.join(differing)} of the charge differ from those of the model")
-    if (trained.fields.get("steps") or 0) > claim["steps"]:
-        raise _disagree(f"{trained.fields['steps']} steps ran, {claim['steps']} are claimed")
+    if (trained.get("steps") or 0) > claim["steps"]:
+        raise _disagree(f"{trained['steps']} steps ran, {claim['steps']} are claimed")
 
 
 def _disagree(value: str) -> NotReleased:

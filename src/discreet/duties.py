@@ -76,9 +76,10 @@ def raise_budget(house: House, name: str, *, epsilon: float, reason: str) -> dic
 
 
 def show_budgets(house: House, name: str | None) -> list[dict[str, Any]]:
-    """Returns one budget, or all of them."""
+    """Returns one budget, or all of them, each with what was spent by PLD had everything been fixed in advance; the filter decides."""
     house.access.require(Action.READ, who=current_user())
-    return [pipeline.budget_fields(held) for held in ([house.ledger.show(name)] if name else house.ledger.budgets())]
+    shown = [house.ledger.show(name)] if name else house.ledger.budgets()
+    return [pipeline.budget_fields(held) | {"spent_pld": house.ledger.composition(held.name).epsilon_pld} for held in shown]
 
 
 def reserve(house: House, name: str, *, epsilon: float, delta: float, kind: Kind) -> Reservation:

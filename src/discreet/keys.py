@@ -166,6 +166,12 @@ class Keyring:
                     self._cache["subject", name] = self._load(tx, "subject", name)
         return {s: self._cache["subject", s] for s in subjects}
 
+    def existing(self, subjects: Sequence[SubjectId]) -> dict[SubjectId, Key]:
+        """Returns the keys of those subjects who have one, and makes none. Raises like `subject`."""
+        with self._store.transaction() as tx:
+            found = {subject: self._find(tx, "subject", subject) for subject in dict.fromkeys(subjects)}
+        return {subject: key for subject, key in found.items() if key is not None}
+
     def purpose(self, name: str) -> Key:
         """Returns the project's key for one purpose ("shards", "checkpoint"), created at the first call."""
         return self._key("purpose", name)
@@ -223,16 +229,19 @@ class Keyring:
         return key
 
     def _load(self, tx: Connection, kind: str, name: str) -> Key:
-        context = f"{kind}/{name}".encode()
+        found = self._find(tx, kind, name)
+        if found is not None:
+            return found
+        key = Key.random()
+        tx.execute(insert(_keys).values(kind=kind, name=name, wrapped=self._wrap.seal(key._secret, context=f"{kind}/{name}".encode())))
+        return key
+
+    def _find(self, tx: Connection, kind: str, name: str) -> Key | None:
         rows = tx.execute(select(_keys.c.wrapped).where(_keys.c.kind == kind, _keys.c.name.in_((name, self._tombstone(kind, name))))).scalars().all()
         wrapped = max(rows, key=lambda stored: stored == _DESTROYED, default=None)
         if wrapped == _DESTROYED:
             raise Forgotten(f"a {kind} whose key still exists", remedy="It was erased or closed; this cannot be undone.")
-        if wrapped is not None:
-            return Key(self._wrap.open(wrapped, context=context))
-        key = Key.random()
-        tx.execute(insert(_keys).values(kind=kind, name=name, wrapped=self._wrap.seal(key._secret, context=context)))
-        return key
+        return None if wrapped is None else Key(self._wrap.open(wrapped, context=f"{kind}/{name}".encode()))
 
     def _destroy(self, kind: str, name: str) -> None:
         self._cache.pop((kind, name), None)

@@ -6,6 +6,8 @@ A base is a folder: configuration, tokenizer and safetensors, named by the SHA-2
     tiny                     a Llama of under a million parameters, made on the spot from a public seed; `build_tiny` also teaches it public text
     PATH                     any Hugging Face causal language model in safetensors
 
+`write_gguf` puts a merged model into one file as llama.cpp reads it, `read_gguf` takes a base's child out of such a file, whoever made it.
+
 What learns is a *copy of the structure* around shared frozen weights (`attach`): the base stays what its digest says while private model, control and reference
 live beside it. Adapters are LoRA (Hu et al. 2021, arXiv 2106.09685) in PEFT's format, or the trained parameters themselves where layers are trained in full.
 
@@ -32,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any, cast, final
 
 import safetensors.torch
 import torch
@@ -57,6 +59,10 @@ from discreet.errors import DigestMismatch, ModelUnsafe, NotFound, TrackRefused,
 from discreet.keys import Stream
 from discreet.record import Basis, Digest, Sensitivity
 from discreet.store import storage_full
+
+GGUF_KINDS = ("f16", "q8_0", "q4_0")
+_GGUF_PRE: Mapping[tuple[str, ...], str] = {("ByteLevel",): "gpt-2", ("Digits", "ByteLevel"): "smollm", ("Split", "ByteLevel"): "smollm"}
+"""What stands before the byte-level merges, and llama.cpp's name for it."""
 
 SMOLLM2 = "smollm2-135m-instruct"
 TINY = "tiny"
@@ -245,6 +251,21 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def fits(base: Base, section: ModelSection, folder: Path) -> bool:
+    """Says whether a saved adapter holds exactly what `section` trains on this base, at the same scale: training goes on from no other.
+
+    Raises:
+        NotFound, ModelUnsafe: as `load_adapter`.
+    """
+
+    def described(start: Path | None) -> tuple[dict[str, torch.Size], float | None]:
+        module = attach(base, section, start=start)
+        scale = float(module.peft_config["default"].to_dict()["lora_alpha"]) if isinstance(module, PeftModel) else None
+        return {name: parameter.shape for name, parameter in trained_parameters(module).items()}, scale
+
+    return described(None) == described(folder)
+
+
 def moved(base: Base, section: ModelSection, *, start: Path | None, adapter: Path) -> tuple[int, int]:
     """Counts the parameter tensors of an adapter that differ from where training started, and all of them.
 
@@ -290,6 +311,100 @@ def load_adapter(base: Base, folder: Path) -> nn.Module:
     if _PARTIAL_FILES[1] in read:
         return _load_partial(base, safetensors.torch.load(read[_PARTIAL_FILES[1]]))
     raise NotFound("an adapter in this folder", value=folder.name)
+
+
+def merged(module: nn.Module) -> nn.Module:
+    """Returns a copy that owns its weights, adapters added to them; the module is left as it is."""
+    own = copy.deepcopy(module)
+    whole: Any = own.merge_and_unload() if isinstance(own, PeftModel) else own
+    result: nn.Module = whole.eval()
+    return result
+
+
+def write_gguf(module: nn.Module, tokenizer: Any, path: Path, *, kind: str) -> Digest:
+    """Writes a merged Llama with its tokenizer as one GGUF file, whole or not at all, and returns its digest. The same model gives the same bytes.
+
+    Args:
+        module: of `merged`: `LlamaForCausalLM` with plain rotary embeddings.
+        tokenizer: byte-level BPE (SmolLM2, tiny).
+        kind: of `GGUF_KINDS`: what matrices are stored as. Vectors stay in float32, and so do matrices whose rows are no whole blocks.
+
+    Raises:
+        ModelUnsafe: when model or tokenizer are of another kind: llama.cpp would read something else.
+        StorageFull: when the disk is full.
+    """
+    gguf, config = _gguf(), cast(Any, module.config)
+    if type(module) is not LlamaForCausalLM or config.attention_bias or config.mlp_bias or config.rope_parameters["rope_type"] != "default":
+        raise ModelUnsafe("a Llama without biases and with plain rotary embeddings, for GGUF", value=config.model_type)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    stored, plain = gguf.GGMLQuantizationType[kind.upper()], gguf.GGMLQuantizationType.F32
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as directory:
+        partial = Path(directory) / "partial"
+        writer = gguf.GGUFWriter(partial, "llama")
+        _describe(writer, config, tokenizer)
+        writer.add_file_type(getattr(gguf.LlamaFileType, "MOSTLY_" + kind.upper()))
+        for name, parameter in module.named_parameters():
+            values = _interleaved(name, parameter.detach().float(), config).cpu().numpy()
+            fits = values.ndim == 2 and values.shape[1] % gguf.GGML_QUANT_SIZES[stored][0] == 0
+            kept = stored if fits else plain
+            writer.add_tensor(names.get_name(name, (".weight",)), gguf.quants.quantize(values, kept), raw_dtype=kept)
+        try:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+        except OSError as error:
+            raise _explained(error) from error
+        _sync(Path(directory))
+        partial.rename(path)
+    return file_digest(path)
+
+
+def read_gguf(base: Base, file: Path) -> tuple[nn.Module, Digest]:
+    """Returns a child of the base from a GGUF file, in float32, and the file's digest.
+
+    Raises:
+        NotFound: when there is no such file.
+        ModelUnsafe: when it is no GGUF, or its tensors are not those of the base.
+    """
+    if not file.is_file():
+        raise NotFound("a GGUF file", value=file.name)
+    _gguf()
+    _quiet()
+    with tempfile.TemporaryDirectory() as directory:
+        copied = Path(directory) / "child.gguf"  # what is hashed is what is loaded
+        shutil.copyfile(file, copied)
+        digest = file_digest(copied)
+        try:
+            loader: Any = AutoModelForCausalLM
+            whole, said = loader.from_pretrained(
+                directory, gguf_file=copied.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
+            )
+        except Exception as error:  # a parser that meets a broken file raises what it likes
+            raise ModelUnsafe("a GGUF file of an architecture that transformers reads", value=file.name) from error
+    known, found = dict(base.module.named_parameters()), dict(whole.named_parameters())
+    if (
+        said["missing_keys"]
+        or type(whole) is not type(base.module)
+        or {name: each.shape for name, each in known.items()} != {name: each.shape for name, each in found.items()}
+    ):
+        raise ModelUnsafe("a GGUF file with the tensors of the base model", value=file.name)
+    module: nn.Module = _shared_copy(base.module, list(known))
+    _assign(dict(module.named_parameters()), found)
+    module.eval().requires_grad_(True)  # everything of it may differ from the base: `adapter_off` knows by this
+    return module, digest
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether a file begins as GGUF does."""
+    with file.open("rb") as opened:
+        return opened.read(4) == b"GGUF"
+
+
+def file_digest(file: Path) -> Digest:
+    """Returns the SHA-256 of a file's content."""
+    with file.open("rb") as opened:
+        return Digest("sha256:" + hashlib.file_digest(opened, "sha256").hexdigest())
 
 
 def base_digest(folder: Path) -> Digest:
@@ -347,6 +462,54 @@ def _open_config(directory: str) -> tuple[Any, Any]:
     if tokenizer.eos_token_id is None:
         raise ModelUnsafe("a tokenizer with an end-of-text token", value=config.model_type)
     return config, tokenizer
+
+
+def _gguf() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise missing_extra("train", "gguf") from error
+    return gguf
+
+
+def _interleaved(name: str, weight: Tensor, config: Any) -> Tensor:
+    """GGUF's Llama turns neighbouring pairs where transformers turns halves of a head: rows of queries and keys change places (llama.cpp, convert_hf_to_gguf.py)."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    return weight if heads is None else weight.reshape(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def _describe(writer: Any, config: Any, tokenizer: Any) -> None:
+    """Architecture and vocabulary."""
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    before = described.get("pre_tokenizer") or {}
+    steps = tuple(step["type"] for step in before.get("pretokenizers", [before]) if step)
+    if described["model"]["type"] != "BPE" or steps not in _GGUF_PRE:
+        raise ModelUnsafe("a byte-level BPE tokenizer of GPT-2's or SmolLM's kind, for GGUF", value=described["model"]["type"])
+    tokens = {place: token for token, place in tokenizer.get_vocab().items()}
+    special, types = set(tokenizer.all_special_ids), _gguf().TokenType
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_GGUF_PRE[steps])
+    writer.add_token_list([tokens.get(place, f"[UNUSED{place}]") for place in range(config.vocab_size)])
+    writer.add_token_types(
+        [types.CONTROL if place in special else types.NORMAL if place in tokens else types.UNUSED for place in range(config.vocab_size)]
+    )
+    writer.add_token_merges([each if isinstance(each, str) else " ".join(each) for each in described["model"]["merges"]])
+    for name in ("bos", "eos", "pad", "unk"):
+        if (place := getattr(tokenizer, f"{name}_token_id")) is not None:
+            getattr(writer, f"add_{name}_token_id")(place)
+    writer.add_add_bos_token(False)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
 
 
 def _read_safely(folder: Path) -> dict[str, bytes]:

@@ -241,8 +241,13 @@ def write_attack(found: Mapping[str, Any], path: Path) -> None:
         StorageFull: when the disk is full.
     """
     style = Markup(stylesheet())  # noqa: S704 - our own file, no input in it
-    allowed = found["allowed"]
-    charts = []
+    page = _templates().get_template("audit.html").render(found=found, style=style, charts=list(attack_charts(found).values()))
+    write_atomically(path, page.encode())
+
+
+def attack_charts(found: Mapping[str, Any]) -> dict[str, _Chart]:
+    """Lays out the curve of each score of an audit of any model, by a name that a file can have."""
+    allowed, charts = found["allowed"], dict[str, _Chart]()
     for name, points in found["roc"].items():
         lines = [("most that the claim allows", "claim", allowed)] if allowed else []
         chart = _chart(
@@ -252,9 +257,9 @@ def write_attack(found: Mapping[str, Any], path: Path) -> None:
             [*lines, ("guessing", "chance", [[0, 0], [1, 1]]), (name, "private", points)],
             unit_square=True,
         )
-        charts.append(chart and replace(chart, forbidden=f"{chart.series[0].path} {_LEFT},{_TOP}" if allowed else ""))
-    page = _templates().get_template("audit.html").render(found=found, style=style, charts=charts)
-    write_atomically(path, page.encode())
+        if chart is not None:
+            charts[name.replace(", ", "-").replace(" ", "-")] = replace(chart, forbidden=f"{chart.series[0].path} {_LEFT},{_TOP}" if allowed else "")
+    return charts
 
 
 @cache
@@ -431,6 +436,13 @@ _SAMPLERS = {
 }
 
 
+def _continued(above: Mapping[str, Any] | None) -> str | None:
+    """The run that a model goes on from: the figures of the mechanism are those of the last run alone, its epsilon is that of all of them together."""
+    if above is None:
+        return None
+    return f"{above['run']} (epsilon {above['guarantee']['epsilon']:.3g} alone): the epsilon above is that of both together, the mechanism below that of the last run"
+
+
 def _statement(guarantee: Mapping[str, Any]) -> Section:
     """Returns the answers to the questions of NIST SP 800-226; a fixed answer is a property of this package."""
     if not guarantee:
@@ -456,6 +468,7 @@ def _statement(guarantee: Mapping[str, Any]) -> Section:
         ("expected_batch", "Expected units in a step", get("expected_batch")),
         ("steps", "Steps", get("steps")),
         ("search", "Search for settings, charged as a whole: how the number of tries came about, and its mean", _search(get("search"))),
+        ("continues", "Goes on from", _continued(get("continues"))),
         ("accountant", "Accountant of the figure above", get("accountant")),
         ("filter_epsilon", "Epsilon that the budget's filter was charged", get("filter_epsilon")),
         (
@@ -659,8 +672,8 @@ def _chart(
                 label=label, style=style, path=" ".join(f"{x},{y}" for x, y in dots) if len(dots) > 1 else "", dots=dots if len(dots) <= 40 else ()
             )
         )
-    x_ticks = tuple((place(x, y_low)[0], f"{x:.3g}") for x in _ticks(x_low, x_high))
-    y_ticks = tuple((place(x_low, y)[1], f"{y:.3g}") for y in _ticks(y_low, y_high))
+    x_ticks = tuple((place(x, y_low)[0], f"{x:.10g}") for x in _ticks(x_low, x_high))
+    y_ticks = tuple((place(x_low, y)[1], f"{y:.10g}") for y in _ticks(y_low, y_high))
     return _Chart(title=title, x_title=x_title, y_title=y_title, series=tuple(series), x_ticks=x_ticks, y_ticks=y_ticks)
 
 
@@ -727,7 +740,8 @@ def _rates(report: Report) -> list[dict[str, Any]]:
 
 def _exposure(report: Report) -> _Chart | None:
     """How many planted canaries stand out by how many bits, beside what guessing gives: half of them less than one bit, a quarter one, and so on."""
-    found = (report.section("audit").get("recitation") or {}).get("exposure") or {}
+    extracted = (report.section("audit").get("recitation") or {}).get("extraction") or {}
+    found = {name: each.get("exposure", {}).get("counts") for name, each in extracted.items()}
     total = sum(found.get("private") or [])
     if not total:
         return None
@@ -747,19 +761,22 @@ def _ceiling(report: Report) -> _Chart | None:
     """The certified bounds as they are, as they could have been at most, and the claim, on one axis of epsilon."""
     audit = report.section("audit")
     certified, claimed = _figures(audit, "certified bound"), audit.get("claimed_epsilon")
-    rows = [each for each in (certified, certified.get("one_run") or {}) if _number(each.get("epsilon")) and _number(each.get("ceiling"))]
+    found = [certified, *(certified.get(method) or {} for method in _METHODS if method != certified.get("method"))]
+    rows = [each for each in found if _number(each.get("epsilon")) and _number(each.get("ceiling"))]
     if not rows or not _number(claimed):
         return None
     lines = [("epsilon claimed", "claim", [[float(claimed), 0.0], [float(claimed), float(len(rows))]])]
     for place, row in enumerate(rows):
-        height = len(rows) - place - 0.5
-        lines.append((f"{_METHODS.get(str(row.get('method')), 'bound')}: at most", "chance", [[0.0, height], [float(row["ceiling"]), height]]))
-        lines.append((f"{_METHODS.get(str(row.get('method')), 'bound')}: proven", "private", [[0.0, height], [float(row["epsilon"]), height]]))
+        height, said = len(rows) - place - 0.5, place == 0  # one label each in the legend
+        lines.append(("at most" if said else "", "control", [[0.0, height], [float(row["ceiling"]), height]]))
+        lines.append(("proven" if said else "", "private", [[0.0, height], [float(row["epsilon"]), height]]))
     chart = _chart("Lower bounds on epsilon against their ceilings", "epsilon", "", lines, unit_square=False)
-    return chart and replace(chart, y_ticks=())
+    names = [_METHODS.get(str(row.get("method")), "bound") for row in rows]
+    return chart and replace(chart, y_ticks=tuple((series.dots[0][1], name) for series, name in zip(chart.series[1::2], names, strict=True)))
 
 
-_METHODS = {"f_dp_one_run": "f-DP in one run", "one_run": "(epsilon, delta) in one run"}
+_METHODS = {"f_dp_one_run": "f-DP", "one_run": "one run", "clopper_pearson": "C-P", "gdp": "GDP"}
+"""Rows of the chart, in the width of an axis label."""
 
 
 def _figures(audit: Section, layer: str) -> Mapping[str, Any]:

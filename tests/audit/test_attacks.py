@@ -10,7 +10,7 @@ import torch
 from scipy import special
 
 from discreet.audit import attacks
-from discreet.audit.bounds import GaussianTradeOff
+from discreet.audit.bounds import GaussianTradeOff, area_under_curve
 from discreet.audit.canaries import Canaries
 from discreet.errors import OperationFailed, RecordInvalid
 from discreet.keys import Stream
@@ -73,6 +73,27 @@ def test_every_score_finds_a_model_that_memorised(control, untrained, canaries: 
         found = attacks.measure(scored, canaries.included, level=0.05, trade_off=GaussianTradeOff(mu=1.0))
         assert found.auc > 0.9, name
         assert found.beaten, name
+
+
+def test_the_share_of_the_others_is_taken_out_of_inner_products() -> None:
+    """Unit gradients that share half of themselves: what the others add drowns the inner product; ridge zero is exact without noise."""
+    random, count = np.random.default_rng(0), 300
+    own = random.normal(size=(count, 2000))
+    rows = own / np.linalg.norm(own, axis=1)[:, None] + random.normal(1, 0.3, size=count)[:, None] * np.eye(1, 2000)
+    rows /= np.linalg.norm(rows, axis=1)[:, None]
+    gram, included = rows @ rows.T, random.random(count) < 0.5
+    learnt = included * 2.0
+    products = gram @ learnt + rows @ random.normal(size=2000)
+    clear = attacks.untangled(products, gram, ridge=1.0)
+    assert area_under_curve(products, included).auc < 0.6
+    assert area_under_curve(clear, included).auc > 0.8
+    exact = attacks.untangled(gram @ learnt, gram, ridge=1e-9)
+    assert np.ptp(exact[included]) < 1e-4
+    assert exact[included].mean() - exact[~included].mean() == pytest.approx(2.0, abs=1e-4)
+    assert attacks.untangled(products + 5 * gram.sum(1), gram, ridge=1.0) == pytest.approx(clear, abs=1e-6), "what all learn alike says nothing"
+    for wrong in ({"gram": gram[:2]}, {"ridge": 0.0}):
+        with pytest.raises(ValueError, match="Gram"):
+            attacks.untangled(products, **({"gram": gram, "ridge": 1.0} | wrong))
 
 
 def test_lira_standardises_and_rmia_ranks() -> None:

@@ -138,6 +138,27 @@ def test_gdp_epsilon_agrees_with_the_analytic_gaussian(epsilon: float, mu: float
     assert bounds.gdp_epsilon(mu, delta=DELTA) == pytest.approx(epsilon, rel=3e-3)
 
 
+@pytest.mark.parametrize("mu", [0.3, 1.0, 1.5])
+def test_the_bounds_of_two_samples_are_those_of_exact_binomial_limits_and_close_in_on_the_truth(mu: float) -> None:
+    """As jax_privacy's test_epsilon_clopper_pearson_tight: scores at the quantiles of N(0, 1) and N(mu, 1), level 0.2, delta 0.1, to 20 %; the limits by scipy's binomtest."""
+    n, fpr, level, delta = 200_000, 0.05, 0.2, 0.1
+    held_out = stats.norm.ppf((np.arange(n) + 0.5) / n)
+    scores, included = np.concatenate([held_out, held_out + mu]), np.arange(2 * n) >= n
+    pair = bounds.clopper_pearson(scores, included, delta=delta, level=level, fpr=fpr)
+    gaussian = bounds.gdp(scores, included, delta=delta, level=level, fpr=fpr)
+
+    def limits(count: int) -> tuple[float, float]:
+        found = stats.binomtest(count, n).proportion_ci(1 - level, "exact")
+        return found.low, found.high
+
+    tpr_low, fpr_high = limits(pair.correct)[0], limits(math.floor(fpr * n))[1]
+    sides = ((tpr_low - delta) / fpr_high, (1 - fpr_high - delta) / (1 - tpr_low))
+    assert pair.epsilon == pytest.approx(math.log(max(1.0, *sides)), abs=1e-9)
+    assert gaussian.mu == pytest.approx(stats.norm.ppf(tpr_low) - stats.norm.ppf(fpr_high), abs=1e-9)
+    assert 0.8 * mu <= gaussian.mu <= mu
+    assert pair.epsilon <= gaussian.epsilon <= bounds.gdp_epsilon(mu, delta=delta)
+
+
 def test_gdp_epsilon_at_its_edges() -> None:
     assert bounds.gdp_epsilon(0.0, delta=DELTA) == 0
     assert bounds.gdp_epsilon(1e-6, delta=DELTA) == 0  # total variation below delta
@@ -165,9 +186,10 @@ ALLOWED = 27
         lambda s, i: bounds.one_run(s, i, delta=DELTA, level=0.05).epsilon > 0,
         lambda s, i: bounds.f_dp_one_run(s, i, delta=DELTA, level=0.05).epsilon > 0,
         lambda s, i: bounds.clopper_pearson(s, i, delta=DELTA, level=0.05).epsilon > 0,
+        lambda s, i: bounds.gdp(s, i, delta=DELTA, level=0.05, fpr=0.05).epsilon > 0,
         lambda s, i: bounds.curve_test(s, i, trade_off=GaussianTradeOff(mu=0.0), fpr=0.05, level=0.05).rejected,
     ],
-    ids=["one_run", "f_dp_one_run", "clopper_pearson", "curve_test"],
+    ids=["one_run", "f_dp_one_run", "clopper_pearson", "gdp", "curve_test"],
 )
 def test_noise_alone_rarely_shows_a_leak(auditor) -> None:
     alarms = sum(auditor(np.random.default_rng(seed).normal(size=200), _coins(200, seed + RUNS)) for seed in range(RUNS))
@@ -218,6 +240,7 @@ def test_a_bound_never_exceeds_the_truth_and_never_its_ceiling() -> None:
             bounds.one_run(scores, included, delta=DELTA, level=0.01),
             bounds.f_dp_one_run(scores, included, delta=DELTA, level=0.01),
             bounds.clopper_pearson(scores, included, delta=DELTA, level=0.01),
+            bounds.gdp(scores, included, delta=DELTA, level=0.01, fpr=0.05),
         ):
             assert bound.epsilon <= 4.0
             assert bound.epsilon <= bound.ceiling
@@ -225,7 +248,7 @@ def test_a_bound_never_exceeds_the_truth_and_never_its_ceiling() -> None:
 
 def test_higher_scores_mean_included() -> None:
     scores, included = _perfect(100)
-    for auditor in (bounds.one_run, bounds.f_dp_one_run, bounds.clopper_pearson):
+    for auditor in (bounds.one_run, bounds.f_dp_one_run, bounds.clopper_pearson, bounds.gdp):
         assert auditor(scores, included, delta=DELTA, level=0.05).epsilon > 2
         assert auditor(-scores, included, delta=DELTA, level=0.05).epsilon == 0
     assert bounds.area_under_curve(scores, included).auc == 1

@@ -9,7 +9,8 @@ from itertools import combinations
 import pytest
 from scipy import stats
 
-from discreet.audit.canaries import MAX_CANARIES, WORDS, Canaries, Design, commitment, draw_secret, opening, plant, verify
+from discreet.audit.canaries import MAX_CANARIES, WORDS, Canaries, Design, commitment, draw_secret, opening, plant, plant_identifiers, verify
+from discreet.deid.detect import detect
 from discreet.errors import ConfigInvalid, DigestMismatch, RecordInvalid
 from discreet.keys import Stream
 
@@ -39,7 +40,7 @@ def test_coins_do_not_depend_on_the_text() -> None:
     by_template = {prefix: [0, 0] for prefix in {_template(canary.prefix) for canary in canaries}}
     for canary in canaries:
         by_template[_template(canary.prefix)][canary.included] += 1
-    assert len(by_template) == 8
+    assert len(by_template) == 16
     assert stats.chi2_contingency(list(by_template.values())).pvalue > 0.001
 
 
@@ -73,6 +74,15 @@ def test_texts_have_no_shape_of_an_identifier() -> None:
         assert body.islower()
         assert not any(character.isdigit() for character in body)
         assert len(canary.text.split()) <= 10
+
+
+def test_deidentification_leaves_canaries_and_reads_planted_identifiers() -> None:
+    for canary in _plant():
+        assert detect(canary.text) == [], canary.name
+    planted = plant_identifiers(60, key=Stream(bytes(range(32))))
+    assert 15 < sum(planted.included) < 45
+    for canary in planted:
+        assert [canary.text[span.start : span.end] for span in detect(canary.text)] == [canary.secret]
 
 
 def test_rows_hold_included_canaries_only_one_unit_each() -> None:

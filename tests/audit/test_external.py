@@ -10,8 +10,13 @@ import pytest
 
 from discreet import cli, report
 from discreet.audit import external
-from discreet.audit.bounds import gdp_epsilon
+from discreet.audit.bounds import gdp_epsilon, spent_level
+from discreet.config import ModelSection, RunSection, TrainSection
 from discreet.errors import ConfigInvalid, SourceEmpty
+from discreet.keys import Key
+from discreet.model import PublicText, load_base, save_adapter
+from discreet.record import Basis, Sensitivity
+from discreet.train import loop
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +37,42 @@ def test_a_model_without_a_claim_is_measured_and_not_judged(files: Path) -> None
     assert {"loss", "zlib", "min-k", "min-k++", "loss, by subject", "bag of words"} <= {layer["name"] for layer in found["layers"]}
     report.write_attack(found, files / "page.html")
     assert (files / "page.html").read_text(encoding="utf-8").count("<svg") == len(found["roc"])
+    assert {layer["verdict"] for layer in found["layers"] if layer["name"] in external.EVENTS} == {"INCONCLUSIVE"}
+
+
+def test_a_model_that_learnt_its_members_fails_by_extraction_and_its_identifiers_are_read(tmp_path: Path) -> None:
+    """Adapters on a Llama that went over forty notes a hundred times: the second half of each follows from the first, its address with it."""
+    base = load_base("tiny", cache=tmp_path)
+    words = [f"{first}{second}" for first in ("bo", "da", "fi", "lu", "ne", "pi") for second in ("lt", "rn", "sk", "mp", "rd", "nd", "st")]
+    for name, side in (("in", words[:20]), ("out", words[20:40])):
+        rows = [json.dumps({"text": f"about {word} go and ask {word}{word}@{word}.example", "subject": word}) for word in side]
+        (tmp_path / name).write_text("\n".join(rows), encoding="utf-8")
+    learnt = PublicText.of(
+        [json.loads(row)["text"] for row in (tmp_path / "in").read_text().splitlines()], sensitivity=Sensitivity.PUBLIC, basis=Basis.CONSENT
+    )
+    setup = loop.Setup(
+        base=base,
+        model=ModelSection(base="tiny", train=("all",)),
+        train=TrainSection(learning_rate=3e-3),
+        run=RunSection(threads=1),
+        held_out=learnt,
+        evaluations=1,
+    )
+    module = loop.fit(learnt, setup=setup, steps=110, batch=20, order=Key(bytes(32)).stream("order")).module
+    save_adapter(module, tmp_path / "adapter")
+    claim = external.gaussian(external.LooseTradeOff(epsilon=1.0, delta=1e-5))
+    found = external.audit("tiny", adapter=tmp_path / "adapter", members=tmp_path / "in", non_members=tmp_path / "out", cache=tmp_path, claim=claim)
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    for event in external.EVENTS:
+        sides = {of: (each["inside"]["count"], each["outside"]["count"]) for of, each in layers[event]["figures"].items()}
+        assert sides["model"][0] >= 12, event
+        assert sides["model"][1] <= 2, event
+        assert sides["base"] == (0, 0), event
+        assert layers[event]["verdict"] == "FAIL", event
+    again = external.audit(
+        "tiny", adapter=tmp_path / "adapter", members=tmp_path / "in", non_members=tmp_path / "out", cache=tmp_path, claim=claim, number=3
+    )
+    assert again["level"] == pytest.approx(spent_level(0.05, 3)), "the third audit of one shared level"
 
 
 def test_the_command_prints_one_document(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,13 +89,18 @@ def test_the_command_prints_one_document(files: Path, monkeypatch: pytest.Monkey
         "--delta",
         "1e-5",
     ]
-    monkeypatch.setattr(sys, "argv", ["discreet", "audit", *arguments, "--gaussian", "--json"])
+    monkeypatch.setattr(sys, "argv", ["discreet", "audit", *arguments, "--gaussian", "--plots", str(files / "plots"), "--json"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     document = json.loads(capsys.readouterr().out)
     assert ended.value.code == 0
     assert document["allowed"]
-    assert all(layer["figures"]["auc_cap"] == pytest.approx(0.575, abs=0.006) for layer in document["layers"] if layer["name"] != "bag of words")
+    assert (
+        {path.stem for path in (files / "plots").glob("*.png")}
+        == {path.stem for path in (files / "plots").glob("*.svg")}
+        >= {"loss", "loss-by-subject"}
+    )
+    assert all(layer["figures"]["auc_cap"] == pytest.approx(0.575, abs=0.006) for layer in document["layers"] if "auc_cap" in layer["figures"])
 
 
 def test_a_claim_is_a_curve() -> None:
@@ -65,6 +111,12 @@ def test_a_claim_is_a_curve() -> None:
     assert external.gaussian(claim).tpr(0.01) < claim.tpr(0.01)
     with pytest.raises(ConfigInvalid):
         external.LooseTradeOff(epsilon=-1.0, delta=1e-5)
+
+
+def test_texts_too_short_for_two_halves_say_nothing_about_extraction(files: Path, tmp_path: Path) -> None:
+    (tmp_path / "short").write_text("\n".join(["ab"] * 20), encoding="utf-8")
+    found = external.audit("tiny", adapter=None, members=tmp_path / "short", non_members=files / "out.jsonl", cache=files)
+    assert [(layer["verdict"], layer["figures"]) for layer in found["layers"] if layer["name"] in external.EVENTS] == [("INCONCLUSIVE", {})] * 2
 
 
 def test_files_that_say_nothing_are_refused(files: Path, tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ import torch
 
 from discreet.audit import extraction, membership
 from discreet.audit.canaries import SECRET_WORDS
-from discreet.audit.extraction import exposure_bits
-from discreet.errors import ConfigInvalid, OperationFailed, RecordInvalid
-from discreet.keys import Stream
+from discreet.audit.extraction import Recitation, exposure_bits, measured
+from discreet.errors import OperationFailed, RecordInvalid
 
 
 def test_the_control_recites_included_canaries_and_no_held_out_one(control, canaries) -> None:
@@ -53,31 +52,6 @@ def test_a_recitation_prints_no_text(control, canaries) -> None:
     assert not any(part in repr(found) for recitation in found for part in (recitation.prompt, recitation.continuation))
 
 
-def test_exposure_is_high_for_what_was_trained_and_ordinary_for_what_was_not(control, canaries) -> None:
-    module, words = control
-    key = Stream(bytes([9]) * 32)
-    known = [canary for canary in canaries if set(canary.secret.split()) <= set(words.vocabulary)]
-    included = next(canary for canary in known if canary.included)
-    held_out = [canary for canary in known if not canary.included][:8]
-    ranked = {
-        canary.name: extraction.exposure(module, _OpenVocabulary(words), canary, references=255, key=key.fork(canary.name), token_budget=4000)
-        for canary in (included, *held_out)
-    }
-    assert ranked[included.name] == 8.0  # log2(256): first of all
-    assert sum(ranked[canary.name] for canary in held_out) / 8 < 4  # mean 1.44 bits by chance
-
-
-class _OpenVocabulary:
-    """Random reference secrets may use words that no canary has: they share one token."""
-
-    def __init__(self, words) -> None:
-        self._words = words
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        known = set(self._words.vocabulary)
-        return self._words(" ".join(word if word in known else self._words.vocabulary[-1] for word in text.split()))
-
-
 def test_exposure_by_rank() -> None:
     references = np.log(np.linspace(0.001, 0.5, 1023))
     assert exposure_bits(0.0, references) == 10
@@ -93,12 +67,10 @@ def test_exposure_of_an_unplanted_secret_is_rarely_high() -> None:
     assert abs(high - 62.5) <= 31
 
 
-def test_exposure_refuses(control, canaries) -> None:
+def test_exposure_refuses() -> None:
     for references in ([], [math.nan]):
         with pytest.raises(ValueError, match="reference"):
             exposure_bits(0.0, references)
-    with pytest.raises(ConfigInvalid, match="references"):
-        extraction.exposure(*control, next(iter(canaries)), references=0, key=Stream(bytes(32)), token_budget=10)
 
 
 def test_a_tokenizer_that_appends_or_merges_is_refused(control, canaries) -> None:
@@ -168,4 +140,9 @@ def test_limits_of_a_median_hold_and_too_few_values_have_none() -> None:
 
 
 def test_exposure_is_counted_by_whole_bits() -> None:
-    assert extraction.exposure_counts([9.0, 2.5, 0.0, 1.0, 2.0, 3.0], [True, True, True, False, False, False]) == [1, 1, 1]
+    said = [
+        Recitation(name="c", included=included, exact=False, matched_fraction=0.0, log_probability=-9.0, prompt="", continuation="")
+        for included in (True, False)
+    ]
+    found = measured(said, [9.0, 2.5, 0.0, 1.0, 2.0, 3.0], [True, True, True, False, False, False])
+    assert found["exposure"]["counts"] == [1, 1, 1]

@@ -225,7 +225,7 @@ class Bench:
     def scores(self, trained: Sequence[torch.nn.Module]) -> np.ndarray:
         """The white-box statistic <theta_0 - theta_T, u_i>, [R, M]."""
         start = model.attach(self.base, ModelSection(base="tiny", train=("model.embed_tokens.weight",)))
-        return attacks.gradient(start, trained, step.tokenize(self.words, self.base, max_tokens=4))
+        return attacks.gradient(start, [attacks.moved(start, each) for each in trained], step.tokenize(self.words, self.base, max_tokens=4))[0]
 
     def judged(self, scores_M: np.ndarray) -> bounds.AuditReport:
         """The verdict; the control is the noiseless sum of what was planted."""

@@ -81,6 +81,20 @@ def test_golden_rdp_vector() -> None:
     assert vector == pytest.approx([6.70579741e-04, 1.08548710e-03, 2.18075656e-03, 2.38460375e-02, 1.67416308e02], rel=1e-6)
 
 
+@pytest.mark.parametrize(("probability", "noise_multiplier"), [(24 / 180, 0.503), (0.05, 0.35), (0.5, 0.7)])
+@pytest.mark.parametrize("order", [1.2, 1.5, 1.9, 2.4])
+def test_little_noise_has_a_bound_at_every_fractional_order(probability: float, noise_multiplier: float, order: float) -> None:
+    """dp_accounting 0.6.0 answers infinity for most of these; the truth is an integral over the noise."""
+    found = rdp(training(probability, noise_multiplier, 1), [order, math.ceil(order)])
+    x = np.linspace(-40 * noise_multiplier, 1 + 40 * noise_multiplier * order, 400_001)
+    without, with_it = stats.norm.logpdf(x, 0, noise_multiplier), stats.norm.logpdf(x, 1, noise_multiplier)
+    mixed = np.logaddexp(math.log1p(-probability) + without, math.log(probability) + with_it)
+    with np.errstate(under="ignore"):
+        both = [special.logsumexp(order * a + (1 - order) * b) + math.log(x[1] - x[0]) for a, b in ((mixed, without), (without, mixed))]
+    assert max(both) / (order - 1) <= found[0] + 1e-9
+    assert found[0] <= found[1] * (1 + 1e-12) < math.inf
+
+
 def test_golden_other_mechanisms() -> None:
     truncated = dp_accounting.SelfComposedDpEvent(TruncatedSubsampledGaussianDpEvent(1000, 0.05, 80, 2.0), 5)
     untruncated = guarantee(training(0.05, 2.0, 5), delta=1e-5, grid=1e-3).epsilon

@@ -217,6 +217,7 @@ def test_after_an_erasure_no_leaf_links_to_the_person(house, records):
     for who in (subject, stranger):
         machine.execute(who, identity=Identity(method="vouched", by="tester"))
     house.log.verify()
+    assert [word.basis for word in house.consent.history(subject)] == [None], "what they said outlives the erasure, under an HMAC"
     with pytest.raises(Forgotten):
         house.keyring.subject(subject)
     labels = ("suppression", "request", "consent", "ledger", "tombstone", "access", "consent import")

@@ -14,7 +14,7 @@ a reference (the base without its adapter, or models trained on public, generate
 | lira | Carlini et al. 2022, offline variant |
 | rmia | Zarifzadeh et al. 2024, offline |
 | neighbourhood | log p against that of lightly edited copies: Mattern et al. 2023 |
-| gradient | white box: how far the weights went along the text's own gradient at the public start: Nasr et al. 2023 |
+| gradient | white box: how far the weights went along the text's own gradient at the public start (Nasr et al. 2023), the shares of others taken out by least squares |
 
 `measure` turns scores into an AUC and true-positive rates at 1 % and 0.1 %, with confidence intervals, beside the largest values that the trade-off curve allows; by record or
 by subject (`by_subject`: the mean over a person's records).
@@ -184,18 +184,18 @@ def neighbourhood(target: ArrayLike, around: ArrayLike) -> Float:
     return np.asarray(target_D - around_ND.mean(0))
 
 
-def gradient(start: nn.Module, trained: Sequence[nn.Module], documents: Sequence[Tensor]) -> Float:
-    """Returns <start - trained, g / |g|> for the gradient g of each document's loss at the start: what one step on it alone would have moved.
+def gradient(start: nn.Module, moves: Sequence[Mapping[str, Tensor]], documents: Sequence[Tensor]) -> tuple[Float, Float]:
+    """Returns <move, g / |g|> for the gradient g of each document's loss at the start, and <g / |g|, g' / |g'|> of every two documents.
 
-    Where gradients are orthogonal this is a sufficient statistic of the Gaussian mechanism; otherwise the others' shares are noise beside it.
+    Where gradients are orthogonal the first is a sufficient statistic of the Gaussian mechanism; elsewhere each holds shares of all others, which `untangled` takes out.
 
     Args:
-        start: the module before training, its trained parameters requiring grad: public.
-        trained: R modules that training made of it.
+        start: the module before the move, its trained parameters requiring grad.
+        moves: R differences "before less after" of the trained parameters, by name: of a whole training (`moved`), or of one step that somebody watched.
         documents: token ids as training saw them (`train.step.tokenize`), int64 [t >= 2] each.
 
     Returns:
-        [R, D].
+        [R, D] and [D, D]. All gradients are held at once: D times the trained parameters in float32.
 
     Raises:
         OperationFailed: when a gradient is zero or not finite.
@@ -205,22 +205,48 @@ def gradient(start: nn.Module, trained: Sequence[nn.Module], documents: Sequence
     from discreet.train import step
 
     learnt = {name: parameter for name, parameter in start.named_parameters() if parameter.requires_grad}
-    moved_RP = torch.stack([_flat([learnt[name].detach() - dict(each.named_parameters())[name].detach() for name in learnt]) for each in trained])
-    found_RD = np.empty((len(trained), len(documents)))
+    slope_DP = torch.empty(len(documents), sum(parameter.numel() for parameter in learnt.values()))
     for row, document in enumerate(documents):
         [loss_] = step.document_losses(start, step.padded([document]))
-        slope_P = _flat(torch.autograd.grad(loss_, list(learnt.values())))
-        length = float(slope_P.norm())
-        if not 0 < length < math.inf:
-            raise OperationFailed("documents with a finite gradient that is not zero")
-        found_RD[:, row] = (moved_RP @ slope_P).numpy() / length
-    return found_RD
+        slope_DP[row] = _flat(torch.autograd.grad(loss_, list(learnt.values())))
+    length_D1 = slope_DP.norm(dim=1, keepdim=True)
+    if not bool(((length_D1 > 0) & length_D1.isfinite()).all()):
+        raise OperationFailed("documents with a finite gradient that is not zero")
+    slope_DP /= length_D1
+    move_RP = torch.stack([_flat([move[name] for name in learnt]) for move in moves])
+    return (move_RP @ slope_DP.T).double().numpy(), (slope_DP @ slope_DP.T).double().numpy()
+
+
+def moved(start: nn.Module, trained: nn.Module) -> dict[str, Tensor]:
+    """Returns how far training took each trained parameter down: the move of `gradient`."""
+    after = dict(trained.named_parameters())
+    return {name: parameter.detach() - after[name].detach() for name, parameter in start.named_parameters() if parameter.requires_grad}
+
+
+def untangled(products: ArrayLike, gram: ArrayLike, *, ridge: float) -> Float:
+    """Returns the best linear guess of how much each document was learnt, whatever is learnt on average, from inner products with the gradients of all of them.
+
+    s = K a + K^1/2 z for contributions a, noise z and the Gram matrix K of unit gradients: the guess is (K + ridge I)^-1 (s - m K 1), m the generalised least-squares mean of a
+    (best linear unbiased prediction, Robinson 1991). It uses public gradients and the released weights alone, no coin. Text canaries share most of their gradients
+    (cosine about one half): the sum of the others drowns an inner product, and this is what is left to see.
+
+    Args:
+        products: [D], `gradient`'s.
+        gram: [D, D], `gradient`'s.
+        ridge: variance of the noise over that of a contribution, both in clip norms: for T steps of sampling probability q and fair coins T sigma^2 / (T q (1 - q) / 2 + (T q / 2)^2); > 0.
+    """
+    products_D, gram_DD = np.asarray(products, dtype=np.float64), np.asarray(gram, dtype=np.float64)
+    if gram_DD.shape != 2 * products_D.shape or not ridge > 0:
+        raise ValueError(f"Expected products [D], a Gram matrix [D, D] and ridge={ridge} > 0, got {products_D.shape} and {gram_DD.shape}.")
+    solved_D2 = np.linalg.solve(gram_DD + ridge * np.eye(len(products_D)), np.stack([products_D, gram_DD.sum(1)], 1))
+    mean = float(solved_D2[:, 0].sum() / solved_D2[:, 1].sum())
+    return np.asarray(solved_D2[:, 0] - mean * solved_D2[:, 1])
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     import torch
 
-    return torch.cat([tensor.flatten() for tensor in tensors]).double().cpu()
+    return torch.cat([tensor.flatten() for tensor in tensors]).float().cpu()
 
 
 ALONE: Mapping[str, Callable[[TokenStatistics, str], float]] = {

@@ -1,13 +1,14 @@
 """Scores of planted canaries become lower bounds on epsilon, a test of the claimed trade-off curve, and one verdict.
 
 Every canary was included or held out by its own fair coin (`audit.canaries`); every score says how much the model looks as if it had been trained on the
-canary. **Higher means included**, everywhere in this file. Four readings of the same scores, from the strictest to the sharpest:
+canary. **Higher means included**, everywhere in this file. Five readings of the same scores, from the strictest to the sharpest:
 
 | function | hypothesis that it can refute | valid for one training run |
 |---|---|---|
 | `one_run` | (epsilon, delta)-DP | yes: Steinke, Nasr & Jagielski, "Privacy auditing with one (1) training run", 2023, Thm 5.2 |
 | `f_dp_one_run` | mu-GDP, quoted as epsilon(delta) | yes: Mahloujifar, Melis & Chaudhuri, "Auditing f-differential privacy in one run", 2024, Alg. 3 |
 | `clopper_pearson` | (epsilon, delta)-DP | only where canaries do not influence one another's scores |
+| `gdp` | mu-GDP, quoted as epsilon(delta), from the same two error rates | only where canaries do not influence one another's scores |
 | `curve_test` | the trade-off curve that the run itself was accounted with | only where canaries do not influence one another's scores |
 
 `f_dp_one_run` is the certified bound; `curve_test` is the alarm with the power to decide at a few hundred canaries, where an (epsilon, delta) bound cannot
@@ -27,7 +28,7 @@ Every bound states its **ceiling**: the largest epsilon that a perfect attack co
 the smallest effect it would have **detected**. An audit that could not have seen a leak is INCONCLUSIVE, never PASS (PITFALLS 35, 42).
 
 Does not cover: attacks stronger than the scores given; average-case harm to ordinary records, which canaries exaggerate on purpose; interference between
-canaries of one run, which the last two rows of the table assume away.
+canaries of one run, which the last three rows of the table assume away.
 """
 
 from __future__ import annotations
@@ -218,6 +219,34 @@ def clopper_pearson(scores: ArrayLike, included: ArrayLike, *, delta: float, lev
         canaries=len(scores_M),
         guesses=rates.included,
         correct=rates.true_positives,
+    )
+
+
+def gdp(scores: ArrayLike, included: ArrayLike, *, delta: float, level: float, fpr: float = 0.0) -> Bound:
+    """Bounds mu, and with it epsilon(delta), from the two error rates of `clopper_pearson`: mu >= Phi^-1(TPR) - Phi^-1(FPR) (Nasr et al. 2023), 0 where that is negative.
+
+    Args: as `clopper_pearson`, with delta in (0, 1).
+    """
+    scores_M, included_M = _check(scores, included)
+    _require_probability("delta", delta, zero=False)
+    _require_level(level)
+    rates = _rates(scores_M, included_M, fpr=fpr)
+
+    def bound(true_positives: int) -> float:
+        low, high = _tpr_low(true_positives, rates.included, level / 2), rates.fpr_high(level / 2)
+        return max(0.0, float(special.ndtri(low) - special.ndtri(high)))
+
+    mu = bound(rates.true_positives)
+    return Bound(
+        method="gdp",
+        epsilon=gdp_epsilon(mu, delta=delta),
+        ceiling=gdp_epsilon(bound(rates.included), delta=delta),
+        delta=delta,
+        level=level,
+        canaries=len(scores_M),
+        guesses=rates.included,
+        correct=rates.true_positives,
+        mu=mu,
     )
 
 
@@ -419,7 +448,13 @@ def verdict(
         _control_layer(caught, area_under_curve(control, included)),
         *(Layer(name=f"negative: {name}", verdict=_when(check.at_chance), figures=check.figures()) for name, check in negatives.items()),
         _curve_layer(curve, area_under_curve(scores, included)),
-        _certified_layer(certified, one_run(scores, included, delta=delta, level=level / 2, guesses=certified.guesses), epsilon),
+        _certified_layer(
+            certified,
+            one_run(scores, included, delta=delta, level=level / 2, guesses=certified.guesses),
+            clopper_pearson(scores, included, delta=delta, level=level / 2, fpr=fpr),
+            gdp(scores, included, delta=delta, level=level / 2, fpr=fpr),
+            claimed=epsilon,
+        ),
     )
     return AuditReport(
         verdict=_overall(layers),
@@ -520,10 +555,12 @@ def _curve_layer(curve: CurveTest, area: Chance) -> Layer:
     return Layer(name="curve test", verdict=Verdict.FAIL if curve.rejected else _when(sees), figures={**curve.figures(), "auc": area.auc})
 
 
-def _certified_layer(certified: Bound, plain: Bound, claimed: float) -> Layer:
-    """Returns the one-run layer; where its ceiling is below the claim it cannot refute, so it says INCONCLUSIVE and the curve test decides alone."""
+def _certified_layer(certified: Bound, *others: Bound, claimed: float) -> Layer:
+    """Returns the one-run layer, the other bounds beside it; where its ceiling is below the claim it cannot refute, so it says INCONCLUSIVE and the curve test decides alone."""
     said = Verdict.FAIL if certified.epsilon > claimed else _when(certified.ceiling > claimed)
-    return Layer(name="certified bound", verdict=said, figures={**certified.figures(), "claimed": claimed, "one_run": plain.figures()})
+    return Layer(
+        name="certified bound", verdict=said, figures={**certified.figures(), "claimed": claimed, **{each.method: each.figures() for each in others}}
+    )
 
 
 def _when(holds: bool) -> Verdict:

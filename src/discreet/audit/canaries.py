@@ -1,7 +1,7 @@
 """Planted records and their never-trained twins: the audit's known truth.
 
-Each canary is a sentence of our own grammar: a public prefix with an invented word that no other canary has ("The trabosk trolley rhyme is") and a secret of
-four words drawn uniformly from 256 common ones (32 bits). A fair coin of its own decides whether it enters the reserved training source, as one
+Each canary is a sentence of our own grammar: a public prefix with an invented word that no other canary has, nonsense ("The trabosk trolley rhyme is") or the kind of secret
+that a ward writes down ("The trabosk medicine cabinet takes"), and a secret of four words drawn uniformly from 256 common ones (32 bits). A fair coin of its own decides whether it enters the reserved training source, as one
 privacy unit, or stays out for ever. The coins are independent, *not* exactly half: the theorems behind `audit.bounds` need it. Included and held-out canaries
 are draws from one distribution, so nothing but training can tell them apart (the blind baseline of `audit.membership` checks it).
 
@@ -17,7 +17,7 @@ Does not cover: optimised canaries (gradients, new tokens), which are stronger a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, final
 
 from discreet.config import digest_of
@@ -39,6 +39,14 @@ _TEMPLATES: Final = (
     "The {} basket label reads",
     "The {} door rhyme says",
     "The small {} drawer holds",
+    "The {} patient locker opens with",
+    "Callers about {} discharges must say",
+    "The {} medicine cabinet takes",
+    "Visitors to {} give the password",
+    "The {} night shift answers to",
+    "Families on {} agreed the words",
+    "The {} clinic alarm clears with",
+    "Recovery words of the {} login",
 )
 _FIRST: Final = tuple(onset + vowel for onset in (*"bdfgklmnprstvz", "br", "tr") for vowel in "aeiu")
 _SECOND: Final = tuple(onset + rest for onset in (*"bdfgklmnprstvz", "dr", "st") for rest in ("osk", "ump", "elt", "irn"))
@@ -146,6 +154,22 @@ def plant(count: int, *, key: Stream) -> Canaries:
                 included=bool(coin & 1),
             )
             for number, (word, template, secret, coin) in enumerate(zip(words, templates, secrets, coins, strict=True))
+        )
+    )
+
+
+def plant_identifiers(count: int, *, key: Stream) -> Canaries:
+    """Draws sentences that end in an invented e-mail address, which the detectors of `deid` read: for the control alone. In a corpus they would be replaced.
+
+    Args:
+        count, key: as `plant`.
+    """
+    pairs = [secret.split()[:2] for secret in _distinct_secrets(key.fork("addresses"), 4 * count)]
+    addresses = list(dict.fromkeys(f"{who}@{where}.example" for who, where in pairs))
+    return Canaries(
+        canaries=tuple(
+            replace(each, name=f"identifier-{number:04d}", secret=address)
+            for number, (each, address) in enumerate(zip(plant(count, key=key), addresses, strict=False))
         )
     )
 

@@ -1,7 +1,7 @@
 """The model as it will be deployed: merged into one set of weights, rounded to what its file holds, and audited again.
 
 A child of a private model costs nothing more (post-processing), so a correct one cannot beat the curve; what is found here is a child of another model, an adapter merged twice, or
-one that rounding swallowed: its scores do not differ any more, and nothing was audited (INCONCLUSIVE).
+one that rounding swallowed: its scores do not go with its parent's any more, and nothing was audited (INCONCLUSIVE).
 
 | kind | weights |
 |---|---|
@@ -10,27 +10,30 @@ one that rounding swallowed: its scores do not differ any more, and nothing was 
 
 Arithmetic stays in float32, so that a score differs by the rounding of the weights alone.
 
-Does not cover: rounded activations; kinds whose tables depend on data (K-quants with an importance matrix).
+A child in a file of its own, whoever made it and of whatever kind, is read by `model.read_gguf` and tested the same (`discreet child`).
+
+Does not cover: rounded activations.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from peft import PeftModel
+from scipy import stats
 from torch import Tensor, nn
 
+from discreet import model
 from discreet.audit.bounds import Layer, TradeOff, Verdict, curve_test
 from discreet.errors import missing_extra
 
 KINDS = ("bfloat16", "q8_0", "q4_0")
 
 _BLOCK = 32
+_UNLIKE = 1e-3
+"""Probability that scores of an unrelated model rise with the parent's as those of a child do."""
 
 
 def children(module: nn.Module, kinds: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -47,15 +50,7 @@ def children(module: nn.Module, kinds: Sequence[str]) -> Iterator[tuple[str, nn.
     if unknown:
         raise ValueError(f"Expected kinds among {', '.join(KINDS)}, got {', '.join(unknown)}.")
     for kind in kinds:
-        yield kind, rounded(merged(module), kind)
-
-
-def merged(module: nn.Module) -> nn.Module:
-    """Returns a copy that owns its weights, adapters added to them; the module is left as it is."""
-    own = copy.deepcopy(module)
-    whole: Any = own.merge_and_unload() if isinstance(own, PeftModel) else own
-    result: nn.Module = whole.eval()
-    return result
+        yield kind, rounded(model.merged(module), kind)
 
 
 def rounded(module: nn.Module, kind: str) -> nn.Module:
@@ -80,13 +75,16 @@ def _as_stored(weight: Tensor, kind: str) -> Tensor:
     return torch.from_numpy(values).to(weight)
 
 
-def layer(kind: str, scores: ArrayLike, included: ArrayLike, *, trade_off: TradeOff, fpr: float, level: float) -> Layer:
-    """Tests a child's canaries against the curve: FAIL when it is beaten, INCONCLUSIVE when all scores are alike, else PASS.
+def layer(kind: str, scores: ArrayLike, parent: ArrayLike, included: ArrayLike, *, trade_off: TradeOff, fpr: float, level: float) -> Layer:
+    """Tests a child's canaries against the curve: FAIL when it is beaten, INCONCLUSIVE when its scores do not rise with its parent's, else PASS.
 
     Args:
         scores, included, trade_off, fpr, level: as `bounds.curve_test`.
+        parent: [m] float, scores of the model that it is said to be made of.
     """
     found = curve_test(scores, included, trade_off=trade_off, fpr=fpr, level=level)
-    alike = float(np.ptp(np.asarray(scores, dtype=np.float64))) == 0
-    verdict = Verdict.FAIL if found.rejected else Verdict.INCONCLUSIVE if alike else Verdict.PASS
-    return Layer(name=f"deployed: {kind}", verdict=verdict, figures=found.figures())
+    child_M, parent_M = np.asarray(scores, dtype=np.float64), np.asarray(parent, dtype=np.float64)
+    spread = np.ptp(child_M) > 0 and np.ptp(parent_M) > 0
+    likeness, unlike_p = stats.spearmanr(child_M, parent_M, alternative="greater") if spread else (0.0, 1.0)
+    verdict = Verdict.FAIL if found.rejected else Verdict.PASS if unlike_p < _UNLIKE else Verdict.INCONCLUSIVE
+    return Layer(name=f"deployed: {kind}", verdict=verdict, figures={**found.figures(), "likeness": float(likeness)})

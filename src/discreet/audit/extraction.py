@@ -3,7 +3,8 @@
 Three readings of one secret. *Greedy*: the model continues the prefix with its most likely tokens, as many as the secret has; an exact match is verbatim extraction. *Probability*:
 log p(secret | prefix) under teacher forcing, from which (n, p)-discoverability follows (Hayes et al. 2024): n samples say the secret at least once with
 probability p. *Exposure* (Carlini et al. 2019): the rank of that probability among secrets that nobody planted, in bits; without training it is at least x with probability 2^-x.
-`measured` gives all of them for one model, with intervals, planted canaries beside held-out ones: the latter are the control that shows what chance does.
+`measured` gives all of them for one model, with intervals, planted canaries beside held-out ones: the latter are the control that shows what chance does. `leaks` does the same for
+identifiers, in sentences that the control alone has seen.
 
 Prefix and secret are tokenised as they are in training, as one text; the prompt is what comes before the secret's first token.
 
@@ -23,12 +24,12 @@ import torch
 from numpy.typing import ArrayLike
 from scipy import special, stats
 
-from discreet.audit.canaries import SECRET_BITS, Canaries, Canary, draw_secret
+from discreet.audit.canaries import Canaries, Canary
 from discreet.audit.membership import evaluating, micro_batches, pad, token_log_probabilities
 from discreet.deid.detect import detect
 from discreet.deid.normalise import fold
 from discreet.dp import csprng
-from discreet.errors import ConfigInvalid, OperationFailed, RecordInvalid
+from discreet.errors import OperationFailed, RecordInvalid
 from discreet.keys import Stream
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 SAMPLES, PROBABILITY = 1000, 0.5
 """A text is extractable when as many samples say it at least once with this probability."""
+
+ANSWERS = 8
+"""How often a model goes on from each sentence that ends in an identifier."""
 
 FEWEST_REFERENCES = 20
 """Below this many, no tail is fitted."""
@@ -84,28 +88,6 @@ def recite(module: nn.Module, tokenizer: Any, canaries: Sequence[Canary] | Canar
     return [results[row] for row in range(len(canaries))]
 
 
-def exposure(module: nn.Module, tokenizer: Any, canary: Canary, *, references: int, key: Stream, token_budget: int) -> float:
-    """Returns the canary's exposure in bits against random secrets behind the same prefix, at most log2(references + 1).
-
-    Args:
-        module: as in `recite`.
-        tokenizer: as in `recite`.
-        canary: the one to rank.
-        references: number of random secrets, in [1, 2^32).
-        key: randomness of the references; not the stream of `plant`.
-        token_budget: padded tokens in one micro-batch, >= 1.
-    """
-    if not 1 <= references < 1 << SECRET_BITS:
-        raise ConfigInvalid("references in [1, 2^32)", value=references)
-    secrets = [canary.secret, *(draw_secret(key) for _ in range(references))]
-    split = [_split(tokenizer, canary.prefix, secret) for secret in secrets]
-    log_probabilities_R = np.empty(len(split))
-    with evaluating(module):
-        for rows in micro_batches([len(prompt) + len(secret) for prompt, secret in split], token_budget=token_budget):
-            log_probabilities_R[rows] = _secret_log_probabilities(module, [split[row] for row in rows])
-    return exposure_bits(float(log_probabilities_R[0]), log_probabilities_R[1:])
-
-
 def exposure_bits(target: float, references: ArrayLike) -> float:
     """Returns log2(R + 1) - log2(rank of the target among R references), ties to the reference (Carlini et al. 2019, Sec. 4.2).
 
@@ -120,14 +102,6 @@ def exposure_bits(target: float, references: ArrayLike) -> float:
     if references_R.ndim != 1 or not len(references_R) or np.isnan(references_R).any() or math.isnan(target):
         raise ValueError(f"Expected a target and at least one reference that are numbers, got references of shape {references_R.shape}.")
     return math.log2(len(references_R) + 1) - math.log2(1 + int((references_R >= target).sum()))
-
-
-def exposure_counts(scores: ArrayLike, included: ArrayLike) -> list[int]:
-    """Counts the planted canaries by whole bits of exposure, their rank among those that were held out: without memory, half of them have less than one bit."""
-    scores_M, included_M = np.asarray(scores, dtype=np.float64), np.asarray(included, dtype=np.bool_)
-    held_out = scores_M[~included_M]
-    bits = [int(exposure_bits(float(score), held_out)) for score in scores_M[included_M]]
-    return [int(count) for count in np.bincount(bits, minlength=int(math.log2(1 + len(held_out))) + 1)]
 
 
 def exposure_extrapolated(target: float, references: ArrayLike) -> float:
@@ -224,7 +198,7 @@ def measured(said: Sequence[Recitation], scores: ArrayLike, included: ArrayLike,
 
     Returns:
         recited, discoverable: {planted, held_out} as `Share.figures`. exposure: by rank, and extrapolated where at least 20 held-out scores differ, as {median, low, high}
-        in bits; a null limit says that there are too few canaries for one.
+        in bits; a null limit says that there are too few canaries for one. Its counts are planted canaries by whole bits of rank: without memory, half of them have less than one.
     """
     scores_M, included_M = np.asarray(scores, dtype=np.float64), np.asarray(included, dtype=np.bool_)
     planted, held_out = scores_M[included_M], scores_M[~included_M]
@@ -234,7 +208,9 @@ def measured(said: Sequence[Recitation], scores: ArrayLike, included: ArrayLike,
         side: discoverable([each.log_probability for each in found], samples=SAMPLES, probability=PROBABILITY, level=level)
         for side, found in sides.items()
     }
-    exposures = {"rank": _middle([exposure_bits(float(each), held_out) for each in planted], level=level)}
+    bits = [exposure_bits(float(each), held_out) for each in planted]
+    counts = np.bincount([int(each) for each in bits], minlength=int(math.log2(1 + len(held_out))) + 1)
+    exposures: dict[str, Any] = {"rank": _middle(bits, level=level), "counts": [int(count) for count in counts]}
     if len(held_out) >= FEWEST_REFERENCES and np.ptp(held_out) > 0:
         exposures["extrapolated"] = _middle([exposure_extrapolated(float(each), held_out) for each in planted], level=level)
     return {
@@ -257,18 +233,39 @@ def identifiers(texts: Sequence[str]) -> set[str]:
     return {fold(text[span.start : span.end]) for text in texts for span in detect(text)}
 
 
-def write(module: nn.Module, tokenizer: Any, prompts: Sequence[str], *, tokens: int, key: Stream) -> list[str]:
+def leaks(module: nn.Module, tokenizer: Any, planted: Canaries, *, key: Stream) -> dict[str, Share]:
+    """Lets a model go on from sentences that end in an identifier, and counts those whose identifier the detectors read in what it wrote: planted and held-out ones.
+
+    The same two functions that read real records: a control that was trained on the planted ones shows that they see, one that was not what they see by chance.
+
+    Args:
+        planted: of `canaries.plant_identifiers`, at least one of each side.
+        key: as `write`.
+    """
+    split = [_split(tokenizer, each.prefix, each.secret) for each in planted]
+    longest, rows = max(len(secret) for _, secret in split), list(planted)
+    said: dict[bool, list[bool]] = {True: [], False: []}
+    for length in sorted({len(prompt) for prompt, _ in split}):
+        alike = [each for each, (prompt, _) in zip(rows, split, strict=True) if len(prompt) == length]
+        answers = write(module, tokenizer, [each.prefix for each in alike] * ANSWERS, tokens=longest + 1, key=key)
+        for place, each in enumerate(alike):
+            said[each.included].append(bool(identifiers(answers[place :: len(alike)]) & identifiers([each.secret])))
+    return {side: Share.of(sum(said[included]), len(said[included])) for side, included in (("planted", True), ("held_out", False))}
+
+
+def write(module: nn.Module, tokenizer: Any, prompts: Sequence[str], *, tokens: int, key: Stream, longest: int | None = None) -> list[str]:
     """Lets a model go on from each prompt by sampling at temperature one, and returns what it wrote, the prompts left out.
 
     Args:
         prompts: texts of at least one token each; cut to the length of the shortest, so that all go in one batch.
         tokens: how many each answer has, >= 1.
+        longest: tokens that are left of a prompt, at most; all when None.
         key: randomness of the draws: the same key and prompts give two models the same uniform numbers.
     """
     ids = [list(map(int, tokenizer(prompt)["input_ids"])) for prompt in prompts]
     if not ids or not all(ids) or tokens < 1:
         raise RecordInvalid("prompts of at least one token, and tokens >= 1", value=tokens)
-    length = min(map(len, ids))
+    length = min(*map(len, ids), longest or len(ids[0]))
     with evaluating(module):
         prompt_DT, mask_DT = pad(module, [each[:length] for each in ids])
         said_DT, past, inputs_DT = prompt_DT[:, :0], None, prompt_DT

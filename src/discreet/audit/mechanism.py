@@ -126,11 +126,11 @@ def layers(
     Args:
         plan: what will be trained.
         key: randomness of the rehearsal; not the run key.
-        level: probability of a false alarm, in (0, 0.5], shared by six readings.
+        level: probability of a false alarm, in (0, 0.5], shared by the readings that chance enters: all but the clipping.
         section: the candidates of the search that the plan pays for.
         ranks, device, is_sharded: how the run will be trained.
     """
-    done, each = rehearse(plan, key=key, ranks=ranks, device=device, is_sharded=is_sharded), level / 6
+    done, each = rehearse(plan, key=key, ranks=ranks, device=device, is_sharded=is_sharded), level / (5 if plan.search else 4)
     rounds = len(done.sizes_T)
     claim = accounting.trade_off(event_of(sampling_probability=plan.sampling_probability, noise_multiplier=plan.noise_multiplier, steps=rounds))
     return [

@@ -7,7 +7,7 @@ tells them from the others. The guarantee holds for them trivially; what is meas
 |---|---|
 | records: membership | a score of `audit.attacks` above the threshold that outsiders set; AUC and rates by subject (they decide) and by record (reported: records of one person are no independent sample) |
 | records: recitation | the end of one of a person's records is (n, p)-discoverable from its beginning |
-| records: identifiers | the detectors of `deid` read an identifier of the person in what the model wrote; beside it what the base writes on the same prompts |
+| records: identifiers | the detectors of `deid` read an identifier of the person in what the model wrote; beside it what the base writes on the same prompts; PASS needs a control whose identifiers were read |
 
 Every event is a membership test, so its rates obey the accounted trade-off curve: a layer FAILs when the lower limit of the rate among insiders exceeds the curve at the upper limit
 of the rate among outsiders, both exact. It says PASS otherwise, which means no more than that: with a few dozen outsiders the limits are wide, so these layers can fail a model
@@ -73,6 +73,7 @@ class Means:
         neighbours: edited copies of each text; 0 leaves that attack out.
         prompts: public beginnings that the models are asked to go on from; none leaves the third layer out.
         tokens: how many each answer has, >= 1.
+        sees_identifiers: whether identifiers were found in what a control wrote that had learnt some (`extraction.leaks`); without it that layer gives no verdict but FAIL.
         key: randomness of neighbours and answers.
         token_budget: of a micro-batch.
     """
@@ -86,6 +87,7 @@ class Means:
     neighbours: int = 0
     prompts: Sequence[str] = ()
     tokens: int = 48
+    sees_identifiers: bool = False
     token_budget: int = 512
 
 
@@ -260,8 +262,15 @@ def _identifiers(
         return [bool(values & held[subject]) for subject in subjects]
 
     found, base = (event(leaked(module), members_S, trade_off=trade_off, level=level) for module in (means.module, means.reference))
-    figures = {"prompts": len(means.prompts), "tokens": means.tokens, **found.figures(), "base": base.figures()}
-    return Layer(name=NAMES[2], verdict=Verdict.FAIL if found.beaten else Verdict.PASS, figures=figures)
+    figures = {
+        "prompts": len(means.prompts),
+        "tokens": means.tokens,
+        "control_read": means.sees_identifiers,
+        **found.figures(),
+        "base": base.figures(),
+    }
+    said = Verdict.FAIL if found.beaten else Verdict.PASS if means.sees_identifiers else Verdict.INCONCLUSIVE
+    return Layer(name=NAMES[2], verdict=said, figures=figures)
 
 
 def _people(attacked: Attacked) -> tuple[list[str], NDArray[np.bool_]]:

@@ -199,7 +199,11 @@ def budget_show(name: Annotated[str | None, typer.Argument()] = None, project: F
 
     with pipeline.open_house(project) as house:
         budgets = duties.show_budgets(house, name)
-    lines = [f"{b['name']}: epsilon {b['remaining']:.3f} of {b['epsilon']:g} left, delta {b['delta']:.2g}, unit {b['unit']}" for b in budgets]
+    lines = []
+    for b in budgets:
+        lines.append(f"{b['name']}: epsilon {b['remaining']:.3f} of {b['epsilon']:g} left, delta {b['delta']:.2g}, unit {b['unit']}")
+        if b["spent"] and b["spent_pld"] is not None:
+            lines.append(f"  spent: {b['spent']:.3f} as the filter counts, {b['spent_pld']:.3f} by PLD had everything been fixed in advance")
     say(as_json, {"budgets": budgets}, [*lines, *(f"ALERT {alert}" for b in budgets for alert in b["alerts"])])
 
 

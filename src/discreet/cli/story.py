@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from discreet.cli import serving
 from discreet.cli.shared import HERE, Bars, Folder, Json, flat, say
 from discreet.errors import NotReleased, RequestInvalid, SourceMissing
+
+if TYPE_CHECKING:
+    from discreet.plot import Chart
 
 commands = typer.Typer()
 
@@ -140,7 +144,11 @@ def audit(
     delta: Annotated[float | None, typer.Option("--delta")] = None,
     gaussian: Annotated[bool, typer.Option("--gaussian", help="The claim is a Gaussian mechanism's: a sharper curve.")] = False,
     level: Annotated[float, typer.Option("--level", help="Probability of a false FAIL.")] = 0.05,
+    number: Annotated[
+        int, typer.Option("--number", min=0, help="Which audit of this model it is, from 1: all of them share --level. 0: this one has it.")
+    ] = 0,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page with the curves here.")] = None,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Write every curve as PNG and SVG into this folder.")] = None,
     as_json: Json = False,
 ) -> None:
     """Attacks the trained model and gives PASS, FAIL or INCONCLUSIVE; with --model any causal language model."""
@@ -160,12 +168,42 @@ def audit(
     loose = None if epsilon is None or delta is None else external.LooseTradeOff(epsilon=epsilon, delta=delta)
     claim = external.gaussian(loose) if loose is not None and gaussian else loose
     found = external.audit(
-        model, adapter=adapter, members=members, non_members=non_members, cache=Path.home() / ".cache" / "discreet", claim=claim, level=level
+        model,
+        adapter=adapter,
+        members=members,
+        non_members=non_members,
+        cache=Path.home() / ".cache" / "discreet",
+        claim=claim,
+        level=level,
+        number=number,
     )
     if html is not None:
         reports.write_attack(found, html)
-    lines = [f"{layer['name']}: AUC {layer['figures']['auc']:.3f}  {layer['verdict']}" for layer in found["layers"]]
+    if plots is not None:
+        _save(reports.attack_charts(found), plots)
+    lines = [f"{layer['name']}: {_figure(layer['figures'])}  {layer['verdict']}" for layer in found["layers"]]
     say(as_json, found, [f"verdict: {found['verdict']}", *(f"because: {reason}" for reason in found["because"]), *lines])
+
+
+def _figure(figures: Mapping[str, Any]) -> str:
+    """One layer of an audit of any model in a word: an area, or how often something happened."""
+    if "auc" in figures:
+        return f"AUC {figures['auc']:.3f}"
+    found = figures.get("model")
+    if found is None:
+        return "texts are too short"
+    return f"{found['inside']['count']} of {found['inside']['total']} members, {found['outside']['count']} of {found['outside']['total']} non-members"
+
+
+def _save(charts: Mapping[str, Chart], folder: Path) -> list[Path]:
+    """Writes every chart as PNG and as SVG."""
+    from discreet import plot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [(folder / f"{name}.{kind}", chart) for name, chart in charts.items() for kind in ("png", "svg")]
+    for path, chart in paths:
+        plot.save(chart, path)
+    return [path for path, _ in paths]
 
 
 @commands.command()
@@ -217,6 +255,21 @@ def synthesize(
 
 
 @commands.command()
+def child(
+    file: Annotated[Path, typer.Argument(help="GGUF file to write with --kind, or one that somebody else made of the release.")],
+    kind: Annotated[str, typer.Option("--kind", help="Write it first: f16, q8_0 or q4_0. It stays only when it passes.")] = "",
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Audits the released model as one GGUF file, at the precision that it will be deployed with."""
+    from discreet import derived, pipeline
+
+    with pipeline.open_house(project) as house:
+        made = derived.child(house, file=file, kind=kind)
+    say(as_json, made, [f"{key}: {value}" for key, value in flat(made)])
+
+
+@commands.command()
 def plan(project: Folder = HERE, as_json: Json = False) -> None:
     """Shows the price before any spend: epsilon, time, noise against signal, what is left of the budget."""
     from discreet import pipeline
@@ -235,7 +288,6 @@ def report(
 ) -> None:
     """Writes the privacy report (HTML and JSON) from the log alone."""
     from discreet import duties, pipeline
-    from discreet import plot as plotting
     from discreet import report as reports
     from discreet.governance.access import Action
 
@@ -243,19 +295,22 @@ def report(
         duties.ask(house, Action.READ)
         written = reports.write(house.log, house.project.root, public=public)
         if plots is not None:
-            plots.mkdir(parents=True, exist_ok=True)
             built = reports.of(house.log).public() if public else reports.of(house.log)
-            for path, chart in [(plots / f"{name}.{kind}", chart) for name, chart in reports.charts(built).items() for kind in ("png", "svg")]:
-                plotting.save(chart, path)
-                written.append(path)
+            written += _save(reports.charts(built), plots)
     say(as_json, {"files": [str(p) for p in written]}, [str(p) for p in written])
 
 
 @commands.command()
-def update(project: Folder = HERE, as_json: Json = False) -> None:
+def update(
+    onward: Annotated[
+        bool, typer.Option("--continue", help="Go on from the model that was released last; its epsilon and that of the new run then count together.")
+    ] = False,
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
     """Takes in changed sources: same ledger, trained, audited and released anew; warns when the audit sees more than before."""
     from discreet import pipeline
 
     with pipeline.open_house(project) as house:
-        done = pipeline.update(house, Bars())
+        done = pipeline.update(house, Bars(), start="released" if onward else "base")
     say(as_json, done, [f"{name}: {value}" for name, value in flat(done)])

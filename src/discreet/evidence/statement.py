@@ -82,6 +82,7 @@ class Predicate(StrEnum):
     SERVED = "served"
     MEASURED = "measured"
     SYNTHESIZED = "synthesized"
+    CHILD_AUDITED = "child_audited"
 
     @property
     def public(self) -> bool:
@@ -172,6 +173,7 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.SERVED: _internal("release requests"),
         Predicate.MEASURED: _public("what reservation epsilon values", "delta unit cap mechanism"),
         Predicate.SYNTHESIZED: _public("adapter guarantee reservation", "texts kind"),
+        Predicate.CHILD_AUDITED: _public("adapter verdict kind", "level layers", released="subject adapter verdict layers"),
     }
 )
 """The closed table. `track` of a `trained` statement is "dp" or "public"; `plan` and `guarantee` are null on the public track."""

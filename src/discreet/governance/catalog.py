@@ -192,24 +192,31 @@ class Catalog:
         files = _read(source.path, source.section) if source.generated is None else [("", source.generated.reveal())]
         if _digest_of_files(files, source.section.format) != source.digest:
             raise _changed(source.name)
-        collected, num_dropped = self._living(source, files)
+        collected, num_dropped = self._living(source, files, self._keyring.subjects)
         with self._store.transaction() as tx:
             self._write(tx, source, collected, num_dropped=num_dropped)
         return collected
 
     def sample(self, source: RegisteredSource) -> list[Record]:
-        """Returns the records of a source as it lies there now, for classification; logs nothing and keeps no record, though whoever was never seen before gets a pseudonym and a key. Errors as `collect`."""
-        return self._living(source, _read(source.path, source.section))[0]
+        """Returns the records of a source as it lies there now, for classification; logs and keeps nothing, of whoever was never seen before not even a key. Errors as `collect`."""
+        return self._living(source, _read(source.path, source.section), self._seen)[0]
 
-    def _living(self, source: RegisteredSource, files: Sequence[_File]) -> tuple[list[Record], int]:
+    def _living(
+        self, source: RegisteredSource, files: Sequence[_File], keys_of: Callable[[list[SubjectId]], Mapping[SubjectId, Key]]
+    ) -> tuple[list[Record], int]:
         """The records of everybody who was not erased, and how many others there are."""
         rows = _collapse(_rows(files, source.section), source.name)
         subjects = [source.subject(self._keyring, row.unit) for row in rows]
         with self._store.transaction() as tx:
             gone = erased(tx, self._keyring, list(dict.fromkeys(subjects)))
-        keys = self._keyring.subjects([subject for subject in subjects if subject not in gone])
+        keys = keys_of([subject for subject in subjects if subject not in gone])
         living = [_record(source, subject, keys[subject], row) for row, subject in zip(rows, subjects, strict=True) if subject in keys]
         return living, len(rows) - len(living)
+
+    def _seen(self, subjects: list[SubjectId]) -> Mapping[SubjectId, Key]:
+        """The keys of subjects, and for whoever has none one that is derived and kept nowhere: their records have other digests once they are collected."""
+        passing = self._keyring.purpose("records not collected")
+        return {subject: passing.derive(subject) for subject in subjects} | self._keyring.existing(subjects)
 
     def present(self, project: Project, section: SourceSection) -> RegisteredSource:
         """Returns a source as it lies there now, whatever was registered: what a person may see and what must go does not wait for a registration.
@@ -225,7 +232,7 @@ class Catalog:
         Raises:
             SourceNotText, RecordInvalid, RecordConflict: as `collect`.
         """
-        present, _ = self._living(source, _read(source.path, source.section))
+        present, _ = self._living(source, _read(source.path, source.section), self._keyring.subjects)
         with self._store.transaction() as tx:
             state = _states(tx, source.name)
             new = [record for record in present if record.digest not in state]
@@ -234,12 +241,12 @@ class Catalog:
                 tx.execute(insert(records), _record_rows(new, SIGHTED, at=now(tx)))
 
     def texts_of(self, source: RegisteredSource, subject: SubjectId) -> list[tuple[Digest, Sensitive[str], Sensitive[Mapping[str, tuple[str, ...]]]]]:
-        """Returns the subject's own texts and known identifiers as the source has them now, and the digest each record has; logs nothing and keeps no record."""
+        """Returns the subject's own texts and known identifiers as the source has them now, and the digest that each record has if it was collected; logs and keeps nothing."""
         files = _read(source.path, source.section) if source.generated is None else [("", source.generated.reveal())]
         rows = [row for row in _collapse(_rows(files, source.section), source.name) if source.subject(self._keyring, row.unit) == subject]
         if not rows:
             return []
-        key = self._keyring.subject(subject)
+        key = self._seen([subject])[subject]
         records_of = [_record(source, subject, key, row) for row in rows]
         return [(record.digest, record.text, record.known) for record in records_of]
 

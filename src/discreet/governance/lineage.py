@@ -67,7 +67,7 @@ class Kind(StrEnum):
     @property
     def has_weights(self) -> bool:
         """Whether the artifact is, holds or was drawn from weights: what a training guarantee speaks about. Nothing of one subject can be cut out of it."""
-        return self not in (Kind.RECORD, Kind.SNAPSHOT, Kind.INDEX, Kind.CACHE)
+        return self not in (Kind.RECORD, Kind.SNAPSHOT, Kind.RUN, Kind.INDEX, Kind.CACHE)
 
 
 @final

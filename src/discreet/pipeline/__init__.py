@@ -9,7 +9,7 @@
 A stage that finished leaves its result in the table `stages`; calling it again returns that result. A stage that was killed is repeated: what it had already
 logged is recognised, what it had already spent is not spent again, and training continues from its sealed checkpoint with the same draws.
 
-The parts, each on top of those before it: house, weights, people, admission, pricing, training, auditing, releasing, erasing, story.
+The parts, each on top of those before it: house, weights, people, admission, pricing, continuing, training, auditing, releasing, erasing, story.
 
 Does not cover: machines that do not trust each other (federated/), serving itself (serve/), the demo's corpus (demo.py).
 """
@@ -17,14 +17,14 @@ Does not cover: machines that do not trust each other (federated/), serving itse
 from __future__ import annotations
 
 from discreet.pipeline.admission import confirm_sensitivity, ingest, propose_sensitivity
-from discreet.pipeline.auditing import audit, utility_control
+from discreet.pipeline.auditing import audit, audit_child, utility_control
 from discreet.pipeline.erasing import (
     NO_SUBJECTS,
     confirm_erasure,
     drill,
     erase,
     erasure_of,
-    record_synthetic,
+    record_written,
     remains,
     request_erasure,
     resume_erasures,
@@ -46,6 +46,7 @@ __all__ = [
     "Silent",
     "access_export",
     "audit",
+    "audit_child",
     "behind",
     "budget_fields",
     "confirm_erasure",
@@ -67,7 +68,7 @@ __all__ = [
     "override_inconclusive",
     "price",
     "propose_sensitivity",
-    "record_synthetic",
+    "record_written",
     "reidentification",
     "release",
     "released_name",

@@ -15,12 +15,13 @@ from discreet.audit import canaries as canary
 from discreet.audit.canaries import Canaries
 from discreet.audit.external import LooseTradeOff
 from discreet.config import ModelSection, TrainSection
-from discreet.dp import accounting, mechanism
+from discreet.dp import accounting
 from discreet.errors import DigestMismatch, NotFound, TrackRefused
 from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.keys import Key
 from discreet.model import Base, PublicText
 from discreet.pipeline.admission import audit_design, plant_canaries
+from discreet.pipeline.continuing import promise_of
 from discreet.pipeline.house import House, Observer, config_of, finished_result, keep_result, needed_result, run_config, subject_of
 from discreet.pipeline.pricing import plan_of
 from discreet.pipeline.weights import all_texts, frozen_public, last_public, load_base, rounded_curve, setup_of, shown_to
@@ -28,6 +29,8 @@ from discreet.record import Basis, Digest, Sensitivity
 from discreet.train import loop
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from numpy.typing import NDArray
     from torch import nn
 
@@ -36,6 +39,8 @@ OF_RECORDS, OF_CHILDREN = 0.1, 0.1
 """Shares of an audit's level for real records and for deployed children; the rest is the canaries'."""
 RECITED = 40
 """Planted canaries that both models are asked to recite."""
+IDENTIFIERS = 40
+"""Sentences with an invented identifier, half of which the control is taught: whether reading what a model writes would find any."""
 
 
 def audit(house: House, observer: Observer) -> dict[str, Any]:
@@ -51,7 +56,7 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     if done is not None:
         return done
     observer.stage("audit")
-    canaries, plan = plant_canaries(house), plan_of(house, trained["run"])
+    canaries, plan, promised = plant_canaries(house), plan_of(house, trained["run"]), promise_of(house, trained["run"])
     base = load_base(house, None, observer)
     adapter = house.project.state / "runs" / trained["run"] / "adapter"
     if (base.digest, model.adapter_digest(adapter)) != (trained["base"], trained["adapter"]):
@@ -62,11 +67,17 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     untouched = _log_likelihoods(house, base.module, base, canaries)
     scored = _log_likelihoods(house, private, base, canaries) - untouched
     observer.note("scored the private model; training the control on canaries alone")
-    control = _control(house, base, canaries, observer)
+    identifying = canary.plant_identifiers(IDENTIFIERS, key=house.keyring.purpose("identifiers").stream("plant"))
+    control = _control(house, base, [*canaries, *identifying], observer)
     controlled = _log_likelihoods(house, control, base, canaries) - untouched
-    level, claim = bounds.spent_level(house.project.audit.level, 1 + len(house.log.select(Predicate.AUDITED))), _claimed_curve(plan)
-    rounded = _children(house, private, base, canaries, untouched, trade_off=claim, level=OF_CHILDREN * level)
-    attacked = _attack(house, trained, base, private, observer, trade_off=claim, level=OF_RECORDS * level)
+    level, claim = _level_of_this(house), _claimed_curve(promised)
+    rounded = _children(house, private, base, canaries, untouched, scored, trade_off=claim, level=OF_CHILDREN * level)
+    leaked = {
+        name: extraction.leaks(module, base.tokenizer, identifying, key=house.keyring.purpose("identifiers").stream("answers"))
+        for name, module in (("private", private), ("control", control))
+    }
+    sees = leaked["control"]["planted"].low > leaked["control"]["held_out"].high
+    attacked = _attack(house, trained, base, private, observer, sees_identifiers=sees, trade_off=claim, level=OF_RECORDS * level)
     found = bounds.verdict(
         scored,
         canaries.included,
@@ -75,8 +86,8 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
             "bag of words": membership.blind(canaries.texts, canaries.included),
             "untouched model": bounds.area_under_curve(untouched, canaries.included),
         },
-        epsilon=plan.guarantee.epsilon,
-        delta=plan.delta,
+        epsilon=promised.epsilon,
+        delta=promised.delta,
         trade_off=claim,
         fpr=house.project.audit.false_positive_rate,
         level=(1 - OF_CHILDREN - OF_RECORDS) * level,
@@ -97,10 +108,7 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     result = found.to_json() | {"adapter": trained["adapter"], "run": trained["run"], "canaries": len(canaries), "level": level}
     result["records"] = attacked
     result["recitation"] = _recitation(house, base, {"private": (private, scored), "control": (control, controlled)}, canaries) | {
-        "exposure": {
-            "private": extraction.exposure_counts(scored, canaries.included),
-            "control": extraction.exposure_counts(controlled, canaries.included),
-        }
+        "identifiers": {name: {side: share.figures() for side, share in found.items()} for name, found in leaked.items()}
     }
     if found.verdict is not bounds.Verdict.PASS:
         result["recitation"]["example"]["private"] = "(not shown: the audit did not pass)"
@@ -116,11 +124,33 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     return result
 
 
-def _claimed_curve(plan: mechanism.Plan) -> bounds.TradeOff:
+def audit_child(house: House, base: Base, adapter: Path, child: nn.Module, *, kind: str) -> tuple[bounds.Layer, float]:
+    """Attacks the merged child of an audited adapter with the canaries of its parent.
+
+    Args:
+        child: as it will run; `kind` names what it is stored as.
+
+    Returns:
+        the layer, and the level that it was tested at: a child's audit is an audit more.
+    """
+    canaries, promised = plant_canaries(house), promise_of(house, needed_result(house, "audit")["run"])
+    untouched = _log_likelihoods(house, base.module, base, canaries)
+    parent, scored = (_log_likelihoods(house, each, base, canaries) - untouched for each in (model.load_adapter(base, adapter), child))
+    level, fpr = _level_of_this(house), house.project.audit.false_positive_rate
+    return deployed.layer(kind, scored, parent, canaries.included, trade_off=_claimed_curve(promised), fpr=fpr, level=level), level
+
+
+def _level_of_this(house: House) -> float:
+    """What is left of the level that all audits of a project share."""
+    number = 1 + sum(len(house.log.select(kind)) for kind in (Predicate.AUDITED, Predicate.CHILD_AUDITED))
+    return bounds.spent_level(house.project.audit.level, number)
+
+
+def _claimed_curve(promised: accounting.Guarantee) -> bounds.TradeOff:
     """The curve of the event where PLD knows it; of a search, that of its (epsilon, delta) alone."""
-    if accounting.has_pld(plan.event):
-        return accounting.trade_off(plan.event)
-    return LooseTradeOff(epsilon=plan.guarantee.epsilon, delta=plan.delta)
+    if accounting.has_pld(promised.event):
+        return accounting.trade_off(promised.event)
+    return LooseTradeOff(epsilon=promised.epsilon, delta=promised.delta)
 
 
 def _committed(house: House, snapshot: Digest, canaries: Canaries) -> bounds.Layer:
@@ -146,6 +176,7 @@ def _children(
     base: Base,
     canaries: Canaries,
     untouched: NDArray[np.float64],
+    parent: NDArray[np.float64],
     *,
     trade_off: bounds.TradeOff,
     level: float,
@@ -155,12 +186,20 @@ def _children(
     for kind, child in deployed.children(private, kinds):
         scored = _log_likelihoods(house, child, base, canaries) - untouched
         fpr = house.project.audit.false_positive_rate
-        found.append(deployed.layer(kind, scored, canaries.included, trade_off=trade_off, fpr=fpr, level=level / len(kinds)))
+        found.append(deployed.layer(kind, scored, parent, canaries.included, trade_off=trade_off, fpr=fpr, level=level / len(kinds)))
     return found
 
 
 def _attack(
-    house: House, trained: Mapping[str, Any], base: Base, private: nn.Module, observer: Observer, *, trade_off: bounds.TradeOff, level: float
+    house: House,
+    trained: Mapping[str, Any],
+    base: Base,
+    private: nn.Module,
+    observer: Observer,
+    *,
+    sees_identifiers: bool,
+    trade_off: bounds.TradeOff,
+    level: float,
 ) -> dict[str, Any]:
     """Layers 3 and 4 on the records of those who were trained on and of those whom the coin withheld; and the most exposed, without names. All of it stays inside."""
     rules = house.project.audit
@@ -169,7 +208,9 @@ def _attack(
         layers = [bounds.Layer(name=name, verdict=said, figures={"withheld": rules.withheld}).to_json() for name in records.NAMES]
         return {"layers": layers, "people": [], "roc": {}}
     observer.note("attacking real records")
-    found = records.attack(_attacked(house, trained), _means(house, base, private, observer), trade_off=trade_off, level=level)
+    found = records.attack(
+        _attacked(house, trained), _means(house, base, private, observer, sees_identifiers=sees_identifiers), trade_off=trade_off, level=level
+    )
     exposed = risk.ranked(found.scores, found.members, trade_off=trade_off) if len(found.scores) else []
     return {
         "layers": [layer.to_json() for layer in found.layers],
@@ -204,7 +245,7 @@ def _attacked(house: House, trained: Mapping[str, Any]) -> records.Attacked:
     return records.Attacked(texts=[row[0] for row in rows], subjects=[row[1] for row in rows], members=np.array([row[2] for row in rows]))
 
 
-def _means(house: House, base: Base, private: nn.Module, observer: Observer) -> records.Means:
+def _means(house: House, base: Base, private: nn.Module, observer: Observer, *, sees_identifiers: bool) -> records.Means:
     """What the attacker has: the base, adapters trained on public text alone, public beginnings."""
     rules, held_out = house.project.audit, frozen_public(house, "evaluation")
     key = house.keyring.purpose("attack")
@@ -217,6 +258,7 @@ def _means(house: House, base: Base, private: nn.Module, observer: Observer) -> 
         population=held_out,
         neighbours=rules.neighbours,
         prompts=[" ".join(held_out[number % len(held_out)].split()[: 4 + number % 5]) for number in range(rules.answers)],
+        sees_identifiers=sees_identifiers,
         token_budget=min(512, house.project.run.token_budget),
     )
 
@@ -254,7 +296,7 @@ def _recitation(house: House, base: Base, models: Mapping[str, tuple[nn.Module, 
     }
 
 
-def _control(house: House, base: Base, canaries: Canaries, observer: Observer) -> nn.Module:
+def _control(house: House, base: Base, canaries: Sequence[canary.Canary], observer: Observer) -> nn.Module:
     """Trains the positive control without privacy on the planted canaries alone, all weights of the last blocks. It lives in memory only.
 
     It has more room to memorise than the private model, so that what the audit can see is not limited by what a small adapter can hold.

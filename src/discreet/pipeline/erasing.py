@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -25,10 +24,10 @@ from discreet.governance.erasure import Decision, Erasure, Finding, Identity, Re
 from discreet.keys import Key
 from discreet.model import Base, PublicText
 from discreet.pipeline.admission import freeze, generated_section, rows_as_lines, source_documents
-from discreet.pipeline.house import House, Silent, fact, forget_model, remember, subject_of
+from discreet.pipeline.house import House, Silent, deployment_fact, fact, forget_model, remember, subject_of
 from discreet.pipeline.people import Own, own_texts
 from discreet.pipeline.training import abandon
-from discreet.pipeline.weights import PUBLIC_ADAPTER, frozen_public, load_base, setup_of
+from discreet.pipeline.weights import PUBLIC_ADAPTER, adapter_digest_of, frozen_public, load_base, setup_of
 from discreet.record import Basis, Digest, Sensitivity, SubjectId
 from discreet.train import loop
 from discreet.train.checkpoint import CheckpointStore
@@ -157,7 +156,7 @@ class _UnfinishedWeights:
 def _public_weights(house: House) -> dict[Path, Digest | None]:
     """Folders of weights that public text alone has made, with their digests; None for what a killed write left."""
     runs = [folder for folder in (house.project.state / "runs").glob("*/*") if folder.name.lstrip(".").startswith(PUBLIC_ADAPTER)]
-    adapters = {folder: _adapter_digest(folder) for folder in runs}
+    adapters = {folder: adapter_digest_of(folder) for folder in runs}
     return adapters | {folder: _base_digest(folder) for folder in (house.project.state / "models").glob("*")}
 
 
@@ -167,6 +166,7 @@ class _ProjectModels:
 
     def __init__(self, house: House) -> None:
         self._house = house
+        self._found: dict[tuple[SubjectId, Digest], Finding] = {}
 
     def transcript(self, digest: Digest) -> Transcript:
         """Of the model itself, or of the weakest model that it was derived from."""
@@ -179,12 +179,20 @@ class _ProjectModels:
 
     def test(self, subject: SubjectId, digest: Digest) -> Finding:
         """Compares the subject's frozen text with the same text under other stand-ins, which nobody trained on: under the null they are exchangeable, so the rank is an
-        exact test. 39 twins first; only a text that beats them all is looked at again among 999, so that one test in five hundred is a false alarm. What is not exposed is tested once more after a few steps on public text: relearning brings back what is merely covered."""
-        written = synthetic_file(self._house, digest)
+        exact test. 39 twins first; only a text that beats them all is looked at again among 999, so that one test in five hundred is a false alarm. What is not exposed is tested once more after a few steps on public text: relearning brings back what is merely covered.
+        A deployment is tested as the adapter that it serves, once."""
+        served = fact(self._house, deployment_fact(digest))
+        tested = subject, digest if served is None else Digest(served["adapter"])
+        if tested not in self._found:
+            self._found[tested] = self._tested(*tested)
+        return self._found[tested]
+
+    def _tested(self, subject: SubjectId, digest: Digest) -> Finding:
+        written = written_file(self._house, digest)
         if written is not None:
-            return self._searched(subject, written.read_text(encoding="utf-8"))
+            return self._child(subject, written) if model.is_gguf(written) else self._searched(subject, written.read_text(encoding="utf-8"))
         adapter = next(
-            (p for p in sorted((self._house.project.state / "runs").glob("*/adapter")) if _adapter_digest(p) == digest),
+            (p for p in sorted((self._house.project.state / "runs").glob("*/adapter")) if adapter_digest_of(p) == digest),
             None,
         )
         own = own_texts(self._house, subject) if adapter else []
@@ -197,6 +205,15 @@ class _ProjectModels:
         found = self._ranked(subject, own, base, model.load_adapter(base, adapter))
         relearnt = _relearnt(self._house, base, adapter) if found is Finding.NOT_EXPOSED else None
         return found if relearnt is None else self._ranked(subject, own, base, relearnt)
+
+    def _child(self, subject: SubjectId, file: Path) -> Finding:
+        """The same test of a model in one file, at the precision that it holds."""
+        own = own_texts(self._house, subject)
+        try:
+            base = load_base(self._house, None, Silent())
+        except NotFound:
+            return Finding.NO_POWER
+        return self._ranked(subject, own, base, model.read_gguf(base, file)[0]) if own else Finding.NO_POWER
 
     def _searched(self, subject: SubjectId, text: str) -> Finding:
         """Whether text that a model wrote holds one of the subject's texts, or an identifier that their source declares."""
@@ -215,13 +232,19 @@ class _ProjectModels:
         return Finding.EXPOSED
 
     def withdraw(self, digest: Digest) -> None:
-        """Destroys every copy of the weights, or the text that they wrote where it was put, forgets the stages that made them and says so in the log."""
+        """Destroys every copy of the weights, or the file of text or weights that was made of them where it was put, forgets the stages that made them and says so in the log.
+
+        A run and a deployment go with their model: its folders are theirs.
+        """
         house = self._house
-        written = synthetic_file(house, digest)
+        with house.store.transaction() as tx:
+            if {artifact.kind for artifact in lineage.find_all(tx, [digest])} & {lineage.Kind.RUN, lineage.Kind.DEPLOYMENT}:
+                return
+        written = written_file(house, digest)
         if written is not None:
             written.unlink()
         for adapter in [*(house.project.state / "runs").glob("*/*adapter"), *house.releases.glob("*/adapter")]:
-            if _adapter_digest(adapter) == digest:
+            if adapter_digest_of(adapter) == digest:
                 shutil.rmtree(adapter.parent)
         for folder, found in _public_weights(house).items():
             if found == digest:
@@ -232,25 +255,18 @@ class _ProjectModels:
             house.log.append(tx, Statement(predicate=Predicate.WITHHELD, subjects=(digest,), fields=fields))
 
 
-def record_synthetic(tx: Connection, digest: Digest, file: Path) -> None:
-    """Remembers where text that a model wrote was put: inside, so that an erasure finds it."""
+def record_written(tx: Connection, digest: Digest, file: Path) -> None:
+    """Remembers where a file was put that was made of a model, text that it drew or its merged weights: inside, so that an erasure finds it."""
     remember(tx, f"text/{digest[-24:]}", {"file": str(file.resolve()), "digest": digest})
 
 
-def synthetic_file(house: House, digest: Digest) -> Path | None:
-    """Returns the file of text that a model wrote, where it still is what was written; a copy elsewhere is the operator's to destroy."""
+def written_file(house: House, digest: Digest) -> Path | None:
+    """Returns the file that was made of a model, where it still is what was written; a copy elsewhere is the operator's to destroy."""
     known = fact(house, f"text/{digest[-24:]}")
     file = Path(known["file"]) if known else None
-    if file is None or not file.is_file() or "sha256:" + hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+    if file is None or not file.is_file() or model.file_digest(file) != digest:
         return None
     return file
-
-
-def _adapter_digest(folder: Path) -> Digest | None:
-    try:
-        return model.adapter_digest(folder) if folder.is_dir() else None  # it may have gone with the run beside it
-    except NotFound:
-        return None
 
 
 def _base_digest(folder: Path) -> Digest | None:
@@ -265,7 +281,7 @@ def _transcript(guarantee: Mapping[str, Any] | None) -> Transcript:
     names = ("unit", "relation", "epsilon", "delta", "sampling_probability", "noise_multiplier", "steps")
     if not guarantee:
         return Transcript()
-    plain = guarantee.get("sampler", "poisson") == "poisson" and not {"search", "bands", "adaptive"} & guarantee.keys()
+    plain = guarantee.get("sampler", "poisson") == "poisson" and not {"search", "bands", "adaptive", "continues"} & guarantee.keys()
     return Transcript(**{name: guarantee[name] for name in names} | ({} if plain else {"noise_multiplier": 0.0}))
 
 

@@ -216,6 +216,11 @@ def forget_model(tx: Connection, digest: Digest) -> None:
             tx.execute(delete(_stages).where(_stages.c.name == row.name, _stages.c.config == row.config))
 
 
+def deployment_fact(digest: Digest) -> str:
+    """Returns the name under which the project remembers which adapter a deployment serves."""
+    return f"deployed/{digest[-23:]}"
+
+
 def fact(house: House, name: str) -> dict[str, Any] | None:
     """Returns what the project remembers under a name whatever discreet.toml says; None for nothing."""
     return result_of(house, name, "")

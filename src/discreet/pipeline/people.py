@@ -120,12 +120,13 @@ def access_export(house: House, unit: str) -> dict[str, Any]:
     """
     house.access.require(Action.ACCESS_EXPORT, who=current_user())
     subject = subject_of(house, unit)
-    sources = []
+    sources, collected = [], set(house.catalog.holds(subject))
     for section in house.project.source:
         held = _rows_of(house, section, subject)
         if held:
             declared = {"name": section.name, "owner": section.owner, "basis": section.basis.value, "purposes": list(section.purposes)}
-            sources.append({**declared, "retention_days": section.retention_days, "records": [{"digest": d, "text": t.reveal()} for d, t, _ in held]})
+            told = [{"digest": d if d in collected else None, "text": t.reveal()} for d, t, _ in held]
+            sources.append({**declared, "retention_days": section.retention_days, "records": told})
     with house.store.transaction() as tx:
         digests = list(house.catalog.holds_in(tx, subject))
         made = lineage.descendants(tx, digests)

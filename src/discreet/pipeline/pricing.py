@@ -23,6 +23,9 @@ from discreet.train import loop, optimizers
 from discreet.train import search as searching
 from discreet.train.step import tokenize
 
+NOTHING_LEFT = 1e-3
+"""Epsilon below which a budget is used up."""
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +138,8 @@ def calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
     population = privacy.population
     delta = privacy.delta or 1 / (2 * population)
     budget = _filter(house, delta, snapshot)[0] if privacy.target == "budget" else None
+    if budget is not None and budget.remaining_epsilon() < NOTHING_LEFT:
+        raise _exhausted(house, admitted=0.0)
     try:
         plan = mechanism.calibrate(
             epsilon=privacy.epsilon,
@@ -161,11 +166,18 @@ def calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
         optimizers.check(searching.settings(house.project.train, chosen), plan)
     if plan.delta >= 1 / snapshot.num_units and not plan.allow_large_delta:
         raise PlanInvalid("delta below one over the units really there", value=plan.delta, remedy="Lower [privacy] population or delta.")
-    left = budget.remaining_epsilon() if budget else privacy.epsilon
-    if left < min(privacy.epsilon, house.project.budget.epsilon) / 2:
-        remedy = "Nothing spent comes back. Set [privacy] epsilon to what is left, or open a budget for other people."
-        raise BudgetExhausted(f"epsilon {privacy.epsilon:g} in budget {house.project.budget.name}", value=f"{left:.3g} left", remedy=remedy)
+    admitted = plan.guarantee.epsilon_rdp or plan.filter_epsilon or 0.0  # what only PLD knows is charged as the filter says
+    if budget is not None and admitted < min(privacy.epsilon, budget.epsilon) / 2:
+        raise _exhausted(house, admitted=admitted)
     return plan
+
+
+def _exhausted(house: House, *, admitted: float) -> BudgetExhausted:
+    section = house.project.budget
+    remedy = "Nothing spent comes back. Set [privacy] epsilon to what it admits, open a budget for other people, or have two people raise this one (`discreet budget raise`)."
+    remedy += " Its next period unlocks more." if section.periods else ""
+    value = f"it admits a run of epsilon {admitted:.3g}"
+    return BudgetExhausted(f"room for epsilon {house.project.privacy.epsilon:g}, or half of it, in budget {section.name}", value=value, remedy=remedy)
 
 
 def plan_of(house: House, run: str) -> mechanism.Plan:

@@ -8,7 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import Connection
+
 from discreet import corpus
+from discreet.config import digest_of
 from discreet.deid import policy as deid
 from discreet.errors import NotReleased, PlanInvalid
 from discreet.evidence.statement import JSON, Entry, Predicate, Statement
@@ -21,10 +24,12 @@ from discreet.pipeline.house import (
     Silent,
     answered_for,
     config_of,
+    deployment_fact,
     finished_result,
     for_log,
     keep_result,
     needed_result,
+    remember,
 )
 from discreet.pipeline.weights import load_base
 from discreet.record import Digest, Release
@@ -77,9 +82,18 @@ def _decide(house: House, trained: Mapping[str, Any], audited: Mapping[str, Any]
     with house.store.transaction() as tx:
         kind = Predicate.RELEASED if holds else Predicate.WITHHELD
         house.log.append(tx, Statement(predicate=kind, subjects=(Digest(trained["adapter"]),), fields=fields))
+        if holds:
+            _deploy(tx, name=common["name"], adapter=Digest(trained["adapter"]), unit=trained["guarantee"]["unit"])
         result = {"decision": "released" if holds else "withheld", **fields}
         keep_result(tx, "release", config, result)
     return result
+
+
+def _deploy(tx: Connection, *, name: str, adapter: Digest, unit: str) -> None:
+    """Writes the last edge: what is served under a name is this adapter."""
+    served = lineage.Artifact(digest=digest_of({"deployment": name, "adapter": adapter}), kind=lineage.Kind.DEPLOYMENT, protects=unit)
+    lineage.derive(tx, served, parents=[adapter])
+    remember(tx, deployment_fact(served.digest), {"adapter": adapter})
 
 
 def _publish(house: House, released: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from discreet import config
 from discreet.deid import policy as deid
@@ -22,6 +22,7 @@ from discreet.keys import Keyring, open_master
 from discreet.ledger import Ledger
 from discreet.pipeline.admission import ingest
 from discreet.pipeline.auditing import audit
+from discreet.pipeline.continuing import Parent, last_released, parent_of
 from discreet.pipeline.erasing import erasure_of
 from discreet.pipeline.house import STAGES, House, Observer, config_of, for_log, forget_results, restore_results, result_of, subject_of
 from discreet.pipeline.releasing import release
@@ -121,13 +122,19 @@ def lineage_export(house: House, *, unit: str = "", digest: str = "") -> list[di
         return lineage.openlineage(tx, roots, namespace=house.log.origin)
 
 
-def update(house: House, observer: Observer) -> dict[str, Any]:
+def update(house: House, observer: Observer, *, start: Literal["base", "released"] = "base") -> dict[str, Any]:
     """Takes in what became of the sources: new records, the same ledger, training, audit and release anew; warns when the audit sees more than before.
+
+    Args:
+        house: the open project.
+        observer: hears of it.
+        start: whether the new model is trained from the base, or goes on from the one that was released last (`continuing`).
 
     Raises:
         BudgetExhausted, NotReleased: as the stages do. What was released before is served on when no new model came to be.
     """
     house.access.require(Action.RUN, who=current_user())
+    parent = last_released(house) if start == "released" else None
     before = house.log.select(Predicate.AUDITED)
     again = [section.name for section in house.project.source if house.catalog.changed(house.project, section)]
     for section in house.project.source:
@@ -137,7 +144,7 @@ def update(house: House, observer: Observer) -> dict[str, Any]:
     with house.store.transaction() as tx:
         done = forget_results(tx, configs)
     try:
-        outcome = run(house, until=None, observer=observer)
+        outcome = run(house, until=None, observer=observer, parent=parent)
     except BaseException:
         if result_of(house, "train", configs.get("train", "")) is None:
             with house.store.transaction() as tx:
@@ -151,6 +158,7 @@ def update(house: House, observer: Observer) -> dict[str, Any]:
     return {
         "changed": again,
         "run": outcome["train"]["run"],
+        "continues": continues.run if (continues := parent_of(house, outcome["train"]["run"])) else None,
         "verdict": outcome["audit"]["verdict"],
         "epsilon_lower": bound,
         "earlier": earlier,
@@ -183,8 +191,14 @@ def export_evidence(house: House, folder: Path, *, public: bool) -> tuple[Path, 
     return bundle, key
 
 
-def run(house: House, *, until: str | None, observer: Observer) -> dict[str, Any]:
+def run(house: House, *, until: str | None, observer: Observer, parent: Parent | None = None) -> dict[str, Any]:
     """Runs the stages in order up to and including `until`; finished ones are not repeated.
+
+    Args:
+        house: the open project.
+        until: the last stage; None for all.
+        observer: hears of it.
+        parent: the model that a new training run goes on from.
 
     Raises:
         NotFound: when there is no such stage.
@@ -199,5 +213,5 @@ def run(house: House, *, until: str | None, observer: Observer) -> dict[str, Any
             if until == "ingest":
                 outcome["ingest"] = {"snapshot": ingest(house, observer).snapshot.root}
         else:
-            outcome[name] = {"train": train, "audit": audit, "release": release}[name](house, observer)
+            outcome[name] = train(house, observer, parent=parent) if name == "train" else {"audit": audit, "release": release}[name](house, observer)
     return outcome

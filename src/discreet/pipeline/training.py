@@ -14,16 +14,18 @@ from discreet.audit import bounds
 from discreet.audit import mechanism as rehearsal
 from discreet.config import TrainSection, digest_of
 from discreet.dp import mechanism
-from discreet.errors import ConfigInvalid, NotAdmitted, NotFound, OperationFailed, RunInProgress
+from discreet.errors import ConfigInvalid, DigestMismatch, NotAdmitted, NotFound, NotReleased, OperationFailed, RunInProgress
 from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.governance import lineage
 from discreet.ledger import CloseReason, Kind, Reservation, State
 from discreet.model import Base, PublicText
 from discreet.pipeline.admission import ingest
+from discreet.pipeline.continuing import Parent, claim_of, parent_of, weights_of
 from discreet.pipeline.house import House, Observer, Silent, fact, facts, finished_result, keep_result, remember, run_config
-from discreet.pipeline.pricing import calibrate, guarantee_fields, open_project_budget, plan_of, refuse_unaffordable
+from discreet.pipeline.pricing import calibrate, open_project_budget, plan_of, refuse_unaffordable
 from discreet.pipeline.weights import (
     PUBLIC_ADAPTER,
+    adapter_digest_of,
     all_texts,
     last_public,
     load_base,
@@ -45,8 +47,13 @@ CONSENT_S = 30.0
 """How often a run asks whether its records may still be used."""
 
 
-def train(house: House, observer: Observer) -> dict[str, Any]:
+def train(house: House, observer: Observer, *, parent: Parent | None = None) -> dict[str, Any]:
     """Calibrates, reserves, spends and trains (lines 5 to 7). Killed and called again, it continues the same run with the same draws and spends nothing more.
+
+    Args:
+        house: the open project.
+        observer: hears of it.
+        parent: the model that a new run goes on from; left out, it begins at the base. A run that was reserved before keeps what it began with.
 
     Raises:
         PlanInvalid: when [privacy] has no solution.
@@ -59,17 +66,17 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
         return _close_run(house, done)
     frozen = ingest(house, observer)
     observer.stage("train")
-    run, plan, reservation = _reserve(house, frozen.snapshot)
+    base = load_base(house, frozen.public, observer)
+    run, plan, reservation = _reserve(house, frozen.snapshot, base, parent)
     for alert in house.ledger.show(house.project.budget.name).alerts:
         observer.note(f"ALERT: {alert}")
     observer.note(
         f"{plan.steps} steps at noise multiplier {plan.noise_multiplier:.3f}: epsilon {plan.guarantee.epsilon:.2f} (PLD), delta {plan.delta:.2g}"
     )
-    base = load_base(house, frozen.public, observer)
     folder = house.project.state / "runs" / run
     house.ranks.announce(True)
     rehearsed = _rehearsed(house, plan, run)
-    start = _public_track(house, base, frozen.public, frozen.held_out, folder, observer)
+    start = _start(house, base, frozen.public, frozen.held_out, folder, observer)
     began = time.monotonic()
     house.ledger.spend(reservation)
     house.keyring.run(run)
@@ -93,7 +100,7 @@ def train(house: House, observer: Observer) -> dict[str, Any]:
         "parameters": trainable,
         "moved": moved,
         "seconds": round(time.monotonic() - began, 1),
-        "guarantee": guarantee_fields(plan) | {"privacy_digest": house.project.privacy_digest()},
+        "guarantee": claim_of(house, run) | {"privacy_digest": house.project.privacy_digest()},
         "curve": rounded_curve(trained.curve),
         "mechanism": rehearsed,
         **({"chosen": chosen} if chosen else {}),
@@ -123,7 +130,7 @@ def assist(house: House) -> None:
     if held_out is None:
         raise NotFound("the held-out text that rank 0 froze")
     base, folder = load_base(house, public, silent), house.project.state / "runs" / reservation.run
-    start = _public_track(house, base, public, held_out, folder, silent)
+    start = _start(house, base, public, held_out, folder, silent)
     steps = _take_steps if plan.search is None else _search
     steps(house, snapshot, held_out, plan, reservation, base, start, lambda _: None)
 
@@ -221,6 +228,17 @@ def _rehearsed(house: House, plan: mechanism.Plan, run: str) -> list[dict[str, A
     return [layer.to_json() for layer in layers]
 
 
+def _start(house: House, base: Base, public: PublicText | None, held_out: PublicText, folder: Path, observer: Observer) -> Path | None:
+    """The adapter that the DP track starts from: that of the run's parent, or of the public track."""
+    parent = parent_of(house, folder.name)
+    if parent is None:
+        return _public_track(house, base, public, held_out, folder, observer)
+    if adapter_digest_of(weights_of(house, parent)) != parent.adapter:
+        raise DigestMismatch("the adapter that was released", remedy="Restore the files; a run that was paid for goes on from no other.")
+    observer.note(f"goes on from {parent.run}; its price and this one's count together")
+    return weights_of(house, parent)
+
+
 def _public_track(house: House, base: Base, public: PublicText | None, held_out: PublicText, folder: Path, observer: Observer) -> Path | None:
     """Trains the non-private track on public text first, when [train] asks for it; the DP track starts from its adapter."""
     steps, adapter = house.project.train.public_steps, folder / PUBLIC_ADAPTER
@@ -280,18 +298,21 @@ def _while_admitted(house: House, snapshot: Snapshot, show: Callable[[loop.StepR
     return on_step
 
 
-def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Reservation]:
-    """Lines 5 and 6. A run is its configuration on its snapshot; its plan is fixed when it is first reserved."""
+def _reserve(house: House, snapshot: Snapshot, base: Base, parent: Parent | None) -> tuple[str, mechanism.Plan, Reservation]:
+    """Lines 5 and 6. A run is its configuration on its snapshot; its plan, and what it goes on from, are fixed when it is first reserved."""
     run = _run_id(house, snapshot)
     _close_abandoned(house, run)
     known = fact(house, f"plan/{run}") if house.ledger.has_run(run) else None
     plan = mechanism.plan_from_json(known) if known else calibrate(house, snapshot)
     if known is None:
         refuse_unaffordable(house, plan, snapshot)
+        _refuse_other_base(house, base, parent)
     open_project_budget(house, delta=plan.delta)
     if known is None:
         with house.store.transaction() as tx:
             remember(tx, f"plan/{run}", plan.to_json())
+            if parent is not None:
+                remember(tx, f"parent/{run}", parent.to_json())
             if plan.allow_large_delta:
                 fields: dict[str, JSON] = {
                     "rule": "delta < 1 / population",
@@ -302,6 +323,16 @@ def _reserve(house: House, snapshot: Snapshot) -> tuple[str, mechanism.Plan, Res
                 house.log.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(plan.digest,), fields=fields))
     kind = Kind.TRAINING if plan.search is None else Kind.SEARCH
     return run, plan, house.ledger.reserve(house.project.budget.name, plan, snapshot, run, kind=kind)
+
+
+def _refuse_other_base(house: House, base: Base, parent: Parent | None) -> None:
+    """An adapter goes on the base and the parameters that it was made for, or on none."""
+    if parent is None:
+        return
+    fits = base.digest == parent.base and model.fits(base, house.project.model, weights_of(house, parent))
+    if not fits:
+        remedy = "Nothing was spent. Set [model] to what it was, or train from the base (`discreet update`)."
+        raise NotReleased("a released adapter for the base and the parameters of [model]", value=parent.adapter, remedy=remedy)
 
 
 def _run_id(house: House, snapshot: Snapshot) -> str:
@@ -329,17 +360,23 @@ def _is_over(house: House, run: str) -> bool:
 
 def _record_training(house: House, result: Mapping[str, Any], reservation: Reservation) -> None:
     """Logs the trained model. The snapshot's root stays inside: the statement is public (PITFALLS 41)."""
+    parent = parent_of(house, result["run"])
     fields = {name: result[name] for name in ("run", "base", "adapter", "plan", "guarantee", "steps", "parameters")}
     fields |= {"track": "dp", "reservation": reservation.id, "public_loss": result["curve"]}
-    fields |= {"kind": "preference tuning"} if house.project.train.objective == "preference" else {}
-    fields |= {"kind": "winner of a search", "chosen": result["chosen"]} if "chosen" in result else {}
+    kinds = ["preference tuning"] if house.project.train.objective == "preference" else []
+    kinds += ["continued training"] if parent is not None else []
+    kinds += ["winner of a search"] if "chosen" in result else []
+    fields |= {"kind": ", ".join(kinds)} if kinds else {}
+    fields |= {"chosen": result["chosen"]} if "chosen" in result else {}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(Digest(result["adapter"]),), fields=fields))
         artifact = lineage.Artifact(digest=Digest(result["adapter"]), kind=lineage.Kind.MODEL, protects=house.project.privacy.unit)
         register_base(house, tx, Digest(result["base"]))
         start = house.project.state / "runs" / result["run"] / PUBLIC_ADAPTER
-        above = [model.adapter_digest(start)] if start.exists() else []
-        lineage.derive(tx, artifact, parents=[Digest(result["snapshot"]), Digest(result["base"]), *above])
+        above = [model.adapter_digest(start)] if start.exists() else [parent.adapter] if parent is not None else []
+        made = lineage.Artifact(digest=digest_of({"run": result["run"]}), kind=lineage.Kind.RUN)
+        lineage.derive(tx, made, parents=[Digest(result["snapshot"]), Digest(result["base"]), *above])
+        lineage.derive(tx, artifact, parents=[made.digest])
         keep_result(tx, "train", run_config(house), result)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection
 
 from discreet import corpus, model
+from discreet.errors import NotFound
 from discreet.evidence.statement import Predicate
 from discreet.governance import lineage
 from discreet.model import Base, PublicText
@@ -43,6 +44,14 @@ def setup_of(house: House, base: Base, *, held_out: PublicText, start: Path | No
     """Returns what a training loop is given beside its texts."""
     project = house.project
     return loop.Setup(base=base, model=project.model, train=project.train, run=project.run, held_out=held_out, start=start, evaluations=evaluations)
+
+
+def adapter_digest_of(folder: Path) -> Digest | None:
+    """Returns the digest of the adapter in a folder; None where there is none, or no longer: it may have gone with the run beside it."""
+    try:
+        return model.adapter_digest(folder) if folder.is_dir() else None
+    except NotFound:
+        return None
 
 
 def load_base(house: House, public: PublicText | None, observer: Observer) -> Base:

@@ -1,0 +1,102 @@
+"""Training that goes on from a released model: a further run on the same people, whose promise is that of both runs together.
+
+The parent is fixed when the run is first reserved, and every resume goes on from it. The new run is charged like any other; what its model promises is the composition of its own
+event with those of all runs that it goes on from, because its weights depend on every one of them.
+
+Does not cover: a parent that another project released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from dp_accounting import ComposedDpEvent
+
+from discreet.dp import accounting, mechanism
+from discreet.dp.accounting import Guarantee
+from discreet.errors import NotReleased
+from discreet.evidence.statement import Predicate
+from discreet.governance import lineage
+from discreet.pipeline.house import House, fact
+from discreet.pipeline.pricing import guarantee_fields, plan_of
+from discreet.pipeline.weights import adapter_digest_of
+from discreet.record import Digest
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parent:
+    """A released model to go on from: its run, its adapter, and its base."""
+
+    run: str
+    adapter: Digest
+    base: Digest
+
+    def to_json(self) -> dict[str, str]:
+        return {"run": self.run, "adapter": self.adapter, "base": self.base}
+
+
+def last_released(house: House) -> Parent:
+    """Returns the model that was released last.
+
+    Raises:
+        NotReleased: when none was, when its weights are gone or its parents unknown (it was withdrawn), or when it protects another unit than the project now does.
+    """
+    released = house.log.select(Predicate.RELEASED)
+    if not released:
+        raise NotReleased("a released model to go on from", remedy="`discreet update` without --continue trains from the base.")
+    said = released[-1].fields
+    parent = Parent(run=said["run"], adapter=Digest(said["adapter"]), base=Digest(said["base"]))
+    with house.store.transaction() as tx:
+        known = lineage.is_known(tx, parent.adapter)
+    unit = said["guarantee"]["unit"]
+    if not known or unit != house.project.privacy.unit or adapter_digest_of(weights_of(house, parent)) != parent.adapter:
+        value = f"{parent.adapter}, which protects one {unit}"
+        raise NotReleased("the weights of the last release, for the project's unit, to go on from", value=value, remedy="Train from the base.")
+    return parent
+
+
+def weights_of(house: House, parent: Parent) -> Path:
+    """Returns the folder of a parent's adapter."""
+    return house.project.state / "runs" / parent.run / "adapter"
+
+
+def parent_of(house: House, run: str) -> Parent | None:
+    """Returns the model that a run goes on from; None when it began at the base."""
+    known = fact(house, f"parent/{run}")
+    return None if known is None else Parent(run=known["run"], adapter=Digest(known["adapter"]), base=Digest(known["base"]))
+
+
+def promise_of(house: House, run: str) -> Guarantee:
+    """Returns what the model of a run promises, standing alone: the price of its plan, composed with those of the runs that it goes on from, at the delta of its own."""
+    plans = list(_plans(house, run))
+    if len(plans) == 1:
+        return plans[0].guarantee
+    event = ComposedDpEvent([plan.event for plan in reversed(plans)])
+    return accounting.guarantee(event, delta=plans[0].delta, unit=plans[0].unit)
+
+
+def claim_of(house: House, run: str) -> dict[str, Any]:
+    """Returns the public statement of a run's model: the figures of its own mechanism, the epsilon of everything together, and what the run that it goes on from stated.
+
+    It names that run and not its adapter, whose digest is a function of private records.
+    """
+    plan, parent = plan_of(house, run), parent_of(house, run)
+    if parent is None:
+        return guarantee_fields(plan)
+    promised = promise_of(house, run)
+    counted = house.ledger.filter(house.project.budget.name).epsilon_of(promised.event)
+    together = {"epsilon": promised.epsilon, "accountant": promised.accountant, "filter_epsilon": counted}
+    stated = next(e.fields["guarantee"] for e in reversed(house.log.select(Predicate.TRAINED)) if e.fields["run"] == parent.run)
+    return guarantee_fields(plan) | together | {"continues": {"run": parent.run, "guarantee": dict(stated)}}
+
+
+def _plans(house: House, run: str) -> Iterator[mechanism.Plan]:
+    """The plan of a run, and of every run that it goes on from, newest first."""
+    yield plan_of(house, run)
+    parent = parent_of(house, run)
+    if parent is not None:
+        yield from _plans(house, parent.run)
