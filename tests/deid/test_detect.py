@@ -185,10 +185,27 @@ def test_obfuscated_values_are_found_at_their_original_place(text: str, value: s
         ("Patient Name: Hưng Vũ\nHưng sleeps", {"Hưng Vũ", "Hưng"}),
         ("Thanks, Austin. See you.", {"Austin"}),
         ("DT: 08/14/19  REED / 94325", {"REED"}),
+        ("The mail was signed Παπαδόπουλος, as always.", {"Παπαδόπουλος"}),
     ],
 )
 def test_names(text: str, names: set[str]) -> None:
     assert {value for value, label in found(text).items() if label == "PERSON"} == names
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "label"),
+    [
+        ("I am in ΛΕΥΚΩΣΙΑ for a business trip.", "ΛΕΥΚΩΣΙΑ", "LOCATION"),
+        ("She spent three years at Zorblatt as an assistant.", "Zorblatt", "ORG"),
+        ("Zorblatt Analytica is a small design agency.", "Zorblatt Analytica", "ORG"),
+        ('{"health_plan_beneficiary_number": "HPB-OM312-0002"}', "HPB-OM312-0002", "HEALTH_PLAN"),
+        ("MEDICAL_RECORD_NUMBER=MRN-OM312-0001;", "MRN-OM312-0001", "MRN"),
+        ("手机号13800000000，", "13800000000", "ID"),
+        ("患者2026年3月14日入院", "2026年3月14日", "DATE"),
+    ],
+)
+def test_other_scripts_firms_and_keys(text: str, value: str, label: str) -> None:
+    assert found(text) == {value: label}
 
 
 @pytest.mark.parametrize(
@@ -210,6 +227,9 @@ def test_names(text: str, names: set[str]) -> None:
         "Doctor: Does it help? Patient: Nope. Nurse: Yep, I will. Patient: Meth.",
         "so the carter of goods will grant a mark for the white house",
         "password: walrus is a word; the secret is kindness; token = identifier",
+        "The α and β chains, a ΔG of 3 kJ, TGF-β1, the ΔΔCt method and 5 µg of Σ.",
+        "Пациентка поступила утром. Жалобы на кашель. Температура нормальная.",
+        "He worked for two years at The Time, then as partner at Law; Surgery is a large company.",
     ],
 )
 def test_what_is_not_an_identifier_stays(text: str) -> None:

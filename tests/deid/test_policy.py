@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,7 +12,21 @@ from hypothesis import strategies as st
 from discreet.config import DeidSection
 from discreet.deid.operators import Operator, date_offset
 from discreet.deid.patterns import PATTERNS, Label
-from discreet.deid.policy import BUILTIN, Channel, Names, Policy, builtin, check, configured, deidentify, find, protect, redact, restore
+from discreet.deid.policy import (
+    BUILTIN,
+    Channel,
+    Names,
+    Policy,
+    builtin,
+    check,
+    configured,
+    deidentify,
+    deidentify_all,
+    find,
+    protect,
+    redact,
+    restore,
+)
 from discreet.deid.vault import Vault
 from discreet.errors import ConfigInvalid, DiscreetError, RequestInvalid
 from discreet.keys import Key
@@ -80,6 +95,23 @@ def test_one_subject_one_set_of_stand_ins_across_documents() -> None:
     first, last = one.split("I saw ")[1].split(" (")[0].split()
     assert other == f"{last.upper()}, {first.upper()} was well."
     assert f"Call {first} at" in one
+
+
+def test_who_is_named_in_one_document_of_a_subject_is_found_in_the_others() -> None:
+    rules = replace(BUILTIN["label"], names=Names.RULES)
+    texts = ["Signed by Dr. Zyra Quorndike.", "then quorndike came and zquorndike left; Young spoke.", "Seen by Dr. Young."]
+    alone = deidentify(admitted(texts[1], known={}), rules, KEY).text.reveal()
+    assert "quorndike came" in alone
+    made = deidentify_all([admitted(text, known={}) for text in texts], rules, KEY)
+    assert [each.text.reveal() for each in made] == [
+        "Signed by Dr. [PERSON].",
+        "then [PERSON] came and [PERSON] left; Young spoke.",
+        "Seen by Dr. [PERSON].",
+    ]
+    again = deidentify_all([admitted(text, known={}) for text in reversed(texts)], rules, KEY)
+    assert [each.text.reveal() for each in reversed(again)] == [each.text.reveal() for each in made], "whatever their order"
+    with pytest.raises(RequestInvalid, match="one subject"):
+        deidentify_all([admitted(), admitted(subject="SBBB")], rules, KEY)
 
 
 def test_dates_of_a_subject_shift_together() -> None:

@@ -44,6 +44,11 @@ def test_short_lines_are_read_together_and_long_ones_alone() -> None:
     assert [text[a:b] for a, b in sentences(text, [(0, len(text))])] == ["Ann Lee\n12 Main St\nBoston\n", f"{long}\n", "Zqua\n\nZqib"]
 
 
+def test_a_sentence_does_not_end_behind_an_initial_or_a_part_of_an_address() -> None:
+    text = "Please send it to 12 Main St Apt. 501 in Delft, or to Ann S. Lee, who lives near St. Paul. Then call me about the rest of it."
+    assert [text[a:b] for a, b in sentences(text, [(0, len(text))])] == [text[: text.index("Then")], text[text.index("Then") :]]
+
+
 @given(
     st.lists(st.sampled_from(["Zqua. ", "a b c d e f ", "x" * 70, "\n", "\n\n", ". A"]), max_size=30).map("".join),
     st.integers(0, 200),

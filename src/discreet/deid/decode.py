@@ -48,7 +48,7 @@ _SPELLED = re.compile(
 _COUNTRY_CODES = frozenset("uk de fr es nl ch ca au nz ie pt pl se dk fi cz eu br mx jp cn kr ru za ar cl co".split())  # noqa: SIM905 - a table that reads as one
 _TAIL = re.compile(r"[A-Za-z0-9.@]*\Z")
 _GAP = re.compile(r"[ \t]{0,2}-?[ \t]{0,2}\r?")
-_HEAD = re.compile(r"\n[ \t]{0,8}([A-Za-z0-9.@-]{1,64})")
+_HEAD = re.compile(r"\n(?<=[A-Za-z0-9.@\t\r -]\n)[ \t]{0,8}([A-Za-z0-9.@-]{1,64})")
 _DIGIT, _LETTER = re.compile("[0-9]"), re.compile("[A-Za-z]")
 _NUMBER = re.compile(r"(?<!\S)[\d.-]*\d(?: [\d.-]+)*\Z")
 

@@ -259,13 +259,13 @@ def _compiled(index: int) -> re.Pattern[str]:
     return _ROWS[index].compiled()
 
 
-_FILLER = r"(?:(?:is|was|are|number|numbers|num|no|nr|id|the|at|to|as|on|my|his|her|their|me|us|new|code|been|reads|below|above|for|with|from|this|your|or|and|home|work|cell)\b[^\w\ufffc]{0,4}){0,4}$"
+_FILLER = r"(?:(?:is|was|are|number|numbers|num|no|nr|id|the|at|to|as|on|my|his|her|their|me|us|new|code|been|reads|below|above|for|with|from|this|your|or|and|home|work|cell)(?:\b|(?=_))(?:[^\w\ufffc]|_){0,4}){0,4}$"
 
 
 @cache
 def _context(words: tuple[str, ...]) -> re.Pattern[str]:
-    alternatives = "|".join(re.escape(word).replace(r"\ ", r"\s{1,3}") for word in sorted(words, key=len, reverse=True))
-    return re.compile(rf"(?<![a-z0-9])(?:{alternatives})(?![a-z])[^\w\ufffc]{{0,6}}{_FILLER}", re.IGNORECASE)
+    alternatives = "|".join(re.escape(word).replace(r"\ ", r"[\s_-]{1,3}") for word in sorted(words, key=len, reverse=True))
+    return re.compile(rf"(?<![a-z0-9])(?:{alternatives})(?![a-z])(?:[^\w\ufffc]|_){{0,6}}{_FILLER}", re.IGNORECASE)
 
 
 def scan(row: Pattern, text: str) -> Iterator[tuple[int, int]]:
@@ -335,7 +335,7 @@ def _built(named: bool) -> automaton.Windows:
 
 def _sought(*, named: bool) -> list[automaton.Sought]:
     """Everything that the one pass looks for: the rows (where they need a cue, behind it), the expressions of `decode`, and those of names where names are wanted."""
-    rows = [automaton.Sought(_compiled(i), _context(row.context) if row.context else None) for i, row in enumerate(_ROWS)]
+    rows = [automaton.Sought(_compiled(i), _context(row.context) if row.context and not row.rare else None) for i, row in enumerate(_ROWS)]
     return [*rows, *map(automaton.Sought, (*EXPRESSIONS, _TURNED, *(_CUES if named else ())))]
 
 
@@ -383,6 +383,11 @@ def spellings(known: Mapping[str, Sequence[str]]) -> dict[str, Label]:
         for value in group:
             found |= dict.fromkeys(_spellings(label, fold(value)), label)
     return found
+
+
+def is_telling(name: str) -> bool:
+    """Says whether a name can be looked for elsewhere: no part of it is an ordinary word ("Young")."""
+    return all(part not in _words() for part in re.findall(r"[a-z]{2,}", fold(name).lower()))
 
 
 def leaves_none(text: str, spans: Sequence[Span], sought: Mapping[str, Label]) -> bool:
@@ -599,16 +604,37 @@ _LIVES = re.compile(
     rf"(?<![A-Za-z])(?i:lives? in|living in|lived in|resides? in|resident of|born in|moved (?:here )?(?:from|to)|native of|grew up in|travel(?:ed|led|ing)? to|flew to|trip to|city|town|hometown is|arrived at|based in)"
     rf":? (?P<value>{_CAPITALISED}(?:{_GAP}(?:(?:de|la|of|upon|am|el|los|las|del) )?(?:{_CAPITALISED}|pho|altos|bajos)){{0,3}})"
 )
+_EMPLOYED = re.compile(
+    rf"(?<![A-Za-z])(?i:(?:works?|worked|working|employed|employee|job|jobs|position|years?|career|intern|interned|internship|internships|partner|manager|engineer|director|analyst|consultant|stint) (?:at|with|for|by)"
+    rf"|(?:ceo|cto|cfo|founder|co-founder|owner|president|employees?|subsidiary|customer|client) of|hired by|acquired by|founded by|(?:later )?became part of|later became|merged with|laid off (?:from|by)|retired from) "
+    rf"(?P<value>{_CAPITALISED}(?:{_GAP}(?:(?:of|and|&|de) )?{_CAPITALISED}){{0,3}})"
+)
+_IS_A_FIRM = re.compile(
+    rf"(?P<value>{_CAPITALISED}(?:{_GAP}(?:(?:of|and|And|&) )?{_CAPITALISED}){{0,3}}),? (?:is|was|are) an? (?:[a-z-]{{2,20}} ){{0,3}}"
+    r"(?:company|agency|firm|start-?up|bank|corporation|organi[sz]ation|manufacturer|retailer|supplier|publisher|studio|charity|brewery|brand|insurer|consultancy|employer)(?![a-z])"
+)
 
 
 def _names(text: str, others: Sequence[Span], regions: Regions, windows: Mapping[int, Regions]) -> Iterator[Span]:
     """Yields people and towns: cues, titles, lists and pairs of the gazetteer, then every other mention of what was found."""
     cued = {id(expression): windows.get(number, ()) for number, expression in enumerate(_CUES, _TURNED_AT + 1)}
     people = [*_cued(text, cued), *_listed(text, regions), *_caseless(text, regions)]
+    yield from _foreign(text, regions)
     taken = [s for s in others if s.label is Label.PERSON]
     yield from people
     yield from _mentions(text, [*people, *taken])
     yield from _towns(text, cued)
+    yield from _firms(text, cued)
+
+
+def _firms(text: str, cued: Mapping[int, Regions]) -> Iterator[Span]:
+    """Yields what somebody works at, and what is said to be a company, where it is more than ordinary words and nobody's title."""
+    for expression in (_EMPLOYED, _IS_A_FIRM):
+        for match in _within(expression, text, cued[id(expression)]):
+            words = re.findall(r"[a-z'-]+", match["value"].lower())
+            strange = not all(word in _words() or word in _GENERIC for word in words)
+            if strange and match["value"] not in _REGIONS and not any(word in patterns.TITLES for word in words):
+                yield Span(*match.span("value"), Label.ORG, SHAPE)
 
 
 def _cued(text: str, cued: Mapping[int, Regions]) -> Iterator[Span]:
@@ -747,6 +773,27 @@ def _caseless(text: str, regions: Regions) -> Iterator[Span]:
             yield Span(match.start(), after.end() if after is not None and whole else match.end(), Label.PERSON, WEAK)
 
 
+_OTHER_SCRIPT = re.compile("[\u0370-\u058f]")
+"""Greek, Cyrillic and Armenian: alphabets that tell a name by its capital."""
+_OTHER_WORD = r"(?=[A-Za-z]{0,20}[\u0370-\u058f])[^\W\d_]{2,40}"
+_RUN_OF_OTHERS = re.compile(rf"(?<![^\W_]){_OTHER_WORD}(?:[ -]{_OTHER_WORD}){{0,3}}(?![^\W_])")
+_AT = re.compile(r"\b(?:in|to|at|from|near) $")
+
+
+def _foreign(text: str, regions: Regions) -> Iterator[Span]:
+    """Yields capitalised words of another alphabet in a text of Latin letters: what is not translated there is the name of somebody or of a place."""
+    if text.isascii():
+        return
+    others = len(_OTHER_SCRIPT.findall(text))
+    if not others or others * 4 > sum(map(str.isalpha, text)):
+        return
+    for match in _within(_RUN_OF_OTHERS, text, regions):
+        words = match.group().split()
+        if all(word.istitle() or word.isupper() for word in words) and any(len(word) > 2 for word in words):
+            place = _AT.search(text, max(0, match.start() - 6), match.start()) is not None
+            yield Span(*match.span(), Label.LOCATION if place else Label.PERSON, WEAK)
+
+
 def _name_from(tokens: Sequence[tuple[int, int, str]], at: int) -> int:
     """Returns the end of the name that starts at token `at`, or `at` where none does."""
     first = tokens[at][2]
@@ -841,6 +888,7 @@ _REGIONS = frozenset(patterns.STATE_NAMES.split("|")) | frozenset(
 _PLACES = re.compile(rf"(?<![\w-])(?:{'|'.join(re.escape(p) for p in sorted(places(), key=len, reverse=True))})(?![\w-])")
 _CUES = (
     _TITLED, _COLON, _NAMING, _CREDENTIALED, _PHRASE, _RELATION, _ADDRESSED, _COMMA, _COLON_LOWER, _TITLED_LOWER, _DIRECTION, _TOWN, _LIVES, _PLACES,
+    _EMPLOYED, _IS_A_FIRM,
 )  # fmt: skip
 """Expressions of names that the automaton looks for beside the rows, encodings and lines written backwards."""
 _CODES = range(len(_ROWS), len(_ROWS) + len(EXPRESSIONS))

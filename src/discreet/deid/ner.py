@@ -282,10 +282,11 @@ class Names:
 
 _BRIDGE = re.compile(r"[\s,()/-]{0,4}(?:[\w'-]{1,12}\.?[\s,()/-]{1,4}){0,2}")
 _CORNER = re.compile(r"(?i:the corner of )$")
+_WITHIN_A_PLACE = re.compile(r" (?:d[aeiou]s?|del|de la|di|la|le|les|los|las|of|upon|on|an|am|an der|nad|u) ")
 
 
 def _bridged(sentence: str, tags: Sequence[tuple[int, int, str, float]]) -> list[tuple[int, int, str, float]]:
-    """Returns the tags with an address whole: what the model left out between two parts of one, or in front of a street corner, is a part as well."""
+    """Returns the tags with an address whole: what the model left out between two parts of one, or in front of a street corner, is a part as well, and so is the particle within a town ("Caxias do Sul")."""
     out: list[tuple[int, int, str, float]] = []
     for start, end, label, score in tags:
         if label == "ADDRESS" and (corner := _CORNER.search(sentence, 0, start)):
@@ -297,6 +298,8 @@ def _bridged(sentence: str, tags: Sequence[tuple[int, int, str, float]]) -> list
             and _BRIDGE.fullmatch(sentence, out[-1][1], start)
         ):
             out[-1] = out[-1][0], start, out[-1][2], out[-1][3]
+        elif out and label == out[-1][2] == "LOCATION" and _WITHIN_A_PLACE.fullmatch(sentence, out[-1][1], start):
+            out[-1] = out[-1][0], start, label, out[-1][3]
         out.append((start, end, label, score))
     return out
 

@@ -156,7 +156,7 @@ def _fold(text: str) -> View:
 
 
 _LATIN = dict(zip("øØłŁđĐðıəƏħ", "oOlLdDdieEh", strict=True)) | {"ß": "ss", "æ": "ae", "Æ": "Ae", "œ": "oe", "Œ": "Oe", "þ": "th", "Þ": "Th"}
-_LOOKALIKE = dict(zip("АВЕЅІЈКМНОРСТУХаеоріјѕсухԁһɡΑΒΕΖΗΙΚΜΝΟΡΤΥΧαονɑɩ", "ABESIJKMHOPCTYXaeopijscyxdhgABEZHIKMNOPTYXaovai", strict=True))
+_LOOKALIKE = dict(zip("АВЕЅІЈКМНОРСТУХаеоріјѕсухԁһɡΑΒΕΖΗΙΚΜΝΟΡΤΥΧαονɑɩ∆∏∑", "ABESIJKMHOPCTYXaeopijscyxdhgABEZHIKMNOPTYXaovaiΔΠΣ", strict=True))
 _PUNCTUATION = dict(zip("‘’‚‛′ʼ`´“”„‟″«»−⁃∕⁄․·﹒。", "''''''''\"\"\"\"\"\"\"--//....", strict=True))
 
 
@@ -165,8 +165,8 @@ def _fold_character(character: str) -> str:
     """Folds one character to zero or more ASCII ones where it has such a form; other scripts stay as they are."""
     if character in _LATIN or character in _LOOKALIKE or character in _PUNCTUATION:
         return _LATIN.get(character) or _LOOKALIKE.get(character) or _PUNCTUATION[character]
-    if character == OPAQUE:
-        return OPAQUE
+    if character == OPAQUE or "\uac00" <= character <= "\ud7a3":
+        return character  # a Korean syllable is one letter
     category = unicodedata.category(character)
     if category == "Nd":
         return str(unicodedata.decimal(character))

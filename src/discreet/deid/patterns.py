@@ -45,7 +45,7 @@ import stdnum.pl.pesel
 import stdnum.se.personnummer
 import stdnum.us.ssn
 
-VERSION = "6"
+VERSION = "7"
 """Part of every policy's digest: raised whenever a row or a rule of `detect` changes what is found."""
 
 
@@ -98,6 +98,7 @@ class Pattern:
         context: words of which one must stand directly before the value, case ignored; empty asks for none.
         anchors: lower-case texts of which one must occur in the document, or the row is not run at all; empty: any digit.
         cased: letter case matters.
+        rare: the expression matches less often than its cues stand in a text, so that the one pass looks for it and not for them.
         digits: the value holds a digit (False: the row also reads text that has none near).
         locale: ISO 3166 country the format belongs to, or "any".
         source: where the format is published.
@@ -112,6 +113,7 @@ class Pattern:
     context: tuple[str, ...] = ()
     anchors: tuple[str, ...] = ()
     cased: bool = False
+    rare: bool = False
     digits: bool = True
     locale: str = "any"
     source: str = "own"
@@ -119,8 +121,13 @@ class Pattern:
     rejects: tuple[str, ...] = ()
 
     def compiled(self) -> re.Pattern[str]:
-        """Returns the compiled expression."""
-        return re.compile(self.expression, 0 if self.cased else re.IGNORECASE)
+        """Returns the compiled expression. A letter of a script that writes without spaces is no part of a word that a value must keep away from."""
+        expression = self.expression.replace(r"(?<![\w", f"(?<![{_SPACED}").replace(r"(?![\w", f"(?![{_SPACED}")
+        return re.compile(expression, 0 if self.cased else re.IGNORECASE)
+
+
+_SPACED = "0-9A-Za-z_\\u00c0-\\u1fff"
+"""Letters and digits of the scripts that put spaces between words: in Chinese, Japanese and Korean a number stands directly behind the character before it."""
 
 
 # Validators -------------------------------------------------------------------------------------------------------------------------------------------------
@@ -740,6 +747,17 @@ PATTERNS: tuple[Pattern, ...] = (
     ),
     Pattern(
         label=Label.NATIONAL_ID,
+        expression=r"(?<![\w<])[A-Z0-9<]{30,44}(?:\n[A-Z0-9<]{30,44}){0,2}(?![\w<])",
+        score=CERTAIN,
+        validator=lambda value: value.count("<") >= 4 and any(c.isdigit() for c in value),
+        cased=True,
+        anchors=("<<",),
+        source="ICAO 9303, machine-readable zone",
+        matches=("scan: «P<UTOERIKSSON<<ANNA<MARIA<<<<<<<<<<<<<<<<<<<\nL898902C36UTO7408122F1204159ZE184226B<<<<<10»",),
+        rejects=("<<<<<<<<<<<<<<<<<<<<<<<<<<<<<<<<", "P<UTOERIKSSON<<ANNA"),
+    ),
+    Pattern(
+        label=Label.NATIONAL_ID,
         expression=r"(?<![\w-])\d{3}[ -]?\d{3}[ -]?\d{4}(?![\w-])",
         score=CERTAIN,
         validator=_stdnum(stdnum.gb.nhs.is_valid),
@@ -920,6 +938,7 @@ PATTERNS: tuple[Pattern, ...] = (
             "insurance",
             "group number",
             "beneficiary",
+            "health plan beneficiary",
             "medicare",
             "medicaid",
             "mbi",
@@ -1116,6 +1135,20 @@ PATTERNS: tuple[Pattern, ...] = (
             "office",
             "home",
             "number to call",
+            "answering",
+            "answer",
+            "message",
+            "messages",
+            "sms",
+            "whatsapp",
+            "registered",
+            "telefono",
+            "telefon",
+            "telefone",
+            "movil",
+            "handy",
+            "portable",
+            "celular",
         ),
         anchors=(
             "phone",
@@ -1134,16 +1167,32 @@ PATTERNS: tuple[Pattern, ...] = (
             "ring",
             "office",
             "home",
+            "answer",
+            "message",
+            "sms",
+            "whatsapp",
+            "registered",
+            "movil",
+            "handy",
+            "portable",
+            "celular",
         ),
-        matches=("reached at «38577».", "Phone: «0494 92 82 32»", "pager «14540»", "call me on «9472 7916»?"),
+        matches=(
+            "reached at «38577».",
+            "Phone: «0494 92 82 32»",
+            "pager «14540»",
+            "call me on «9472 7916»?",
+            "messages to «699 956 915»",
+            "not answering at «99 668472»",
+        ),
         rejects=("call in 2 weeks", "text 12", "office visit"),
     ),
     Pattern(
         label=Label.PHONE,
-        expression=r"(?<![\w(+.-])(?:\(0?\d{2,4}\) ?\d{2,4}[ -]?\d{3,4}|0\d{1,3}[ -]\d{2,4}(?:[ -]\d{2,4}){1,3}|\d{2}(?:[ -]\d{2}){3}|\d{3} \d{4} \d{4})(?![\w-]|[.:/%]\d)",
+        expression=r"(?<![\w(+.-])(?:\(0?\d{2,4}\) ?\d{2,4}[ -]?\d{3,4}|0\d{1,3}[ -]\d{2,4}(?:[ -]\d{2,4}){1,3}|0\d{3}[ -]\d{6,7}|8 ?\(\d{3}\) ?\d{3}[ -]\d{2}[ -]\d{2}|\d{2}(?:[ -]\d{2}){3}|\d{3} \d{4} \d{4})(?![\w-]|[.:/%]\d)",
         score=WEAK,
         source="national formats",
-        matches=("«0494 92 82 32»", "«(08) 8747 6301»", "«71-33-52-22»"),
+        matches=("«0494 92 82 32»", "«(08) 8747 6301»", "«71-33-52-22»", "«0961-7596216»", "«8 (495) 123-45-67»"),
         rejects=("08 12", "12-34-56", "2020-01-02"),
     ),
     Pattern(
@@ -1181,6 +1230,14 @@ PATTERNS: tuple[Pattern, ...] = (
         validator=lambda value: _is_numeric_date(re.sub(r"^\D+", "", value)),
         matches=("«12/15/2021»", "d.o.b. «03-21-1978»,", "«01/24/21».", "«31.12.1999»", "«6/24/1991»"),
         rejects=("1/2/3", "12/15", "99/99/1999", "1.2.3", "02-30-2023", "2-3-12-1"),
+    ),
+    Pattern(
+        label=Label.DATE,
+        expression=r"(?<![\w])(?:1[89]|20|21)\d{2} ?[年년] ?(?:1[0-2]|0?[1-9]) ?[月월] ?(?:[12]\d|3[01]|0?[1-9]) ?[日일]",
+        score=STRONG,
+        source="dates of Chinese, Japanese and Korean",
+        matches=("初診«2026年3月14日»、", "«1985년 3월 5일»"),
+        rejects=("2026年13月1日", "3月14"),
     ),
     Pattern(
         label=Label.DATE,
@@ -1303,6 +1360,7 @@ PATTERNS: tuple[Pattern, ...] = (
     Pattern(
         label=Label.DATE,
         expression=r"(?<![\w/.-])(?:0?[1-9]|[12]\d|3[01])[/-](?:0?[1-9]|[12]\d|3[01])(?![\w/-]|\.\d|,\d|%)",
+        rare=True,
         score=SHAPE,
         validator=_is_month_day,
         context=("on", "dated", "date", "since", "dob", "visit", "seen", "appointment", "admitted", "discharged", "until", "by", "surgery"),
@@ -1353,7 +1411,7 @@ PATTERNS: tuple[Pattern, ...] = (
     # places
     Pattern(
         label=Label.ADDRESS,
-        expression=rf"(?<![\w.-])\d{{1,6}}[A-Z]?,? {{1,2}}(?:[NSEW]{{1,2}}\.? )?(?:{_WORD}\.? {{1,2}}|\d{{1,3}}(?:st|nd|rd|th) {{1,2}}){{1,4}}(?i:{_STREET})\b\.?(?i:{_UNIT})?",
+        expression=rf"(?<![\w.-])\d{{1,6}}[A-Z]?,? {{1,2}}(?:\d{{1,5}} {{1,2}})?(?:[NSEW]{{1,2}}\.? )?(?:{_WORD}\.? {{1,2}}|\d{{1,3}}(?:st|nd|rd|th) {{1,2}}){{1,4}}(?i:{_STREET})\b\.?(?i:{_UNIT})?",
         score=STRONG,
         cased=True,
         locale="US",
@@ -1364,14 +1422,28 @@ PATTERNS: tuple[Pattern, ...] = (
             "«12 N. Main St.» is",
             "«350 5th Avenue»",
             "«771 David Creek Apt. 729»",
+            "to «370 3911 Fourth Avenue»",
         ),
         rejects=("5 mg of Dr", "take 2 Tylenol", "120 over 80"),
+    ),
+    Pattern(
+        label=Label.ADDRESS,
+        expression=rf"(?<![\w.-])(?:{_WORD} {{1,2}}){{1,3}}(?:Street|Avenue|Road|Lane|Boulevard|Drive)(?![\w-])",
+        digits=False,
+        score=SHAPE,
+        cased=True,
+        rare=True,
+        context=("on", "at", "in", "near", "along", "off", "of", "and"),
+        anchors=("street", "avenue", "road", "lane", "boulevard", "drive"),
+        matches=("shops on «Tarsicio Isle Street» were", "lives near «Magnolia Avenue»."),
+        rejects=("on the Road", "a Silk Road town", "on road"),
     ),
     Pattern(
         label=Label.ADDRESS,
         expression=r"(?<![\w.-])\d{1,6} (?!(?:mg|ml|minutes?|hours?|days?|miles?|km|way|lane)\b)[a-z]{3,20}(?: [a-z]{3,20})? (?:street|avenue|boulevard|road|drive|lane)(?!\w)",
         score=SHAPE,
         cased=True,
+        rare=True,
         context=("address", "lives at", "living at", "resides at", "moved to", "located at", "home address", "at"),
         anchors=("street", "avenue", "boulevard", "road", "drive", "lane"),
         locale="US",
@@ -1510,6 +1582,7 @@ PATTERNS: tuple[Pattern, ...] = (
         label=Label.ID,
         expression=r"(?<![\w./-])\d{4,6}/\d{2}(?:\d{2})?(?![\w/-]|\.\d)",
         score=STRONG,
+        rare=True,
         context=("no", "nos", "case no", "application no", "application nos", "docket", "case", "docket no", "file no", "case number", "ref"),
         anchors=("no", "docket", "case", "ref"),
         source="dockets of courts",
@@ -1521,11 +1594,41 @@ PATTERNS: tuple[Pattern, ...] = (
         expression=r"(?<![\w-])(?=[A-Z -]{0,4}\d)[A-Z0-9]{2,6}(?:[ -]?[A-Z0-9]{2,4})?(?![\w-]|\.\d)",
         score=STRONG,
         validator=_at_least(1),
-        context=("zip", "zip code", "zipcode", "postal code", "post code", "postcode", "postleitzahl", "plz", "code postal", "codigo postal"),
-        anchors=("zip", "post", "plz", "code"),
+        context=(
+            *(
+                "zip",
+                "zip code",
+                "zipcode",
+                "postal code",
+                "post code",
+                "postcode",
+                "postleitzahl",
+                "plz",
+                "code postal",
+                "codigo postal",
+                "cod postal",
+                "cap",
+                "cep",
+                "psc",
+            ),
+            *(
+                "poskode",
+                "postnummer",
+                "postinumero",
+                "postiindeks",
+                "iranyitoszam",
+                "kod pocztowy",
+                "posta kodu",
+                "pin",
+                "pin code",
+                "pincode",
+                "indeks",
+            ),
+        ),
+        anchors=("zip", "pos", "plz", "code", "cod", "cap", "cep", "psc", "iranyitoszam", "pin", "indeks"),
         cased=True,
         source="UPU S42",
-        matches=("ZIP: «6280»", "my postcode is «SW1A 1AA»."),
+        matches=("ZIP: «6280»", "my postcode is «SW1A 1AA».", "irányítószám: «1051»"),
         rejects=("zip the file", "ZIP: none", "zip code of 3.5"),
     ),
     Pattern(
@@ -1567,6 +1670,15 @@ PATTERNS: tuple[Pattern, ...] = (
         source="USPS Publication 28",
         matches=("Suite 696, Port Robert «78099»   Tel", "12 Main St\nColintown «44070-1234»"),
         rejects=("in 44070", ", take 44070"),
+    ),
+    Pattern(
+        label=Label.ZIP,
+        expression=r"(?:(?:^|(?<=[,\n])|(?<=[,\n] ))(?:[A-Z]{1,2}-\d{4,5}|\d{5}|\d{2}-\d{3}|\d{3} \d{2}|\d{4} [A-Z]{2})|(?:(?<= \d, )|(?<= \d\d, )|(?<= \d\d\d, ))\d{4})(?= {1,2}[A-Z][a-z]{2})",
+        score=SHAPE,
+        cased=True,
+        source="UPU S42: the code before the town",
+        matches=("Weg 5, «10115» Berlin", "Storgatan 1\n«123 45» Lund", "ul. Dluga 4, «00-238» Warszawa", "Vej 12, «2200» Arhus", "«1012 AB» Delft"),
+        rejects=("in 2019, 2200 Patients", "10115 berlin", "dose, 500 Units"),
     ),
     Pattern(
         label=Label.LOCATION,

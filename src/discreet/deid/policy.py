@@ -27,12 +27,12 @@ from typing import final
 
 from discreet.config import DeidSection, ThresholdSection, digest_of
 from discreet.deid import ner, operators, patterns, quasi
-from discreet.deid.detect import Span, detect, parse_label
+from discreet.deid.detect import Span, detect, is_telling, leaves_none, parse_label, spellings
 from discreet.deid.operators import Operator, Surrogates
-from discreet.deid.patterns import Label
+from discreet.deid.patterns import STRONG, Label
 from discreet.deid.tagging import Reader
 from discreet.deid.vault import Vault
-from discreet.errors import ConfigInvalid, SealBroken
+from discreet.errors import ConfigInvalid, RequestInvalid, SealBroken
 from discreet.keys import Key
 from discreet.record import Admitted, Deidentified, Digest, Sensitive, Sensitivity
 
@@ -308,13 +308,55 @@ def protect(
     return Redacted(text=_rewrite(text, [(s.start, s.end, render(s)) for s in spans]), spans=tuple(spans))
 
 
-def deidentify(admitted: Admitted, policy: Policy, key: Key) -> Deidentified:
+def deidentify_all(admitted: Sequence[Admitted], policy: Policy, key: Key) -> list[Deidentified]:
+    """Turns everything that one subject has in a source into what may be frozen: whoever is named beyond doubt in one document is looked for in the others.
+
+    Args:
+        admitted: all records of one subject and no others, so that what comes out depends on nobody else.
+        policy, key: as `deidentify`.
+
+    Raises:
+        ConfigInvalid, RequestInvalid: as `deidentify`; or when there are several subjects.
+    """
+    if len({each.record.subject for each in admitted}) > 1:
+        raise RequestInvalid("records of one subject")
+    if len(admitted) < 2:
+        return [deidentify(each, policy, key) for each in admitted]
+    texts = [(each.record.text.reveal(), each.record.known.reveal()) for each in admitted]
+    found = [_found(text, policy, known) for text, known in texts]
+    names = _named(texts, found)
+    return [deidentify(each, policy, key, names=names, found=spans) for each, spans in zip(admitted, found, strict=True)]
+
+
+def names_of(texts: Sequence[tuple[str, Mapping[str, Sequence[str]]]], policy: Policy) -> tuple[str, ...]:
+    """Returns the people whom a subject's texts, each with its known identifiers, name beyond doubt: those that `deidentify_all` looks for in all of them."""
+    return _named(texts, [_found(text, policy, known) for text, known in texts])
+
+
+def _named(texts: Sequence[tuple[str, Mapping[str, Sequence[str]]]], found: Sequence[Sequence[Span]]) -> tuple[str, ...]:
+    sure = {
+        text[span.start : span.end]
+        for (text, _), spans in zip(texts, found, strict=True)
+        for span in spans
+        if span.label == Label.PERSON and span.score >= STRONG
+    }
+    return tuple(sorted(filter(is_telling, sure)))
+
+
+def with_names(known: Mapping[str, Sequence[str]], names: Sequence[str]) -> Mapping[str, Sequence[str]]:
+    """Returns the known identifiers of a text and these names."""
+    return {**known, Label.PERSON: (*known.get(Label.PERSON, ()), *names)} if names else known
+
+
+def deidentify(admitted: Admitted, policy: Policy, key: Key, *, names: Sequence[str] = (), found: Sequence[Span] | None = None) -> Deidentified:
     """Turns an admitted record into what may be frozen into a corpus. The only function that builds a `Deidentified`.
 
     Args:
         admitted: a record with a basis for its purpose; its own known identifiers are always looked for.
         policy: of the channel training.
         key: the subject's key (`Keyring.subject`): one person keeps one set of stand-ins and one date offset across all their documents.
+        names: people whom other documents of the same subject name.
+        found: what the detectors have found in the record's text without those names; None to look for it here.
 
     Raises:
         ConfigInvalid: when the policy is for another channel.
@@ -323,7 +365,9 @@ def deidentify(admitted: Admitted, policy: Policy, key: Key) -> Deidentified:
     if policy.channel is not Channel.TRAINING:
         raise ConfigInvalid("a policy of the channel training", value=policy.name)
     record = admitted.record
-    redacted = redact(record.text.reveal(), policy, known=record.known.reveal(), key=key)
+    text, known = record.text.reveal(), with_names(record.known.reveal(), names)
+    enough = found is not None and leaves_none(text, found, spellings(known))
+    redacted = redact(text, policy, known=known, key=key, found=found if enough else None)
     return Deidentified(
         digest=record.digest,
         source=record.source,

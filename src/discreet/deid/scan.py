@@ -306,8 +306,8 @@ def _hyperscan(sought: Sequence[Sought]) -> Windows:
     import hyperscan
 
     weak = [Weak(s.cue or s.expression) for s in sought]
-    reaches = [w.reach + (CUE_REACH + Weak(s.expression).reach if s.cue else 0) for w, s in zip(weak, sought, strict=True)]
-    flags = [hyperscan.HS_FLAG_SINGLEMATCH if reach > FARTHEST else 0 for reach in reaches]  # one place opens the whole region
+    reaches = [(0, CUE_REACH + Weak(s.expression).reach) if s.cue else (w.reach, w.reach) for w, s in zip(weak, sought, strict=True)]
+    flags = [hyperscan.HS_FLAG_SINGLEMATCH if ahead > FARTHEST else 0 for _, ahead in reaches]  # one place opens the whole region
     database = _database([w.source for w in weak], flags)
     lock = threading.Lock()
 
@@ -328,22 +328,23 @@ def _hyperscan(sought: Sequence[Sought]) -> Windows:
     return find
 
 
-def _widen(places: Sequence[int], begin: int, first: int, last: int, reach: int, mine: list[tuple[int, int]]) -> None:
-    """Adds the windows around sorted places, merged where they touch, within the region."""
-    if reach > FARTHEST:
+def _widen(places: Sequence[int], begin: int, first: int, last: int, reach: tuple[int, int], mine: list[tuple[int, int]]) -> None:
+    """Adds the windows around sorted places (so far behind, so far ahead), merged where they touch, within the region. A cue ends before its value begins: nothing behind it is read."""
+    behind, ahead = begin - reach[0], begin + reach[1]
+    if reach[1] > FARTHEST:
         mine.append((first, last))
         return
-    start, stop = begin + places[0] - reach, begin + places[0] + reach
-    if places[-1] - places[0] > 2 * reach:
+    start, stop = places[0] + behind, places[0] + ahead
+    if places[-1] - places[0] > reach[0] + reach[1]:
         for place in places:
-            if begin + place - reach > stop:
-                if max(start, first) < min(stop, last):
-                    mine.append((max(start, first), min(stop, last)))
-                start = begin + place - reach
-            stop = begin + place + reach
-    stop = begin + places[-1] + reach
-    if max(start, first) < min(stop, last):
-        mine.append((max(start, first), min(stop, last)))
+            if place + behind > stop:
+                if start < last and stop > first:
+                    mine.append((start if start > first else first, stop if stop < last else last))
+                start = place + behind
+            stop = place + ahead
+    stop = places[-1] + ahead
+    if start < last and stop > first:
+        mine.append((start if start > first else first, stop if stop < last else last))
 
 
 def _re2(sought: Sequence[Sought]) -> Windows:

@@ -96,7 +96,9 @@ class Reader:
         return [answers[key] for key in keys]
 
 
-_BREAK = re.compile(r"\n+|(?<=[.!?])[ \t]+(?=[\"'(]?[A-Z0-9])")
+_ABBREVIATED = (r"[A-Z]", r"(?:St|Dr|Mr|Ms|Rd|Jr|Sr|Mt|Ft)", r"(?:Apt|Ste|Ave|Mrs|Rev|Bld|Mme)", r"(?:Blvd|Prof|Bldg|Unit)")
+"""What a full stop behind it does not end a sentence: an initial, a title, a part of an address. Grouped by length, as looking back asks."""
+_BREAK = re.compile(r"\n+|(?<=[.!?])" + "".join(rf"(?<!\b{short}\.)" for short in _ABBREVIATED) + r"[ \t]+(?=[\"'(]?[A-Z0-9])")
 _CAPITAL = re.compile(r"[A-Z][A-Za-z'-]+|[^\W\d_a-zA-Z][^\W\d_]+")
 
 

@@ -24,7 +24,7 @@ from discreet.governance.classify import classify
 from discreet.model import PublicText
 from discreet.pipeline.house import House, Observer, fact, for_log, refuse_unfinished, remember, section_of, training_policy
 from discreet.pipeline.weights import public_text
-from discreet.record import Basis, Deidentified, Record, Sensitivity, Snapshot
+from discreet.record import Basis, Deidentified, Record, Sensitivity, Snapshot, SubjectId
 
 BATCH = 512
 CANARY_SOURCE = "audit-canaries-{count}"
@@ -91,11 +91,15 @@ def source_documents(house: House, section: SourceSection, observer: Observer, *
     admitted, refused = house.consent.admit_all(records, house.project.purpose)
     keys = house.keyring.subjects([each.record.subject for each in admitted])
     policy = training_policy(house, section)
-    kept = []
-    for number, each in enumerate(admitted, start=1):
-        kept.append(deid.deidentify(each, policy, keys[each.record.subject]))
-        if number % 100 == 0 or number == len(admitted):
-            observer.progress(f"de-identify {section.name}", number, len(admitted), {})
+    places: dict[SubjectId, list[int]] = {}
+    for place, each in enumerate(admitted):
+        places.setdefault(each.record.subject, []).append(place)
+    made: dict[int, Deidentified] = {}
+    for number, (subject, own) in enumerate(places.items(), start=1):
+        made |= zip(own, deid.deidentify_all([admitted[place] for place in own], policy, keys[subject]), strict=True)
+        if number % 100 == 0 or number == len(places):
+            observer.progress(f"de-identify {section.name}", len(made), len(admitted), {})
+    kept = [made[place] for place in range(len(admitted))]
     _log_deidentified(house, section.name, kept, policy)
     return kept, len(refused)
 

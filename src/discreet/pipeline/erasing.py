@@ -307,8 +307,10 @@ def _rank_among_twins(
 ) -> int | None:
     """Returns how many of `twins` the module prefers to the subject's own text; None when stand-ins make no difference."""
 
+    names = deid.names_of([(text, known) for text, known, _ in own], own[0][2]) if len(own) > 1 else ()
+
     def frozen(key: Key) -> list[str]:
-        return [deid.redact(text, policy, known=known, key=key).text for text, known, policy in own]
+        return [deid.redact(text, policy, known=deid.with_names(known, names), key=key).text for text, known, policy in own]
 
     mine = frozen(house.keyring.subject(subject))
     others = [frozen(Key.random()) for _ in range(twins)]

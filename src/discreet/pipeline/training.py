@@ -67,7 +67,8 @@ def train(house: House, observer: Observer, *, parent: Parent | None = None) -> 
     frozen = ingest(house, observer)
     observer.stage("train")
     base = load_base(house, frozen.public, observer)
-    run, plan, reservation = _reserve(house, frozen.snapshot, base, parent)
+    _refuse_other_base(house, base, parent)
+    run, plan, reservation = _reserve(house, frozen.snapshot, parent)
     for alert in house.ledger.show(house.project.budget.name).alerts:
         observer.note(f"ALERT: {alert}")
     observer.note(
@@ -298,7 +299,7 @@ def _while_admitted(house: House, snapshot: Snapshot, show: Callable[[loop.StepR
     return on_step
 
 
-def _reserve(house: House, snapshot: Snapshot, base: Base, parent: Parent | None) -> tuple[str, mechanism.Plan, Reservation]:
+def _reserve(house: House, snapshot: Snapshot, parent: Parent | None = None) -> tuple[str, mechanism.Plan, Reservation]:
     """Lines 5 and 6. A run is its configuration on its snapshot; its plan, and what it goes on from, are fixed when it is first reserved."""
     run = _run_id(house, snapshot)
     _close_abandoned(house, run)
@@ -306,7 +307,6 @@ def _reserve(house: House, snapshot: Snapshot, base: Base, parent: Parent | None
     plan = mechanism.plan_from_json(known) if known else calibrate(house, snapshot)
     if known is None:
         refuse_unaffordable(house, plan, snapshot)
-        _refuse_other_base(house, base, parent)
     open_project_budget(house, delta=plan.delta)
     if known is None:
         with house.store.transaction() as tx:
