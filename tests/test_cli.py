@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sqlite3
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -378,6 +380,13 @@ def test_usage_mistakes_exit_2(run: Run, tmp_path: Path):
     assert run("run", "-C", str(tmp_path), "--json")[0] == 2
     assert run("run", "dance", "-C", str(tmp_path))[0] == 2
     assert run("serve", "-C", str(tmp_path))[0] == 2
+
+
+def test_the_name_model_has_one_thread_unless_the_operator_says_otherwise():
+    told = "import os, sys; sys.argv = ['discreet', 'serve', '--new-key']; from discreet import cli; from discreet.cli import serving; serving._new_key = lambda: print(os.environ['OPENBLAS_NUM_THREADS']); cli.main()"
+    for given, found in (({}, "1"), ({"OPENBLAS_NUM_THREADS": "2"}, "2")):
+        env = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"} | given
+        assert subprocess.run([sys.executable, "-c", told], env=env, capture_output=True, text=True, check=True, timeout=60).stdout.strip() == found
 
 
 def test_unexpected_errors_do_not_quote_text(run: Run, project: Path, monkeypatch: pytest.MonkeyPatch):

@@ -270,6 +270,22 @@ def test_a_saved_adapter_comes_back(base: Base, tmp_path: Path, train: tuple[str
     assert str(tmp_path) not in "".join(path.read_text() for path in (tmp_path / "a").glob("*.json"))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks transformers by an old name
+def test_base_and_adapter_open_with_transformers_and_peft_alone(base: Base, tmp_path: Path) -> None:
+    """What other engines read (docs/gateway.md): the two folders, without a line of ours, give the same logits."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    module = attach(base, ModelSection(base="tiny"))
+    _move(module)
+    save_adapter(module, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32), tmp_path / "adapter").eval()
+    ids = AutoTokenizer.from_pretrained(base.path)("Seen for a cough.", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        assert torch.equal(theirs(input_ids=ids).logits, module.eval()(input_ids=ids).logits)
+        assert not torch.equal(theirs(input_ids=ids).logits, base.module.eval()(input_ids=ids).logits)
+
+
 def test_unsafe_or_strange_adapters_are_refused(base: Base, tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         adapter_digest(tmp_path)

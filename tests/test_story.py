@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import re
@@ -48,7 +49,7 @@ from discreet.governance.access import Access, Action, current_user
 from discreet.governance.consent import Reason
 from discreet.governance.erasure import Finding
 from discreet.model import PublicText
-from discreet.pipeline import House, Silent, erasing, pricing, story, training, weights
+from discreet.pipeline import House, Silent, erasing, pricing, releasing, story, training, weights
 from discreet.pipeline.admission import plant_canaries
 from discreet.pipeline.house import finished_result, needed_result, run_config
 from discreet.pipeline.people import own_texts
@@ -134,8 +135,9 @@ def test_identifiers_of_the_source_reach_no_store_log_report_bundle_prompt_or_si
     from starlette.testclient import TestClient
 
     from discreet import report
-    from discreet.serve import asgi, gateway
+    from discreet.serve import asgi, gateway, proxy
     from discreet.serve.engine import Piece
+    from discreet.serve.tenants import Settings, Tenant
 
     rows = [json.loads(line) for line in (copied.project.root / "notes.jsonl").read_text().splitlines()]
     needles = sorted({row[column] for row in rows for column in ("mrn", "phone", "email", "name")})
@@ -154,14 +156,20 @@ def test_identifiers_of_the_source_reach_no_store_log_report_bundle_prompt_or_si
             yield Piece(text=turns[-1].text, prompt_tokens=1, completion_tokens=1)
             yield Piece(text="", prompt_tokens=1, completion_tokens=1, finish_reason="stop")
 
+        def close(self):
+            """Has nothing to end."""
+
     monkeypatch.setattr(gateway, "open_engine", lambda *_, **__: Echo())
     api_key, hashed = asgi.new_api_key()
-    served = pipeline.Served(copied)
-    with TestClient(pipeline.gateway_app(copied, served, api_key_hash=hashed)) as client:
+    behind = pipeline.behind(copied)
+    settings = Settings(tenants=(Tenant(name="default", key_hashes=(hashed,), policy=behind.policy),))
+    with TestClient(proxy.app(behind.server(), settings, key=behind.key, trail=behind.trail)) as client:
         said = f"Patient: {rows[0]['name']}. Write to {rows[0]['email']} or call {rows[0]['phone']}, MRN: {rows[0]['mrn']}."
         body = {"model": pipeline.released_name(copied), "messages": [{"role": "user", "content": said}]}
         answer = client.post("/v1/chat/completions", json=body, headers={"authorization": f"Bearer {api_key}"})
-    served.write()
+    behind.write()
+    said_of_it = copied.log.select(Predicate.SERVED)[-1].fields
+    assert (said_of_it["release"], said_of_it["requests"]) == (answer.headers["x-discreet-adapter"], 1)
     assert answer.json()["choices"][0]["message"]["content"] == said, "restored for the one who asked"
     sinks = {
         "prompt": seen[0],
@@ -671,7 +679,27 @@ def test_a_model_of_unknown_origin_is_not_served(copied: House):
     with copied.store.transaction() as tx:
         tx.execute(text("DELETE FROM derivations"))
     with pytest.raises(NotReleased, match="parents"):
-        pipeline.gateway_app(copied, pipeline.Served(copied), api_key_hash="0" * 64)
+        pipeline.behind(copied).server()
+
+
+def test_another_release_is_noticed_and_the_same_one_is_loaded_once(copied: House, monkeypatch: pytest.MonkeyPatch):
+    from discreet.serve import gateway
+
+    opened: list[str] = []
+    monkeypatch.setattr(gateway, "open_engine", lambda released, *_, **__: opened.append(released.adapter))
+    behind = pipeline.behind(copied)
+    first = behind.server()
+    assert behind.server() is first
+    real = pipeline.load_release
+    other = dataclasses.replace(real(copied.releases / pipeline.released_name(copied), public_key=copied.log.public_key()), name="another")
+    monkeypatch.setattr(releasing, "load_release", lambda *_, **__: other)
+    second = behind.server()
+    assert second is not first
+    assert (second.name, len(opened)) == ("another", 2)
+    with copied.store.transaction() as tx:
+        tx.execute(text("DELETE FROM derivations"))
+    with pytest.raises(NotReleased):
+        behind.server()
 
 
 def test_statistics_are_charged_and_said(copied: House):

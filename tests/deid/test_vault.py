@@ -135,3 +135,18 @@ def test_another_policy_does_not_open_what_was_kept() -> None:
     other._kept.update(one._kept)
     with pytest.raises(SealBroken):
         other.restore(placeholder)
+
+
+@given(
+    st.lists(
+        st.sampled_from([" ", "_", "-", "<", ">", "**", "PERSON", "email", "SSN", "\\", "23456789", "ABCDEFGH", "K7Q2XF3D", "words", "x"])
+        | st.text(max_size=3),
+        max_size=12,
+    ),
+    st.booleans(),
+)
+def test_the_short_way_to_typed_placeholders_is_the_long_one(parts, issued):  # fmt: skip
+    vault = Vault(Key(bytes(32)), "c")
+    text = "".join([*parts, *([vault.issue(Label.PERSON, "Ann")] if issued else []), *parts])
+    right = [match.span() for match in PLACEHOLDER.finditer(text) if check_character(match["code"].upper()[:-1]) == match["code"].upper()[-1]]
+    assert vault.typed(text) == right

@@ -217,7 +217,7 @@ def test_detokenizer_equals_decoding_at_once_on_any_bytes(tokenizer, ids):
 
 def stop_at(stops, pieces) -> tuple[str, bool]:
     stop = StopAt(stops)
-    return "".join([stop.feed(piece) for piece in pieces] + [stop.close()]), stop.hit
+    return "".join([stop.feed(piece) for piece in pieces] + [stop.close()]), stop.found is not None
 
 
 @given(st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.lists(st.text("abc", max_size=5), max_size=8))

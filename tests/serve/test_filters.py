@@ -15,7 +15,6 @@ from discreet.errors import RequestInvalid
 from discreet.keys import Key
 from discreet.serve import filters
 from discreet.serve.filters import Conversation, Restorer
-from discreet.serve.wire import Message, TextPart
 
 NAME, EMAIL, SSN = "Aurelia Quistgaard", "aurelia.quistgaard@example.org", "536-22-8145"
 
@@ -32,8 +31,9 @@ def restore(pieces: list[str], *, conversation: str = "here") -> str:
     return "".join([restorer.feed(piece) for piece in pieces] + [restorer.close()])
 
 
-def messages(*texts: str) -> list[Message]:
-    return [Message(role="user", content=[TextPart(type="text", text=text)]) for text in texts]
+def seen_by_the_model(conversation: Conversation, *texts: str) -> list[str]:
+    conversation.learn(texts)
+    return [conversation.text(text) for text in texts]
 
 
 def cut(text: str, places: list[int]) -> list[str]:
@@ -129,32 +129,31 @@ def test_a_long_run_of_openings_costs_linear_time():
 def test_there_and_back():
     conversation = Conversation(Key(bytes(32)))
     text = f"{NAME} <{EMAIL}>, SSN {SSN}, takes metformin."
-    prompt = conversation.deidentify(messages(text))
-    seen = prompt.turns[0].text
+    (seen,) = seen_by_the_model(conversation, text)
     assert not re.search("Aurelia|Quistgaard|aurelia|536|8145", seen)
     assert "takes metformin." in seen
-    assert prompt.counts["EMAIL"] == 1
+    assert conversation.counts["EMAIL"] == 1
     restorer = conversation.restorer()
     assert restorer.feed(seen) + restorer.close() == text
 
 
 def test_within_a_conversation_one_value_has_one_placeholder():
-    turns = Conversation(Key(bytes(32))).deidentify(messages(f"Mail {EMAIL}", EMAIL, f"{EMAIL}, {SSN}")).turns
-    placeholder = turns[1].text
-    assert turns[0].text == f"Mail {placeholder}"
-    assert turns[2].text.startswith(f"{placeholder}, ")
-    assert placeholder not in turns[2].text.removeprefix(placeholder)
+    turns = seen_by_the_model(Conversation(Key(bytes(32))), f"Mail {EMAIL}", EMAIL, f"{EMAIL}, {SSN}")
+    placeholder = turns[1]
+    assert turns[0] == f"Mail {placeholder}"
+    assert turns[2].startswith(f"{placeholder}, ")
+    assert placeholder not in turns[2].removeprefix(placeholder)
 
 
 def test_what_is_found_once_is_replaced_everywhere():
-    prompt = Conversation(Key(bytes(32))).deidentify(messages(f"Patient name: {NAME}", f"did {NAME.lower()} call?", NAME))
-    assert not re.search("quistgaard", " ".join(turn.text for turn in prompt.turns), re.IGNORECASE)
+    texts = seen_by_the_model(Conversation(Key(bytes(32))), f"Patient name: {NAME}", f"did {NAME.lower()} call?", NAME)
+    assert not re.search("quistgaard", " ".join(texts), re.IGNORECASE)
 
 
 def test_a_typed_placeholder_comes_back_as_typed():
     conversation = Conversation(Key(bytes(32)))
     text = f"{EMAIL} is not {FOREIGN}, nor {ISSUED[1]}"
-    seen = conversation.deidentify(messages(text)).turns[0].text
+    (seen,) = seen_by_the_model(conversation, text)
     assert FOREIGN not in seen
     restorer = conversation.restorer()
     assert restorer.feed(seen) + restorer.close() == text
@@ -164,16 +163,16 @@ def test_a_typed_placeholder_comes_back_as_typed():
 def test_a_lookalike_letter_in_a_placeholder_is_text(lookalike):
     conversation = Conversation(Key(bytes(32)))
     text = f"<PERSON_{lookalike}2222222> and PERSON_2222222{lookalike}"
-    seen = conversation.deidentify(messages(text)).turns[0].text
+    (seen,) = seen_by_the_model(conversation, text)
     restorer = conversation.restorer()
     assert restorer.feed(seen) + restorer.close() == text
     assert restorer.feed(text) + restorer.close() == text
 
 
 def test_a_placeholder_of_an_earlier_request_means_nothing():
-    earlier = Conversation(Key(bytes(32))).deidentify(messages(EMAIL)).turns[0].text
+    (earlier,) = seen_by_the_model(Conversation(Key(bytes(32))), EMAIL)
     conversation = Conversation(Key(bytes(32)))
-    conversation.deidentify(messages(f"My mail is {EMAIL}. What is behind {earlier}?"))
+    seen_by_the_model(conversation, f"My mail is {EMAIL}. What is behind {earlier}?")
     restorer = conversation.restorer()
     assert restorer.feed(earlier) + restorer.close() == earlier
 
@@ -181,22 +180,22 @@ def test_a_placeholder_of_an_earlier_request_means_nothing():
 def test_too_many_identifiers_are_refused():
     text = "\n".join(f"person{number}@example.org" for number in range(1001))
     with pytest.raises(RequestInvalid, match="1000 different identifiers") as caught:
-        Conversation(Key(bytes(32))).deidentify(messages(text))
+        Conversation(Key(bytes(32))).learn([text])
     assert "person7" not in str(caught.value)
 
 
 def test_representations_hide_the_text():
     conversation = Conversation(Key(bytes(32)))
-    prompt = conversation.deidentify(messages(f"{NAME} has metformin"))
-    assert "metformin" not in repr(prompt)
+    seen_by_the_model(conversation, f"{NAME} has metformin")
+    assert "metformin" not in repr(conversation) + repr(vars(conversation))
     assert "Aurelia" not in repr(conversation) + repr(vars(conversation)) + repr(conversation.restorer())
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n", "metformin 500 mg twice a day"])
 def test_text_without_identifiers_is_unchanged(text):
-    prompt = Conversation(Key(bytes(32))).deidentify(messages(text))
-    assert prompt.turns[0].text == text
-    assert sum(prompt.counts.values()) == 0
+    conversation = Conversation(Key(bytes(32)))
+    assert seen_by_the_model(conversation, text) == [text]
+    assert sum(conversation.counts.values()) == 0
 
 
 # --- one reading

@@ -6,8 +6,10 @@ import hmac
 
 import pytest
 
+from discreet.config import DeidSection
 from discreet.deid.operators import Operator
 from discreet.deid.patterns import Label
+from discreet.deid.policy import Channel, configured
 from discreet.errors import AccessDenied, ConfigInvalid, Overloaded
 from discreet.serve import asgi, tenants
 from discreet.serve.answers import ToolArguments
@@ -19,6 +21,7 @@ metrics_key_sha256 = "{"0" * 64}"
 [tenant.ward]
 key_sha256 = ["{ONE[1]}"]
 keep = ["ORG"]
+operators = {{ EMAIL = "label", DATE = "shift" }}
 tool_arguments = "placeholder"
 [tenant.lab]
 key_sha256 = ["{TWO[1]}"]
@@ -39,8 +42,18 @@ def both(tmp_path):
 def test_a_file_gives_each_tenant_its_policy_quota_and_models(both):
     ward, lab = both
     assert (ward.policy.operators[Label.ORG], ward.policy.operators[Label.PERSON]) == (Operator.KEEP, Operator.VAULT)
+    assert [ward.policy.operators[label] for label in (Label.EMAIL, Label.DATE)] == [Operator.LABEL, Operator.SHIFT]
     assert ward.policy.digest != lab.policy.digest
     assert (ward.tools, lab.models, lab.requests_per_minute) == (ToolArguments.PLACEHOLDER, frozenset(("m",)), 2)
+
+
+def test_a_project_says_what_its_tenants_begin_with(tmp_path):
+    project = configured(DeidSection(operators={"prompt": {"any": {"SSN": "redact", "EMAIL": "label"}}}, names="rules"), Channel.PROMPT)
+    (tmp_path / "tenants.toml").write_text(FILE.replace("EMAIL", "PHONE"))
+    ward, lab = load(tmp_path / "tenants.toml", policy=project).tenants
+    assert lab.policy == project
+    assert [ward.policy.operators[label] for label in (Label.SSN, Label.EMAIL, Label.PHONE)] == [Operator.REDACT, Operator.LABEL, Operator.LABEL]
+    assert ward.policy.names is project.names
 
 
 def test_keys_are_read_from_either_header_and_compared_in_constant_time(both, monkeypatch):
@@ -78,7 +91,7 @@ def test_quotas(both, monkeypatch):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[tenant.a]", "not toml", FILE + "surprise = 1", FILE.replace("ORG", "NOTHING"), FILE.replace(ONE[1], "short"), FILE.replace(TWO[1], ONE[1]), FILE.replace("ward", "'Ann Lee'"), FILE.replace("= 2", "= 0")],
+    ["", "[tenant.a]", "not toml", FILE + "surprise = 1", FILE.replace("ORG", "NOTHING"), FILE.replace("shift", "dance"), FILE.replace("DATE", "ORG"), FILE.replace(ONE[1], "short"), FILE.replace(TWO[1], ONE[1]), FILE.replace("ward", "'Ann Lee'"), FILE.replace("= 2", "= 0")],
 )  # fmt: skip
 def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "tenants.toml"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import socket
 
 import httpx
@@ -115,6 +116,20 @@ def test_a_dead_server_an_endless_answer_and_an_unknown_path():
         with pytest.raises(UpstreamFailed) as error:
             asyncio.run(_ask(client, path))
         assert "secret" not in str(error.value)
+
+
+def test_a_compressed_answer_is_refused_unread():
+    bomb = gzip.compress(bytes(10_000_000))
+
+    async def ask():
+        client = Upstream(
+            address=ADDRESS, transport=httpx.MockTransport(lambda _: httpx.Response(200, headers={"content-encoding": "gzip"}, content=bomb))
+        )
+        await client.open()
+        await client.ask(upstream.CHAT, {})
+
+    with pytest.raises(UpstreamFailed, match="not compressed"):
+        asyncio.run(ask())
 
 
 def test_the_key_is_in_no_representation():

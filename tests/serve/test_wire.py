@@ -1,4 +1,4 @@
-"""Requests are default-deny, and no refusal repeats what the caller wrote."""
+"""Bytes of a stranger become JSON or a refusal, and no refusal repeats what the caller wrote."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from discreet.serve import wire
 SECRET = "Aurelia Quistgaard 123-45-6789"
 
 
-def parse(body: object, *, max_bytes: int = 100_000) -> wire.ChatRequest:
+def parse(body: object, *, max_bytes: int = 100_000) -> object:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return wire.parse_request(raw, max_bytes=max_bytes)
-
-
-def request(**fields: object) -> dict[str, object]:
-    return {"model": "m", "messages": [{"role": "user", "content": SECRET}], **fields}
+    return wire.parse_json(raw, max_bytes=max_bytes, max_depth=16)
 
 
 def refused(body: object, **options: int) -> RequestInvalid:
@@ -32,110 +28,12 @@ def refused(body: object, **options: int) -> RequestInvalid:
     return caught.value
 
 
-def test_reads_every_declared_field():
-    body = request(
-        temperature=0,
-        top_p=0.5,
-        max_tokens=9,
-        max_completion_tokens=7,
-        stream=True,
-        stream_options={"include_usage": True},
-        stop="x",
-        seed=3,
-        n=1,
-        user="u",
-    )
-    parsed = parse(body)
-    assert parsed.messages[0].text == SECRET
-    assert parsed.stop == ["x"]
-    assert parsed.max_new_tokens(100) == 7
-    assert parsed.max_new_tokens(5) == 5
-
-
-def test_null_is_absent():
-    parsed = parse(request(temperature=None, stop=None, n=None, stream_options=None, user=None))
-    assert parsed.max_new_tokens(5) == 5
-
-
-def test_parts_are_one_text_so_that_a_split_identifier_is_whole():
-    parts = [{"type": "text", "text": "123-45-"}, {"type": "text", "text": "6789"}]
-    assert parse({"model": "m", "messages": [{"role": "user", "content": parts}]}).messages[0].text == "123-45-\n6789"
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("logprobs", True),
-        ("tools", []),
-        ("response_format", {"type": "json_object"}),
-        ("metadata", {"patient": SECRET}),
-        ("store", False),
-        ("prediction", SECRET),
-    ],
-)
-def test_unknown_field_is_refused_by_name(field, value):
-    error = refused(request(**{field: value}))
-    assert error.value == field
-    assert wire.error_body(error)["error"]["param"] == field
-
-
-def test_unknown_field_inside_a_message_is_refused_by_path():
-    error = refused({"model": "m", "messages": [{"role": "user", "content": "x", "name": SECRET}]})
-    assert error.value == "messages.0.name"
-
-
-@pytest.mark.parametrize("name", [SECRET, "Aurelia", "6789", "", "é", "a" * 65, "aurelia quistgaard"])
-def test_a_field_name_that_could_be_a_person_is_not_repeated(name):
-    assert refused(request(**{name: 1})).value == "(unprintable name)"
-
-
-def test_images_are_refused_by_kind():
-    parts = [{"type": "image_url", "image_url": {"url": f"http://intranet/{SECRET}"}}]
-    error = refused({"model": "m", "messages": [{"role": "user", "content": parts}]})
-    assert error.value == "messages.0.content.0.type"
-    assert "'text'" in str(error)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("n", 2),
-        ("n", 16384),
-        ("temperature", -0.1),
-        ("temperature", 2.1),
-        ("temperature", "0.5"),
-        ("top_p", 0),
-        ("max_tokens", 0),
-        ("max_tokens", True),
-        ("stream", 1),
-        ("stop", ["a"] * 5),
-        ("stop", [""]),
-        ("seed", 2**63),
-        ("messages", []),
-        ("messages", "text"),
-        ("model", 7),
-        ("user", SECRET * 100),
-    ],
-)
-def test_value_out_of_range_is_refused_by_field(field, value):
-    assert str(refused(request(**{field: value})).value).startswith(field)
-
-
-@pytest.mark.parametrize(
-    "message", [{"role": "tool", "content": "x"}, {"role": SECRET, "content": "x"}, {"role": "user"}, {"role": "user", "content": []}, SECRET, {}]
-)
-def test_malformed_message_is_refused(message):
-    assert str(refused({"model": "m", "messages": [message]}).value).startswith("messages.0")
-
-
 @pytest.mark.parametrize(
     "body",
     [
         b"",
         b"{",
         b"\xff",
-        b"[]",
-        b"7",
         SECRET.encode(),
         b'{"model": NaN}',
         b'{"model": Infinity}',
@@ -168,7 +66,7 @@ def test_depth_is_capped_without_recursion():
 
 def test_brackets_in_a_string_are_text():
     text = '[{"\\' * 100
-    assert parse({"model": "m", "messages": [{"role": "user", "content": text}]}).messages[0].text == text
+    assert parse({"content": text}) == {"content": text}
 
 
 @given(
@@ -178,26 +76,15 @@ def test_brackets_in_a_string_are_text():
 )
 def test_any_json_is_parsed_or_refused(value):
     try:
-        parse({"model": "m", "messages": [{"role": "user", "content": value}]}, max_bytes=10**6)
+        assert parse({"content": value}, max_bytes=10**6) == {"content": value}
     except RequestInvalid:
-        pass
-    else:
-        assert isinstance(value, str | list)
+        assert "deep" in str(refused({"content": value}, max_bytes=10**6)) or "JSON" in str(refused({"content": value}, max_bytes=10**6))
 
 
-def test_representations_hide_the_text():
-    parsed = parse(request(stop=SECRET, user=SECRET))
-    assert "Aurelia" not in repr(parsed) + repr(parsed.messages[0]) + repr(parsed.messages[0].content[0]) + str(parsed)
-    assert "Aurelia" not in repr(wire.AnswerMessage(content=SECRET)) + repr(wire.Delta(content=SECRET))
-
-
-def test_chunks_carry_usage_exactly_when_asked():
-    choice = wire.ChunkChoice(delta=wire.Delta(content="é"))
-    chunk = wire.ChatCompletionChunk(id="1", created=1, model="m", system_fingerprint="sha256:0", choices=[choice])
-    assert "usage" not in json.loads(chunk.to_json(with_usage=False))
-    body = json.loads(chunk.to_json(with_usage=True))
-    assert body["usage"] is None
-    assert body["choices"] == [{"index": 0, "delta": {"content": "é"}, "logprobs": None, "finish_reason": None}]
+@pytest.mark.parametrize("name", ["Aurelia Quistgaard", "aurelia-quistgaard", "Temperature", "x" * 65, ""])
+def test_a_field_name_that_could_be_a_person_is_not_repeated(name):
+    assert wire.field_name(name) == "(unprintable name)"
+    assert wire.field_name("max_tokens") == "max_tokens"
 
 
 @pytest.mark.parametrize(

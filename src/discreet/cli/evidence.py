@@ -24,7 +24,6 @@ def evidence_export(
     as_json: Json = False,
 ) -> None:
     """Writes a bundle that anyone can verify offline, and the public key beside it; verifies it once."""
-    from discreet import pipeline
     from discreet.evidence.log import verify_bundle
 
     if trail is not None:
@@ -32,6 +31,8 @@ def evidence_export(
 
         bundle, key = export(trail, out, public=public)
     else:
+        from discreet import pipeline  # not above: a gateway alone has no training library
+
         with pipeline.open_house(project) as house:
             bundle, key = pipeline.export_evidence(house, out, public=public)
     verified = verify_bundle(bundle, public_key=key.read_text())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,12 +23,12 @@ def serve(
     upstream: Annotated[
         str | None, typer.Option(help="URL of an OpenAI- or Anthropic-compatible server: the gateway alone, no project needed.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on (with --upstream).")] = "127.0.0.1",
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1, or from discreet.toml.")] = None,
     tenants: Annotated[Path | None, typer.Option(help="TOML file of tenants, keys and quotas (docs/gateway.md); left out, one fresh key.")] = None,
     allow_private: Annotated[list[str] | None, typer.Option(help="Host that may be private, or plain http; may be repeated.")] = None,
     upstream_key_env: Annotated[str, typer.Option(help="Environment variable with the upstream's API key.")] = "OPENAI_API_KEY",
     cache_salt: Annotated[bool, typer.Option("--cache-salt", help="Send vLLM a cache_salt for each tenant.")] = False,
-    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain in PEM: callers speak TLS (with --upstream).")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain in PEM: callers speak TLS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate, in PEM.")] = None,
     tls_callers: Annotated[Path | None, typer.Option(help="Authorities in PEM whose certificates callers must show.")] = None,
     trail: Annotated[Path, typer.Option(help="Folder of the gateway's own signed log (with --upstream).")] = Path(".discreet-gateway"),
@@ -44,33 +44,50 @@ def serve(
     """Starts the gateway and the dashboard from the verified release, or the privacy gateway alone in front of another server."""
     if new_key:
         _new_key()
-    elif upstream is None:
-        if any((tls_cert, tls_key, tls_callers, tenants, allow_private, traces, learn, cache_salt, no_trail)):
-            remedy = "TLS, tenants, traces, the trail and --learn are of `discreet serve --upstream URL`."
-            raise RequestInvalid("options of the gateway alone together with --upstream", remedy=remedy)
-        serve_release(project, port=port)
-    else:
-        from discreet.serve import alone
-        from discreet.serve.asgi import Tls
+        return
+    from discreet.serve import run
+    from discreet.serve.asgi import Tls
 
-        if (tls_cert is None) != (tls_key is None) or (tls_callers and not tls_cert):
-            raise ConfigInvalid("--tls-cert and --tls-key together", remedy="--tls-callers needs both.")
-        options = alone.Options(
-            upstream=upstream,
-            host=host,
+    if (tls_cert is None) != (tls_key is None) or (tls_callers and not tls_cert):
+        raise ConfigInvalid("--tls-cert and --tls-key together", remedy="--tls-callers needs both.")
+    if upstream is None and (cache_salt or no_trail):
+        raise RequestInvalid("--cache-salt and --no-trail together with --upstream", remedy="A release is served into the log of its project.")
+    private = frozenset(allow_private or ())
+    with ExitStack() as stack:
+        if upstream is None:
+            house, behind = stack.enter_context(_released(project))
+            host, port = host or house.project.serve.host, house.project.serve.port if port is None else port
+        else:
+            kept = None if no_trail else trail
+            behind = stack.enter_context(run.elsewhere(upstream, private=private, key_env=upstream_key_env, trail=kept))
+            if kept is not None:
+                stderr.print(f"trail      {kept} (discreet evidence export --trail {kept})", markup=False, soft_wrap=True)
+        options = run.Options(
+            host=host or "127.0.0.1",
             port=8765 if port is None else port,
             tenants=tenants,
-            private=frozenset(allow_private or ()),
-            key_env=upstream_key_env,
+            private=private,
             cache_salt=cache_salt,
             tls=None if tls_cert is None or tls_key is None else Tls(certificate=tls_cert, key=tls_key, callers=tls_callers),
-            trail=None if no_trail else trail,
             traces=traces,
             grace_s=grace,
         )
-        with ExitStack() as stack:
-            learner = None if learn is None else stack.enter_context(_learner(project, learn))
-            alone.run(options, say=lambda line: stderr.print(line, markup=False, soft_wrap=True), learner=learner)
+        learner = None if learn is None else stack.enter_context(_learner(project, learn))
+        run.run(options, behind, say=lambda line: stderr.print(line, markup=False, soft_wrap=True), learner=learner)
+
+
+@contextmanager
+def _released(project: Path) -> Iterator[Any]:
+    """Gives the project and what stands behind its gateway, with the dashboard beside it."""
+    from discreet import pipeline
+    from discreet.web import pages
+
+    with pipeline.open_house(project, exclusive=False) as house:
+        behind = pipeline.behind(house)
+        try:
+            yield house, replace(behind, routes=pages.routes(pages.HouseProvider(house)))
+        finally:
+            behind.write()
 
 
 @contextmanager
@@ -90,37 +107,3 @@ def _new_key() -> None:
     api_key, hashed = asgi.new_api_key()
     stderr.print("The key goes to the tenant, the hash into the tenants file; the key is not kept.", markup=False)
     stdout.print(f"key         {api_key}\nkey_sha256  {hashed}", markup=False)
-
-
-def serve_release(project: Path, *, port: int | None) -> None:
-    """Serves the verified release of a project until it is stopped."""
-    from discreet import pipeline
-    from discreet.serve import asgi
-    from discreet.web import pages
-
-    with pipeline.open_house(project, exclusive=False) as house:
-        api_key, hashed = asgi.new_api_key()
-        served = pipeline.Served(house)
-        application = pipeline.gateway_app(house, served, api_key_hash=hashed)
-        application.router.routes.extend(pages.routes(pages.HouseProvider(house)))
-        host, chosen = house.project.serve.host, house.project.serve.port if port is None else port
-        for line in _invitation(f"http://{host}:{chosen}", api_key, pipeline.released_name(house)):
-            stderr.print(line, markup=False, soft_wrap=True)
-        try:
-            asgi.run(application, host=host, port=chosen)
-        finally:
-            served.write()
-
-
-def _invitation(address: str, api_key: str, name: str) -> list[str]:
-    body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Write a clinic note: cough for two weeks."}]})
-    return [
-        f"dashboard  {address}/",
-        f"gateway    {address}/v1   key (shown once): {api_key}",
-        "",
-        f"curl -s {address}/v1/chat/completions -H 'Authorization: Bearer {api_key}' -H 'Content-Type: application/json' -d '{body}'",
-        "",
-        "from openai import OpenAI",
-        f'client = OpenAI(base_url="{address}/v1", api_key="{api_key}")',
-        f'print(client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Write a clinic note."}}]).choices[0].message.content)',
-    ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from discreet.cli.serving import serve_release
+from discreet.cli import serving
 from discreet.cli.shared import HERE, Bars, Folder, Json, flat, say
 from discreet.errors import NotReleased, RequestInvalid, SourceMissing
 
@@ -38,7 +38,7 @@ def demo(
     say(as_json, outcome.to_json(), outcome.lines())
     asked = serve is None and not as_json and sys.stdin.isatty() and typer.confirm("Start the gateway and the dashboard?", default=True, err=True)
     if serve or asked:
-        serve_release(home, port=None)
+        serving.serve(home)
 
 
 @commands.command()

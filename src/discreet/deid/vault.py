@@ -37,6 +37,8 @@ PLACEHOLDER = re.compile(
 )
 """Finds placeholders in the output of a model or the input of a user, in any of the forms that are understood."""
 
+_CODE = re.compile(rf"[_ -]([{ALPHABET}]{{{CODE_CHARS}}})(?![A-Za-z0-9])", PLACEHOLDER.flags)
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,9 @@ class Vault:
 
     def typed(self, text: str) -> list[tuple[int, int]]:
         """Returns the places of what could be taken for a placeholder (its check character is right), whoever issued it."""
-        return [match.span() for match in PLACEHOLDER.finditer(text) if check_character(match["code"].upper()[:-1]) == match["code"].upper()[-1]]
+        if not any(_checks(match[1]) for match in _CODE.finditer(text)):  # an eighth of the time, and nearly always the answer
+            return []
+        return [match.span() for match in PLACEHOLDER.finditer(text) if _checks(match["code"])]
 
     def _restore(self, match: re.Match[str]) -> str | None:
         code = match["code"].upper()
@@ -136,6 +140,10 @@ class Vault:
             digest, index = divmod(digest, len(ALPHABET))
             code += ALPHABET[index]
         return code + check_character(code)
+
+
+def _checks(code: str) -> bool:
+    return check_character(code.upper()[:-1]) == code.upper()[-1]
 
 
 def check_character(code: str) -> str:

@@ -33,7 +33,7 @@ from discreet.pipeline.erasing import (
 from discreet.pipeline.house import House, Observer, Silent, finished, for_log, subject_of
 from discreet.pipeline.people import access_export, import_consent, may_record_consent, reidentification, restore_tokens, subject_key
 from discreet.pipeline.pricing import budget_fields, open_project_budget, price
-from discreet.pipeline.releasing import Served, gateway_app, load_release, override_inconclusive, release, released_name
+from discreet.pipeline.releasing import behind, load_release, override_inconclusive, release, released_name
 from discreet.pipeline.story import export_evidence, lineage_export, open_house, run, trace, train_together, update
 from discreet.pipeline.training import train
 from discreet.pipeline.weights import PUBLIC_ADAPTER, load_base
@@ -43,11 +43,11 @@ __all__ = [
     "PUBLIC_ADAPTER",
     "House",
     "Observer",
-    "Served",
     "Silent",
     "access_export",
     "audit",
     "audit_child",
+    "behind",
     "budget_fields",
     "confirm_erasure",
     "confirm_sensitivity",
@@ -57,7 +57,6 @@ __all__ = [
     "export_evidence",
     "finished",
     "for_log",
-    "gateway_app",
     "import_consent",
     "ingest",
     "lineage_export",

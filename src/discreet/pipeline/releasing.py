@@ -1,12 +1,12 @@
-"""Lines 9 and 10: whether the model may leave, its signed folder, and the application that serves it."""
+"""Lines 9 and 10: whether the model may leave, its signed folder, and what stands behind the gateway."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection
 
@@ -37,10 +37,8 @@ from discreet.serve import gateway
 from discreet.store import write_atomically
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
-
-SERVED_BATCH = 100
-"""Requests in one statement of what was served."""
+    from discreet.serve.local import Local
+    from discreet.serve.run import Behind
 
 
 def release(house: House, observer: Observer) -> dict[str, Any]:
@@ -187,61 +185,38 @@ def _release(folder: Path, entry: Entry) -> Release:
     )
 
 
-def gateway_app(house: House, served: Served, *, api_key_hash: str) -> Starlette:
-    """Returns the gateway's application for the verified release of this project (line 10).
+def behind(house: House) -> Behind:
+    """Returns what stands behind the gateway of this project (line 10): its verified release, read again on every call, its log and its policy for prompts.
 
     Raises:
-        NotReleased, EvidenceInvalid, DigestMismatch: when there is no release, or it is not what was signed.
+        AccessDenied: when the user may not serve; on the call of `server`: NotReleased, EvidenceInvalid, DigestMismatch, when there is no release, or it is not what was signed.
     """
+    from discreet.serve.local import DEFAULTS, Local
+    from discreet.serve.run import Behind
+    from discreet.serve.tenants import Limits
+    from discreet.serve.trail import Trail
+
     house.access.require(Action.SERVE, who=current_user())
-    key = house.log.public_key()
-    released = load_release(house.releases / released_name(house), public_key=key)
-    _refuse_unknown_parents(house, released)
-    base = load_base(house, None, Silent())
-    serving = house.project.serve
-    engine = gateway.open_engine(released, base, public_key=key, key=house.keyring.purpose("gateway"))
-    return gateway.app(
-        engine,
-        model_name=released.name,
-        adapter=released.adapter,
-        key=house.keyring.purpose("gateway"),
-        api_key_hash=api_key_hash,
+    serving, key = house.project.serve, house.keyring.purpose("gateway")
+    current: list[Local] = []
+
+    def server() -> Local:
+        released = load_release(house.releases / released_name(house), public_key=house.log.public_key())
+        _refuse_unknown_parents(house, released)
+        if not current or (current[0].name, current[0].digest) != (released.name, released.adapter):
+            engine = gateway.open_engine(released, load_base(house, None, Silent()), public_key=house.log.public_key(), key=key)
+            defaults = dataclasses.replace(DEFAULTS, max_new_tokens=serving.max_new_tokens)
+            current[:] = [Local(engine, name=released.name, adapter=released.adapter, defaults=defaults)]
+        return current[0]
+
+    return Behind(
+        name=f"the released model {released_name(house)}",
+        server=server,
+        key=key,
+        trail=Trail(house.store, house.log),
         policy=deid.configured(house.project.deid, deid.Channel.PROMPT),
-        on_served=served.count,
-        limits=gateway.Limits(max_request_bytes=serving.max_request_bytes, max_new_tokens=serving.max_new_tokens),
+        limits=Limits(max_request_bytes=serving.max_request_bytes),
     )
-
-
-@final
-class Served:
-    """Rolls served requests up into one statement for every hundred, and for the rest when the gateway stops: digests and counts by label, never text."""
-
-    def __init__(self, house: House) -> None:
-        self._house = house
-        self._requests = 0
-        self._counts: Counter[str] = Counter()
-        self._about: tuple[Digest, Digest] | None = None
-
-    def count(self, adapter: Digest, policy: Digest, counts: Mapping[str, int]) -> None:
-        """Counts one request."""
-        if self._about not in (None, (adapter, policy)):
-            self.write()
-        self._about = adapter, policy
-        self._requests += 1
-        self._counts.update(counts)
-        if self._requests >= SERVED_BATCH:
-            self.write()
-
-    def write(self) -> None:
-        """Logs what was counted since the last statement."""
-        if self._about is None:
-            return
-        adapter, policy = self._about
-        fields: dict[str, JSON] = {"release": adapter, "requests": self._requests, "policy": policy, "counts": dict(sorted(self._counts.items()))}
-        with self._house.store.transaction() as tx:
-            self._house.log.append(tx, Statement(predicate=Predicate.SERVED, subjects=(adapter,), fields=fields))
-        self._requests, self._about = 0, None
-        self._counts.clear()
 
 
 def _refuse_unknown_parents(house: House, released: Release) -> None:

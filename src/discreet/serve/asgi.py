@@ -12,6 +12,7 @@ import asyncio
 import base64
 import hashlib
 import logging
+import resource
 import signal
 import ssl
 import threading
@@ -115,6 +116,7 @@ def run(
 
     SIGHUP calls `on_hangup` (read the settings again). The server raises the signal again once it has stopped, which would end the process before its owner has written down what was served; here it then does nothing.
     """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # a crash leaves no prompts in a file
     with _signals_end_here(on_hangup):
         server(application, host=host, port=port, tls=tls, grace_s=grace_s).run()
 

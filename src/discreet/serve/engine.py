@@ -1,7 +1,6 @@
 """Tokens from a model: one Protocol of one method, and the engine that runs a local model.
 
-An engine sees de-identified turns and sampling parameters, nothing else: no caller, no stop strings of the caller (they can hold identifiers; the gateway applies them
-to the restored answer), no placeholder table.
+An engine sees de-identified turns (or a bare text) and sampling parameters, nothing else: no caller, no stop strings of the caller, no placeholder table.
 
 `LocalEngine` decodes with a key-value cache on one worker thread, behind a bounded queue, in continuous batches: a new answer joins those that are under way after its prompt was read,
 block by block between their tokens, and leaves when it ends. An answer's rows of the cache die with it and are never another's prefix (PITFALLS 29). A caller that goes away is noticed
@@ -28,13 +27,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, final
 
 from discreet.errors import DiscreetError, OperationFailed, Overloaded, RequestInvalid
 from discreet.keys import Key, Stream
-from discreet.serve.wire import FinishReason
 
 if TYPE_CHECKING:  # torch is the model's dependency; a gateway in front of another engine starts without it
     import torch
 
 T = TypeVar("T")
 Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length"]
 
 _PLAIN_STOPS = ("\nUser:", "\nSystem:")
 _REPLACEMENT = "\ufffd"
@@ -92,14 +91,22 @@ class Piece:
 class Engine(Protocol):
     """Whatever turns a conversation into text."""
 
-    def generate(self, turns: Sequence[Turn], sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    def generate(self, prompt: Sequence[Turn] | str, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         """Yields the answer piece by piece; closing the generator stops the work.
+
+        Args:
+            prompt: the turns of a conversation, or a bare text that is to be continued.
+            sampling: how tokens are chosen.
 
         Raises:
             Overloaded: when the queue is full.
             RequestInvalid: when the conversation does not fit the model.
             OperationFailed: when the model fails; the message holds no text of the conversation.
         """
+        ...
+
+    def close(self) -> None:
+        """Ends the work; called when nobody is answered any more."""
         ...
 
 
@@ -110,23 +117,23 @@ class StopAt:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        self.hit = False
+        self.found: str | None = None
 
     def feed(self, text: str) -> str:
         """Returns what is certain not to belong to a stop string; nothing after a hit."""
-        if self.hit:
+        if self.found:
             return ""
         self._held += text
         ends = [(at + len(stop), -len(stop)) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
             end, minus_length = min(ends)
-            self.hit = True
+            self.found = self._held[end + minus_length : end]
             return self._release(end + minus_length)
         return self._release(len(self._held) - self._pending())
 
     def close(self) -> str:
         """Returns what was held back, at the end of the stream."""
-        return "" if self.hit else self._release(len(self._held))
+        return "" if self.found else self._release(len(self._held))
 
     def _pending(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""
@@ -196,7 +203,7 @@ class _Running:
 class LocalEngine:
     """A causal language model in this process."""
 
-    def __init__(self, module: torch.nn.Module, tokenizer: Any, *, key: Key, max_waiting: int = 8, max_batch: int = 8) -> None:
+    def __init__(self, module: torch.nn.Module, tokenizer: Any, *, key: Key, max_waiting: int = 16, max_batch: int = 16) -> None:
         """Takes over the model for inference.
 
         Args:
@@ -212,13 +219,13 @@ class LocalEngine:
         self._max_waiting, self._max_batch = max_waiting, max_batch
         self._in_flight = 0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="discreet-engine")
-        self._arrivals: deque[tuple[Sequence[Turn], Sampling, threading.Event, _Pipe]] = deque()
+        self._arrivals: deque[tuple[Sequence[Turn] | str, Sampling, threading.Event, _Pipe]] = deque()
         self._lock, self._at_work = threading.Lock(), False
         self._max_context = int(self._module.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]  # torch types every attribute as Tensor | Module
         self._ends = _end_tokens(module, tokenizer)
         self._controls = _control_strings(tokenizer)
 
-    async def generate(self, turns: Sequence[Turn], sampling: Sampling) -> AsyncGenerator[Piece, None]:
+    async def generate(self, prompt: Sequence[Turn] | str, sampling: Sampling) -> AsyncGenerator[Piece, None]:
         """See `Engine.generate`."""
         if self._in_flight >= self._max_batch + self._max_waiting:
             raise Overloaded(f"at most {self._max_waiting} waiting requests", remedy="Try again shortly.")
@@ -227,7 +234,7 @@ class LocalEngine:
         try:
             pieces = _Pipe(asyncio.get_running_loop())
             with self._lock:
-                self._arrivals.append((turns, sampling, cancelled, pieces))
+                self._arrivals.append((prompt, sampling, cancelled, pieces))
                 idle, self._at_work = not self._at_work, True
             if idle:
                 self._worker.submit(self._work)
@@ -251,8 +258,8 @@ class LocalEngine:
                 self._at_work = bool(arrived or joining or batch.rows)
                 if not self._at_work:
                     return
-            for turns, sampling, cancelled, pieces in arrived:
-                if (running := pieces.attempt(partial(self._start, turns, sampling, cancelled, pieces))) is not None:
+            for prompt, sampling, cancelled, pieces in arrived:
+                if (running := pieces.attempt(partial(self._start, prompt, sampling, cancelled, pieces))) is not None:
                     joining.append(running)
             if joining and self._prefill(joining[0]):
                 joined = joining.pop(0)
@@ -270,18 +277,18 @@ class LocalEngine:
                 row.pieces.fail(error)
             batch.rows, batch.cache = [], None
 
-    def _start(self, turns: Sequence[Turn], sampling: Sampling, cancelled: threading.Event, pieces: _Pipe) -> _Running | None:
+    def _start(self, prompt: Sequence[Turn] | str, sampling: Sampling, cancelled: threading.Event, pieces: _Pipe) -> _Running | None:
         if cancelled.is_set():
             pieces.end()
             return None
-        ids = self._prompt(turns)
+        ids = self._prompt(prompt)
         return _Running(
             pieces=pieces,
             sampling=sampling,
             uniforms=self._uniforms(sampling.seed),
             cancelled=cancelled,
             words=Detokenizer(self._tokenizer),
-            stop=StopAt(() if self._tokenizer.chat_template else _PLAIN_STOPS),
+            stop=StopAt(() if self._tokenizer.chat_template or isinstance(prompt, str) else _PLAIN_STOPS),
             todo=ids,
             limit=min(sampling.max_new_tokens, self._max_context - len(ids)),
             num_prompt=len(ids),
@@ -329,10 +336,10 @@ class LocalEngine:
         else:
             row.count, row.last = row.count + 1, token
             row.pieces.put(Piece(text=row.stop.feed(row.words.feed(token)), prompt_tokens=row.num_prompt, completion_tokens=row.count))
-            if not row.stop.hit and row.count < row.limit:
+            if not row.stop.found and row.count < row.limit:
                 return
         rest = row.stop.feed(row.words.close()) + row.stop.close()
-        reason = "stop" if row.stop.hit else reason
+        reason = "stop" if row.stop.found else reason
         row.pieces.put(Piece(text=rest, prompt_tokens=row.num_prompt, completion_tokens=row.count, finish_reason=reason))
         row.pieces.end()
 
@@ -363,9 +370,13 @@ class LocalEngine:
             answer = self._module(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
             return answer.logits[0, -1].double().cpu(), answer.past_key_values
 
-    def _prompt(self, turns: Sequence[Turn]) -> list[int]:
-        messages = [{"role": turn.role, "content": self._controls.sub(_defuse, turn.text)} for turn in turns]
-        ids = self._render(messages)
+    def _prompt(self, prompt: Sequence[Turn] | str) -> list[int]:
+        if isinstance(prompt, str):
+            ids = list(self._tokenizer(self._controls.sub(_defuse, prompt))["input_ids"])
+        else:
+            ids = self._render([{"role": turn.role, "content": self._controls.sub(_defuse, turn.text)} for turn in prompt])
+        if not ids:
+            raise RequestInvalid("a prompt of at least one token", value="prompt")
         if len(ids) >= self._max_context:
             raise RequestInvalid(f"a conversation of fewer than {self._max_context} tokens", value="messages", remedy="Send a shorter conversation.")
         return ids

@@ -24,7 +24,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol, final
 
 from discreet.deid.detect import Span, leaves_none, spellings
@@ -34,12 +33,8 @@ from discreet.deid.policy import Policy, Redacted, builtin, find, protect, redac
 from discreet.deid.vault import ALPHABET, CODE_CHARS, MAX_PLACEHOLDER_CHARS, PLACEHOLDER, Vault
 from discreet.errors import RequestInvalid
 from discreet.keys import Key
-from discreet.record import Digest, Sensitive
-from discreet.serve.engine import Role, Turn
+from discreet.record import Sensitive
 from discreet.serve.leaks import Guard, LeakStop, squeeze
-from discreet.serve.wire import Message
-
-_ROLES: Mapping[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 MAX_VALUES = 1000
 """Most different identifiers in one conversation."""
@@ -49,16 +44,6 @@ GUARD = Guard()
 
 _SHORTEST_WORD = 4
 _JOINTS = re.compile(r"[_.\-/]+|(?<=[a-z])(?=[A-Z])")
-
-
-@final
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A conversation that may be shown to the model: placeholders in place of identifiers. `counts` maps label to number of spans replaced."""
-
-    turns: tuple[Turn, ...]
-    policy: Digest
-    counts: Mapping[str, int]
 
 
 @final
@@ -75,6 +60,7 @@ class Conversation:
         """
         self._name = Key.random().mac(b"conversation").hex()
         self._vault = Vault(key, self._name, policy=policy.name)
+        self._stand_ins = key.derive("stand-ins", self._name) if policy.needs_key else None
         self._policy, self._guard = policy, guard
         self._known: Sensitive[Mapping[str, Sequence[str]]] = Sensitive({})
         self._sought: Sensitive[Mapping[str, Label]] = Sensitive({})
@@ -84,17 +70,6 @@ class Conversation:
         self._shown: Sensitive[list[str]] = Sensitive([])
         self.counts: Counter[str] = Counter()
         self.stopped: Counter[str] = Counter()
-
-    def deidentify(self, messages: Sequence[Message]) -> Prompt:
-        """Returns the conversation as the model may see it.
-
-        Raises:
-            RequestInvalid: when it holds more than `MAX_VALUES` different identifiers.
-        """
-        texts = [message.text for message in messages]
-        self.learn(texts)
-        turns = tuple(Turn(role=_ROLES[message.role], text=self.text(text)) for message, text in zip(messages, texts, strict=True))
-        return Prompt(turns=turns, policy=self._policy.digest, counts=dict(self.counts))
 
     def learn(self, texts: Sequence[str]) -> None:
         """Finds the identifiers of all texts of the request, so that each is replaced in all of them.
@@ -131,9 +106,9 @@ class Conversation:
         """Returns the text with placeholders in place of identifiers; call `learn` first. It is read again only where a value of another text may stand uncovered."""
         spans = self._spans(text)
         if leaves_none(text, spans, self._sought.reveal()):
-            redacted = protect(text, self._vault, policy=self._policy, found=spans)
+            redacted = protect(text, self._vault, policy=self._policy, key=self._stand_ins, found=spans)
         else:
-            redacted = protect(text, self._vault, policy=self._policy, known=self._known.reveal())
+            redacted = protect(text, self._vault, policy=self._policy, key=self._stand_ins, known=self._known.reveal())
         return self._counted(redacted)
 
     def labelled(self, text: str) -> str:
@@ -170,7 +145,7 @@ class Conversation:
         return self._vault.restore(guarded.feed(text) + guarded.close())
 
     def restorer(self) -> Growing:
-        """Returns what does the same for a string that grows; call it after `learn` and `text`, or `deidentify`."""
+        """Returns what does the same for a string that grows; call it after `learn` and `text`."""
         return _Guarded(self.guarded(), Restorer(self._vault, self._name))
 
     def guarded(self) -> LeakStop:

@@ -1,9 +1,9 @@
-"""The privacy gateway in front of a model elsewhere: any client of OpenAI's or Anthropic's API, any server that speaks it, no project and no training.
+"""The privacy gateway in front of a model: any client of OpenAI's or Anthropic's API, any server that speaks it, or a released model in this process.
 
-    caller ── request ──> tenant ─> table of its wire ─> de-identify ──> upstream (placeholders only)
+    caller ── request ──> tenant ─> table of its wire ─> de-identify ──> server (placeholders only)
            <── answer ─── restore, piece by piece <──────────────────────┘
 
-What may pass is said in tables: `fields` (requests), `answers` (answers), `upstream` (the one server). Each request has a table of placeholders of its own, under a key of its tenant,
+What may pass is said in tables: `fields` (requests), `answers` (answers), `upstream` (the server). Each request has a table of placeholders of its own, under a key of its tenant,
 in memory, and gone with it: nothing is cached, nothing is shared, nothing is written. `store` is false on the Responses API unless the caller asks for it.
 
 Fail closed: an error anywhere is an error to the caller, in the form of its wire, before or within the stream; what an upstream says about an error is never repeated.
@@ -11,7 +11,8 @@ Fail closed: an error anywhere is an error to the caller, in the form of its wir
 Metrics (Prometheus, `/metrics`) have labels of closed lists only: tenant, route, status, label of identifier. So have the roll-ups of the trail and the attributes of a trace
 (`ATTRIBUTES`). Nothing else of a request is counted, logged or kept.
 
-Settings are one frozen value. `change` puts another in its place: requests that are under way keep the policy they began with, new ones have the new one.
+Settings are one frozen value, and the server is one object. `change` puts others in their place: requests that are under way keep the policy and the model they began with, new ones
+have the new ones, and a server is closed when the last request that began with it has ended.
 
 Does not cover: sizes and timing as a side channel.
 """
@@ -22,7 +23,7 @@ import asyncio
 import hmac
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,8 +40,8 @@ from discreet.serve.filters import Conversation, prepare
 from discreet.serve.learning import Learner, person_of, texts_of
 from discreet.serve.oidc import Verifier
 from discreet.serve.tenants import Limits, Quotas, Settings, Tenant, bearer, claimed, identify
-from discreet.serve.trail import Trail
-from discreet.serve.upstream import Upstream
+from discreet.serve.trail import Group, Trail
+from discreet.serve.upstream import Server
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
 MODELS_FOR_S = 60.0
-"""How long the upstream's list of models is believed."""
+"""How long the list of models of a server is believed."""
 
 MAX_DEPTH = 64
 
@@ -100,6 +101,7 @@ class _Asked:
 
     route: Wire
     tenant: Tenant
+    server: Server
     limits: Limits
     began: float
     inline: bool
@@ -150,13 +152,22 @@ class Gateway(Starlette):
         super().__init__(**options)
         self._proxy = proxy
 
-    def change(self, settings: Settings) -> None:
-        """Puts other settings in place: for every request from now on; those that are under way keep theirs."""
-        self._proxy.change(settings)
+    def change(self, settings: Settings, server: Server | None = None) -> None:
+        """Puts other settings, and another server, in place: for every request from now on; those that are under way keep theirs.
+
+        Called from another thread than that of the event loop; what takes long is done in it.
+        """
+        _prepare(settings)
+        self._proxy.swap(settings, server)
+
+
+def _prepare(settings: Settings) -> None:
+    for policy in {tenant.policy_digest: tenant.policy for tenant in settings.tenants}.values():
+        prepare(policy)
 
 
 def app(
-    server: Upstream,
+    server: Server,
     settings: Settings,
     *,
     key: Key,
@@ -169,7 +180,7 @@ def app(
     """Returns the ASGI application.
 
     Args:
-        server: the upstream; opened and closed with the application.
+        server: what answers; opened and closed with the application.
         settings: who may ask, and how much.
         key: from which the keys of the tenants derive.
         cache_salt: whether the upstream (vLLM) takes a `cache_salt`, which then separates the prefix caches of the tenants.
@@ -178,8 +189,9 @@ def app(
         private: hosts of an identity provider that may be private.
         learner: keeps the prompts of those who opted in; None keeps nothing.
     """
+    _prepare(settings)
     proxy = _Proxy(server, settings, key, cache_salt=cache_salt, trail=trail, tracer=tracer, private=private, learner=learner)
-    routes = [Route(each.path, proxy.endpoint(each.path, proxy.exchange(each)), methods=["POST"]) for each in WIRES]
+    routes = [Route(each.path, proxy.endpoint(each.path, proxy.exchange(each)), methods=["POST"]) for each in _wires(server)]
     others = {
         "/v1/models": proxy.models,
         "/v1/models/{model:path}": proxy.model,
@@ -192,7 +204,6 @@ def app(
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        await server.open()
         await proxy.open()
         writing = None if trail is None else asyncio.create_task(trail.keep_writing())
         try:
@@ -200,9 +211,13 @@ def app(
         finally:
             if writing is not None:
                 writing.cancel()
-            await server.close()
+            await proxy.close()
 
     return Gateway(proxy, routes=routes, exception_handlers={HTTPException: proxy.no_route}, lifespan=lifespan)
+
+
+def _wires(server: Server) -> list[Wire]:
+    return [each for each in WIRES if each.path in server.paths]
 
 
 @final
@@ -211,7 +226,7 @@ class _Proxy:
 
     def __init__(
         self,
-        server: Upstream,
+        server: Server,
         settings: Settings,
         key: Key,
         *,
@@ -223,23 +238,66 @@ class _Proxy:
     ) -> None:
         self._server, self._key, self._cache_salt, self._private = server, key, cache_salt, private
         self._trail, self._tracer, self._learner = trail, tracer, learner
-        self._quotas, self._metrics = Quotas(), Metrics()
-        self._listed: tuple[float, frozenset[str]] | None = None
-        self._writing: set[asyncio.Task[None]] = set()
-        self.change(settings)
+        self._quotas, self._metrics, self._writing = Quotas(), Metrics(), False
+        self._listed: tuple[Server, float, frozenset[str]] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._served: dict[Server, int] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._put(settings)
 
-    def change(self, settings: Settings) -> None:
+    def _put(self, settings: Settings) -> None:
         """Puts settings in place; a token is believed only once the keys of its provider are there."""
-        for policy in {tenant.policy_digest: tenant.policy for tenant in settings.tenants}.values():
-            prepare(policy)
         self._settings = settings
         self._server.max_answer_bytes = settings.limits.max_answer_bytes
         self._verifier = None if settings.provider is None else Verifier(provider=settings.provider, load=partial(self._keys, settings.provider.keys))
 
+    def swap(self, settings: Settings, server: Server | None) -> None:
+        """Puts settings and a server in place, between two steps of the event loop where it runs already; waits until they are in force."""
+        if self._loop is None:
+            self._put(settings)
+        else:
+            asyncio.run_coroutine_threadsafe(self._swap(settings, server), self._loop).result()
+
+    async def _swap(self, settings: Settings, server: Server | None) -> None:
+        before = self._server
+        if server is not None and server is not before:
+            await server.open()
+            self._server = server
+        self._put(settings)
+        if self._server is not before and not self._served.get(before):
+            await before.close()
+
     async def open(self) -> None:
         """Loads what has to be there before the first request."""
+        self._loop = asyncio.get_running_loop()
+        await self._server.open()
         if self._verifier is not None:
             await self._verifier.open()
+
+    async def close(self) -> None:
+        """Closes the server, and those before it that a request was still served by."""
+        self._loop = None
+        for server in {self._server, *self._served}:
+            await server.close()
+
+    @contextmanager
+    def _pinned(self) -> Iterator[Server]:
+        """Gives the server for one request, which keeps it to its end; one that was replaced meanwhile is closed after the last of them."""
+        server = self._server
+        self._served[server] = self._served.get(server, 0) + 1
+        try:
+            yield server
+        finally:
+            self._served[server] -= 1
+            if not self._served[server]:
+                del self._served[server]
+                if server is not self._server:
+                    self._later(server.close())
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _keys(self, place: str) -> bytes:
         if place.startswith("https://"):
@@ -285,7 +343,7 @@ class _Proxy:
 
     async def ready(self, _request: Request) -> Response:
         """`GET /readyz`: the upstream answered within the last minute."""
-        await self._models()
+        await self._models(self._server)
         return _json({"status": "ready"})
 
     async def metrics(self, request: Request) -> Response:
@@ -301,25 +359,25 @@ class _Proxy:
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`: those that this tenant may ask for."""
-        names = sorted(await self._allowed(await self._identify(request)))
+        names = sorted(await self._allowed(await self._identify(request), self._server))
         page = {"first_id": names[0] if names else None, "last_id": names[-1] if names else None, "has_more": False}
         return _json({"object": "list", "data": [_model(name) for name in names], **page})
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/{model}`."""
         name = request.path_params["model"]
-        await self._check_model(await self._identify(request), {"model": name})
+        await self._check_model(await self._identify(request), self._server, {"model": name})
         return _json(_model(name))
 
     async def openapi(self, request: Request) -> Response:
         """`GET /openapi.json`: what the tables accept, and for who shows a key the models that they may name."""
-        names = sorted(await self._allowed(await self._identify(request))) if bearer(request.headers) else []
-        return _json(openapi.document(WIRES, models=names))
+        names = sorted(await self._allowed(await self._identify(request), self._server)) if bearer(request.headers) else []
+        return _json(openapi.document(_wires(self._server), models=names))
 
     async def no_route(self, _request: Request, error: Exception) -> Response:
         """Answers what the router refuses: no such path, or another method."""
         status = error.status_code if isinstance(error, HTTPException) else 500
-        return _refuse("", NotFound("a route of this gateway", remedy=f"It serves {', '.join(sorted(upstream.PATHS))}."), status=status)
+        return _refuse("", NotFound("a route of this gateway", remedy=f"It serves {', '.join(sorted(self._server.paths))}."), status=status)
 
     def exchange(self, route: Wire) -> Callable[[Request], Awaitable[Response]]:
         """Returns the handler of one wire."""
@@ -333,7 +391,8 @@ class _Proxy:
             body = wire.parse_json(raw, max_bytes=limits.max_request_bytes, max_depth=MAX_DEPTH)
             async with AsyncExitStack() as stack:
                 stack.enter_context(self._quotas.admitted(tenant))
-                asked = _Asked(route=route, tenant=tenant, limits=limits, began=began, inline=len(raw) <= MAX_INLINE_BYTES)
+                server = stack.enter_context(self._pinned())
+                asked = _Asked(route=route, tenant=tenant, server=server, limits=limits, began=began, inline=len(raw) <= MAX_INLINE_BYTES)
                 try:
                     response = await unless_gone(request.receive, self._answer(asked, body, stack))
                 except DiscreetError as error:
@@ -349,8 +408,8 @@ class _Proxy:
 
     async def _answer(self, asked: _Asked, body: Any, stack: AsyncExitStack) -> Response:
         """De-identifies, asks, and answers; a stream takes over what has to be closed at its end."""
-        route, tenant = asked.route, asked.tenant
-        await self._check_model(tenant, body)
+        route, tenant, server = asked.route, asked.tenant, asked.server
+        await self._check_model(tenant, server, body)
         key = self._key.derive("tenant", tenant.name)
         conversation = Conversation(key, policy=tenant.policy, guard=tenant.guard)
         began = time.perf_counter()
@@ -361,15 +420,16 @@ class _Proxy:
         sent = self._completed(sent, route, key)
         if self._learner is not None:
             await run_in_threadpool(self._learner.offer, person_of(body), texts_of(body))
-        headers = {POLICY_HEADER: tenant.policy_digest}
+        headers = {POLICY_HEADER: tenant.policy_digest, **server.headers}
         answer = Answer(conversation, tenant.tools)
         stack.callback(self._count, asked, body["model"], conversation)
         if sent.get("stream") and route.events is not None:
-            chunks = await stack.enter_async_context(self._server.stream(route.path, sent))  # an earlier refusal still has its own status
+            async with asyncio.timeout(asked.limits.max_seconds):
+                chunks = await stack.enter_async_context(server.stream(route.path, sent))  # an earlier refusal still has its own status
             asked.status = 200
             return EventStream(self._frames(asked, chunks, answer), headers={**_HEADERS, **headers}, closing=stack.pop_all())
         async with asyncio.timeout(asked.limits.max_seconds):
-            received = await self._server.ask(route.path, sent)
+            received = await server.ask(route.path, sent)
         if not isinstance(received, dict):
             raise UpstreamFailed("an answer that is an object")
         asked.first = time.perf_counter()
@@ -382,7 +442,8 @@ class _Proxy:
         self._metrics.stopped(asked.tenant.name, conversation.stopped)
         if self._trail is None:
             return
-        group = asked.tenant.name, asked.tenant.policy_digest, model
+        server = asked.server
+        group = Group(tenant=asked.tenant.name, policy=asked.tenant.policy_digest, model=model, server=server.digest, released=server.released)
         due = self._trail.count(
             group,
             route=asked.route.path,
@@ -392,15 +453,16 @@ class _Proxy:
             seconds=(asked.first or time.perf_counter()) - asked.began,
         )
         if due and not self._writing:
-            task = asyncio.create_task(self._roll_up(self._trail))
-            self._writing.add(task)
-            task.add_done_callback(self._writing.discard)
+            self._writing = True
+            self._later(self._roll_up(self._trail))
 
     async def _roll_up(self, trail: Trail) -> None:
         try:
             await run_in_threadpool(trail.write)
         except DiscreetError as error:
             unexpected(error)
+        finally:
+            self._writing = False
 
     def _completed(self, sent: dict[str, Any], route: Wire, key: Key) -> dict[str, Any]:
         """Adds what the gateway decides and no caller may: nothing is stored unasked, and caches of tenants are apart."""
@@ -464,24 +526,26 @@ class _Proxy:
         request.state.tenant = tenant.name
         return tenant
 
-    async def _check_model(self, tenant: Tenant, body: Any) -> None:
+    async def _check_model(self, tenant: Tenant, server: Server, body: Any) -> None:
         name = body.get("model") if isinstance(body, dict) else None
         if not isinstance(name, str):
             raise RequestInvalid("model to be a string", value="model")
-        if name not in await self._allowed(tenant):
+        if name not in await self._allowed(tenant, server):
             raise NotFound("a model that this tenant may use", remedy="GET /v1/models lists them.")
 
-    async def _allowed(self, tenant: Tenant) -> frozenset[str]:
-        return tenant.models if tenant.models is not None else await self._models()
+    async def _allowed(self, tenant: Tenant, server: Server) -> frozenset[str]:
+        """Returns the models that a tenant may ask for. Behind a release there is one name, and no tenants file makes another of it."""
+        if tenant.models is None:
+            return await self._models(server)
+        return tenant.models & await self._models(server) if server.released else tenant.models
 
-    async def _models(self) -> frozenset[str]:
-        """Returns the names that the upstream lists."""
+    async def _models(self, server: Server) -> frozenset[str]:
+        """Returns the names that the server lists."""
         now = time.monotonic()
-        if self._listed is None or now - self._listed[0] > MODELS_FOR_S:
+        if self._listed is None or self._listed[0] is not server or now - self._listed[1] > MODELS_FOR_S:
             async with asyncio.timeout(30):
-                listed = await self._server.ask(upstream.MODELS)
-            self._listed = now, frozenset(str(model["id"]) for model in listed["data"])
-        return self._listed[1]
+                self._listed = server, now, await server.models()
+        return self._listed[2]
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -120,7 +120,8 @@ class _TenantTable(BaseModel):
     key_sha256: list[_Hash] = []
     claim_values: list[str] = []
     keep: list[Label] = []
-    names: Names = POLICY.names
+    operators: dict[Label, Operator] = {}
+    names: Names | None = None
     answers: OwnIdentifiers = OwnIdentifiers.MASK
     answer_labels: list[Label] | None = None
     requests_per_minute: _Quota = 600
@@ -164,8 +165,12 @@ class _File(BaseModel):
     tenant: Annotated[dict[Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")], _TenantTable], Field(min_length=1, max_length=MAX_TENANTS)]
 
 
-def load(path: Path) -> Settings:
+def load(path: Path, *, policy: Policy = POLICY) -> Settings:
     """Reads a tenants file (docs/gateway.md).
+
+    Args:
+        path: the file.
+        policy: of the channel prompt, where a tenant says nothing else.
 
     Raises:
         ConfigInvalid: when it or its file of canaries cannot be read, holds an unknown key, two tenants share a key or a claim's value, or one has neither.
@@ -179,7 +184,7 @@ def load(path: Path) -> Settings:
         at = ".".join(str(part) for part in error.errors(include_url=False, include_input=False)[0]["loc"])
         raise ConfigInvalid("a tenants file as docs/gateway.md has it", value=at) from None
     canaries = _canaries(path, parsed.canaries)
-    tenants = tuple(_tenant(name, table, canaries) for name, table in parsed.tenant.items())
+    tenants = tuple(_tenant(name, table, canaries, policy) for name, table in parsed.tenant.items())
     ways = [way for tenant in tenants for way in (*tenant.key_hashes, *tenant.claim_values)]
     if len(set(ways)) < len(ways) or not all(tenant.key_hashes or (tenant.claim_values and parsed.oidc) for tenant in tenants):
         raise ConfigInvalid("every key and every value of the claim to be of one tenant alone, and every tenant to have one", value=path.name)
@@ -199,15 +204,17 @@ def _canaries(path: Path, name: str | None) -> Canaries:
     raise ConfigInvalid(rule, value=name)
 
 
-def _tenant(name: str, table: _TenantTable, canaries: Canaries) -> Tenant:
-    if table.names is Names.MODEL:
+def _tenant(name: str, table: _TenantTable, canaries: Canaries, policy: Policy) -> Tenant:
+    names = policy.names if table.names is None else table.names
+    if names is Names.MODEL:
         ner.installed()
-    operators = {label: Operator.KEEP if label in table.keep else operator for label, operator in POLICY.operators.items()}
-    changed = bool(table.keep) or table.names is not POLICY.names
+    changes = {**dict.fromkeys(table.keep, Operator.KEEP), **table.operators}
+    if changes or names is not policy.names:
+        policy = replace(policy, name=f"{policy.name}/{name}", operators={**policy.operators, **changes}, names=names)
     return Tenant(
         name=name,
         key_hashes=tuple(table.key_sha256),
-        policy=replace(POLICY, name=f"prompt/{name}", operators=operators, names=table.names) if changed else POLICY,
+        policy=policy,
         requests_per_minute=table.requests_per_minute,
         max_concurrent=table.max_concurrent,
         models=None if table.models is None else frozenset(table.models),

@@ -1,9 +1,9 @@
 """The gateway's own evidence: what was served, in signed statements of the log, also where there is no project.
 
-    request ──> counted in memory ── `BATCH` requests or `EVERY_S` seconds ──> one `served` statement for each tenant, policy and model
+    request ──> counted in memory ── `BATCH` requests or `EVERY_S` seconds ──> one `served` statement for each tenant, policy, model and adapter
 
 A statement says how many requests, on which routes, with which statuses, how many identifiers by label went in as placeholders and how many of the model's own were stopped, the
-policy's digest, the model's name and the digest of the server that answered, and the median and the 99th percentile of the time to the first byte. It never holds
+policy's digest, the model's name and the digest of what answered (the released adapter, or the name of a server), and the median and the 99th percentile of the time to the first byte. It never holds
 text, a user, or a key.
 
 Fail closed: when a roll-up could not be written, every later request is refused until one can.
@@ -25,7 +25,7 @@ from typing import final
 
 from discreet.errors import OperationFailed, SourceMissing
 from discreet.evidence.log import Log
-from discreet.evidence.statement import JSON, Predicate, Statement, digest_of
+from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.keys import Keyring, open_master
 from discreet.record import Digest
 from discreet.store import Store, write_atomically
@@ -34,8 +34,25 @@ BATCH, EVERY_S = 100, 60.0
 MAX_TIMES = 10_000
 ORIGIN = "discreet.gateway"
 
-Group = tuple[str, Digest, str]
-"""Tenant, digest of its policy, model."""
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """What one statement is about.
+
+    Args:
+        tenant: name of the tenant.
+        policy: digest of its policy.
+        model: name of the model.
+        server: digest of who answered: of the released adapter, or of the name of a server elsewhere.
+        released: whether it is a verified release.
+    """
+
+    tenant: str
+    policy: Digest
+    model: str
+    server: Digest
+    released: bool
 
 
 @final
@@ -48,23 +65,22 @@ class _Sum:
     stopped: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
 
-    def statement(self, group: Group, server: Digest) -> Statement:
-        tenant, policy, model = group
+    def statement(self, group: Group) -> Statement:
         times = sorted(self.seconds) or [0.0]
         fields: dict[str, JSON] = {
-            "release": None,
+            "release": group.server if group.released else None,
             "requests": self.requests,
-            "tenant": tenant,
-            "policy": policy,
-            "model": model,
-            "server": server,
+            "tenant": group.tenant,
+            "policy": group.policy,
+            "model": group.model,
+            "server": None if group.released else group.server,
             "routes": dict(sorted(self.routes.items())),
             "statuses": dict(sorted(self.statuses.items())),
             "counts": dict(sorted(self.counts.items())),
             "stopped": dict(sorted(self.stopped.items())),
             "first_byte_ms": {"p50": _ms(times[len(times) // 2]), "p99": _ms(times[int(len(times) * 0.99)])},
         }
-        return Statement(predicate=Predicate.SERVED, subjects=(server,), fields=fields)
+        return Statement(predicate=Predicate.SERVED, subjects=(group.server,), fields=fields)
 
 
 def _ms(seconds: float) -> float:
@@ -75,16 +91,9 @@ def _ms(seconds: float) -> float:
 class Trail:
     """Roll-ups of one gateway. Counting is for one event loop; writing may be done from a thread."""
 
-    def __init__(self, store: Store, log: Log, *, server: str) -> None:
-        """Writes into a log.
-
-        Args:
-            store: its database.
-            log: where the statements go.
-            server: who answers, such as `api.openai.com`; its digest is the subject of the statements.
-        """
+    def __init__(self, store: Store, log: Log) -> None:
+        """Writes into a log, and its database."""
         self._store, self._log = store, log
-        self._server = digest_of(server.encode())
         self._sums: dict[Group, _Sum] = {}
         self._open, self._since = 0, time.monotonic()
         self._broken = False
@@ -124,7 +133,7 @@ class Trail:
                 return
             try:
                 with self._store.transaction() as tx:
-                    self._log.append_all(tx, [total.statement(group, self._server) for group, total in sums.items()])
+                    self._log.append_all(tx, [total.statement(group) for group, total in sums.items()])
             except Exception as error:
                 self._broken = True
                 for group, total in self._sums.items():
@@ -172,7 +181,7 @@ def export(folder: Path, out: Path, *, public: bool) -> tuple[Path, Path]:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, *, server: str) -> Iterator[Trail]:
+def opened(folder: Path) -> Iterator[Trail]:
     """Opens the trail of a gateway alone: `trail.db` and `master.key` in a folder that only its owner reads. What was counted is written at the end.
 
     Raises:
@@ -181,7 +190,7 @@ def opened(folder: Path, *, server: str) -> Iterator[Trail]:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     store, log = _open(folder)
     try:
-        trail = Trail(store, log, server=server)
+        trail = Trail(store, log)
         try:
             yield trail
         finally:

@@ -1,4 +1,4 @@
-"""The one server that the gateway may call: named once, resolved once, never followed elsewhere.
+"""What stands behind the gateway, and the one server elsewhere that it may call: named once, resolved once, never followed elsewhere.
 
 The URL is an allowlist of one host. Its name is resolved when the gateway starts; addresses that are not global (loopback, private, link-local, metadata services) are refused
 unless the operator lists that host, and every later connection goes to the address that was checked, under the host's name for TLS and for `Host`, so that a name that
@@ -16,12 +16,14 @@ import ipaddress
 import json
 import socket
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, Protocol, final
 from urllib.parse import urlsplit
 
 from discreet.errors import ConfigInvalid, DiscreetError, Overloaded, RequestInvalid, UpstreamFailed, missing_extra
+from discreet.evidence.statement import digest_of
+from discreet.record import Digest
 
 try:
     import httpx
@@ -39,7 +41,53 @@ CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, MODELS = (
 PATHS = frozenset((CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, MODELS))
 ANTHROPIC_VERSION = "2023-06-01"
 
+KEEP_ALIVE_S = 2.0
+"""Idle connections are dropped before the servers do it (uvicorn, and so vLLM, after five seconds): a request that meets a connection being closed would fail."""
+
 _DEFAULT_PORTS = {"https": 443, "http": 80}
+
+
+class Server(Protocol):
+    """Whatever stands behind the gateway: a server elsewhere (`Upstream`), or a model in this process (`local.Local`).
+
+    Attributes:
+        paths: the routes it has, of `PATHS`.
+        headers: said with every answer of it.
+        digest: of who answers: the adapter that was released, or the name of a server elsewhere.
+        released: whether it is a verified release.
+        max_answer_bytes: largest answer that is read, where that is not bounded otherwise.
+    """
+
+    @property
+    def paths(self) -> frozenset[str]: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    @property
+    def digest(self) -> Digest: ...
+    @property
+    def released(self) -> bool: ...
+
+    max_answer_bytes: int
+
+    async def open(self) -> None:
+        """Called in the event loop before the first request."""
+        ...
+
+    async def close(self) -> None:
+        """Called after the last one."""
+        ...
+
+    async def models(self) -> frozenset[str]:
+        """Returns the names under which callers may ask for a model."""
+        ...
+
+    async def ask(self, path: str, body: Mapping[str, Any]) -> Any:
+        """Returns the JSON that answers a de-identified request."""
+        ...
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> AbstractAsyncContextManager[AsyncGenerator[bytes, None]]:
+        """Gives the bytes of the server-sent events that answer it."""
+        ...
 
 
 @final
@@ -125,7 +173,7 @@ def _is_global(address: str) -> bool:
 
 
 @final
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Upstream:
     """A client of the one server.
 
@@ -142,22 +190,30 @@ class Upstream:
     max_answer_bytes: int = 32_000_000
     timeout_s: float = 120.0
     transport: httpx.AsyncBaseTransport | None = None
-    _client: httpx.AsyncClient | None = field(default=None, init=False, repr=False)
+    paths: frozenset[str] = field(default=PATHS - {MODELS}, init=False)
+    headers: Mapping[str, str] = field(default_factory=dict, init=False)
+    digest: Digest = field(init=False)
+    released: bool = field(default=False, init=False)
+    _open: httpx.AsyncBaseTransport | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Computes the digest of the server's name."""
+        self.digest = digest_of(self.address.authority.encode())
 
     async def open(self) -> None:
         """Opens the pool of connections, in the loop that will use it."""
-        self._client = httpx.AsyncClient(
-            transport=self.transport,
-            follow_redirects=False,
-            trust_env=False,
-            timeout=httpx.Timeout(self.timeout_s, connect=10.0),
-            limits=httpx.Limits(max_connections=512, max_keepalive_connections=64),
-        )
+        limits = httpx.Limits(max_connections=512, max_keepalive_connections=64, keepalive_expiry=KEEP_ALIVE_S)
+        self._open = self.transport or httpx.AsyncHTTPTransport(trust_env=False, limits=limits)
 
     async def close(self) -> None:
         """Closes it."""
-        if self._client is not None:
-            await self._client.aclose()
+        if self._open is not None:
+            await self._open.aclose()
+
+    async def models(self) -> frozenset[str]:
+        """Returns the names that it lists. Raises like `ask`."""
+        listed = await self.ask(MODELS)
+        return frozenset(str(model["id"]) for model in listed["data"])
 
     async def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Returns the JSON that the upstream answers.
@@ -187,19 +243,23 @@ class Upstream:
             RequestInvalid: when it says that the request is wrong.
             UpstreamFailed: when it cannot be reached, redirects, or answers any other status.
         """
-        if path not in PATHS or self._client is None:
+        if path not in PATHS or self._open is None:
             raise UpstreamFailed("a path of this gateway, on an open connection")
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+        timeout = httpx.Timeout(self.timeout_s, connect=10.0).as_dict()
+        extensions = {"sni_hostname": self.address.host, "timeout": timeout}
+        request = httpx.Request(method, self.address.base + path, content=content, headers=self._headers(path), extensions=extensions)
         try:
-            async with self._client.stream(
-                method,
-                self.address.base + path,
-                content=content,
-                headers=self._headers(path),
-                extensions={"sni_hostname": self.address.host},
-            ) as response:
+            response = await self._open.handle_async_request(
+                request
+            )  # a transport follows nothing and asks nobody for credentials, and is quicker than a client
+            try:
                 _check(response.status_code)
+                if response.headers.get("content-encoding", "identity") != "identity":
+                    raise UpstreamFailed("an answer that is not compressed")  # nobody asked for it, and how large it is would be known too late
                 yield self._bytes(response)
+            finally:
+                await response.aclose()
         except httpx.HTTPError as error:
             failed: DiscreetError = UpstreamFailed("the upstream to answer", value=type(error).__name__)
         else:

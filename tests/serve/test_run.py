@@ -24,9 +24,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from discreet.errors import ConfigInvalid
+from discreet.errors import ConfigInvalid, NotReleased
 from discreet.evidence.log import verify_bundle
-from discreet.serve import alone, asgi, trail
+from discreet.keys import Key
+from discreet.serve import asgi, run, trail
+from discreet.serve.tenants import Settings, Tenant
 
 NAME = "Aurelia Quistgaard"
 
@@ -170,7 +172,7 @@ def test_the_command_over_tls_reloads_drains_and_leaves_a_verified_trail(tmp_pat
 
 def test_traces_reach_a_collector_and_hold_no_text(upstream):
     with contextlib.ExitStack() as stack:
-        tracer = alone._tracer(f"http://127.0.0.1:{upstream}/v1/traces", stack)
+        tracer = run._tracer(f"http://127.0.0.1:{upstream}/v1/traces", stack)
         with tracer.start_as_current_span("discreet /v1/chat/completions"):
             pass
     assert b"discreet-gateway" in b"".join(_Upstream.seen)
@@ -190,6 +192,40 @@ def test_certificates_that_do_not_fit_are_refused(tmp_path):
 def test_plain_http_beyond_this_machine_is_said_aloud(monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(asgi, "run", lambda *_, **__: None)
-    for host in ("127.0.0.1", "localhost", "0.0.0.0"):
-        alone.run(alone.Options(upstream="http://127.0.0.1:9", host=host, port=1, private=frozenset(("127.0.0.1",))), say=said.append)
+    with run.elsewhere("http://127.0.0.1:9", private=frozenset(("127.0.0.1",)), key_env="NO_SUCH_KEY", trail=None) as behind:
+        for host in ("127.0.0.1", "localhost", "0.0.0.0"):
+            run.run(run.Options(host=host, port=1), behind, say=said.append)
     assert [line.split()[0] for line in said].count("warning") == 1
+
+
+def test_a_hangup_asks_for_the_release_again_and_what_is_not_right_changes_nothing(tmp_path):
+    class Application:
+        changed: list[tuple[object, object]] = []
+
+        def change(self, settings: object, server: object) -> None:
+            self.changed.append((settings, server))
+
+    said: list[str] = []
+    answers: list[object] = ["first", NotReleased("a model whose parents are known"), RuntimeError(NAME), "second"]
+
+    def server() -> object:
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    behind = run.Behind(name="the released model ward", server=server, key=Key(bytes(32)), trail=None)
+    settings = Settings(tenants=(Tenant(name="a", key_hashes=()),))
+    reload = run._reloader(Application(), settings, None, behind, said.append)
+    for number in range(1, 5):
+        reload()
+        wait(lambda number=number: len(said) == number, 20)
+    assert [line.split(",")[0].split()[0] for line in said] == ["reloaded", "not", "not", "reloaded"]
+    assert Application.changed == [(settings, "first"), (settings, "second")]
+    assert NAME not in "".join(said)
+    tenants = tmp_path / "tenants.toml"
+    tenants.write_text(f'[tenant.ward]\nkey_sha256 = ["{asgi.new_api_key()[1]}"]\n')
+    answers.append("third")
+    run._reloader(Application(), settings, tenants, behind, said.append)()
+    wait(lambda: len(said) == 5, 20)
+    assert Application.changed[-1][0].tenants[0].policy == behind.policy
