@@ -221,7 +221,7 @@ def _emit(item: Any, caseless: bool, state: Any, *, first: bool = False) -> str:
     if operator in _NOTHING:
         return ""
     if operator in (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN):
-        return _class(operator, argument, caseless)
+        return _class(operator, tuple(argument) if operator is sre.IN else argument, caseless)
     if operator is sre.BRANCH:
         return f"(?:{'|'.join(_sequence(branch, caseless, state, first=first) for branch in argument[1])})"
     if operator is sre.SUBPATTERN:
@@ -250,6 +250,7 @@ def _sequence(items: Iterable[Any], caseless: bool, state: Any, *, first: bool =
     return "".join(pieces)
 
 
+@cache
 def _class(operator: Any, argument: Any, caseless: bool) -> str:
     """Returns the bytes whose characters match, as a class."""
     return _bytes_class([byte for byte, character in _STANDS.items() if _matches(operator, argument, character, caseless)])
