@@ -215,7 +215,7 @@ class Watched:
 
     def __enter__(self) -> Watched:
         self._step, self._add = parallel.private_step, noise.add
-        parallel.private_step, noise.add = self._watch, self._note
+        parallel.private_step, noise.add = self._watch, self._note  # type: ignore[assignment]  # stand-ins that watch
         return self
 
     def __exit__(self, *about: object) -> None:

@@ -91,11 +91,11 @@ SEEDS = {"dev": 100, "test": 200}
 # Texts ------------------------------------------------------------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> Iterator[dict[str, object]]:
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
     yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
-def _document(row: dict) -> Document:
+def _document(row: dict[str, Any]) -> Document:
     return Document(text=row["text"], gold=tuple((s["start"], s["end"], s["label"]) for s in row["spans"]))
 
 

