@@ -54,6 +54,7 @@ from discreet.pipeline.admission import plant_canaries
 from discreet.pipeline.house import finished_result, needed_result, run_config
 from discreet.pipeline.people import own_texts
 from discreet.record import Basis, Digest, Sensitivity
+from discreet.serve.trail import Group
 from discreet.train import loop, preference
 
 NewProject = Callable[[Path], Path]
@@ -779,9 +780,10 @@ def test_every_kind_of_statement_is_written(copied: House, tmp_path: Path):
     derived.statistics(copied, epsilon=1e-4, observer=Silent())
     derived.synthesize(copied, count=1, out=tmp_path / "synthetic.jsonl", max_tokens=4)
     pipeline.confirm_sensitivity(copied, "public", by="Petra", reason="read it")
-    served = pipeline.Served(copied)
-    served.count(Digest(copied.log.select(Predicate.RELEASED)[-1].fields["adapter"]), Digest("sha256:" + "0" * 64), {"PERSON": 1})
-    served.write()
+    trail, adapter = pipeline.behind(copied).trail, Digest(copied.log.select(Predicate.RELEASED)[-1].fields["adapter"])
+    group = Group(tenant="default", policy=Digest("sha256:" + "0" * 64), model="ward", server=adapter, released=True)
+    trail.count(group, route="chat", status=200, counts={"PERSON": 1}, stopped={}, seconds=0.1)
+    trail.write()
     with pytest.raises(NotReleased):
         pipeline.release(_with(copied, release=rules), Silent())
     pipeline.erase(copied, unit)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -73,6 +75,23 @@ def test_a_model_that_learnt_its_members_fails_by_extraction_and_its_identifiers
         "tiny", adapter=tmp_path / "adapter", members=tmp_path / "in", non_members=tmp_path / "out", cache=tmp_path, claim=claim, number=3
     )
     assert again["level"] == pytest.approx(spent_level(0.05, 3)), "the third audit of one shared level"
+
+
+def test_files_that_differ_in_length_alone_make_no_model_fail(tmp_path: Path) -> None:
+    """An untrained model scores long texts otherwise than short ones: that is no membership."""
+    draw = Random(3)
+    words = ["".join(parts) for parts in product(("co", "fe", "wa", "ni", "le", "ri", "be", "wo"), "rslnm", ("da", "ne", "li", "ko", "tu"))]
+    for name, length in (("in", 12), ("out", 14)):
+        rows = [json.dumps({"text": " ".join(draw.choice(words) for _ in range(length))}) for _ in range(60)]
+        (tmp_path / name).write_text("\n".join(rows), encoding="utf-8")
+    claim = external.gaussian(external.LooseTradeOff(epsilon=0.1, delta=1e-5))
+    found = external.audit("tiny", adapter=None, members=tmp_path / "in", non_members=tmp_path / "out", cache=tmp_path, claim=claim)
+    layers = {layer["name"]: layer for layer in found["layers"]}
+    assert layers["zlib"]["figures"]["beaten"]
+    assert layers["bag of words"]["verdict"] == "PASS"
+    assert layers["length"]["verdict"] == "INCONCLUSIVE"
+    assert found["verdict"] == "INCONCLUSIVE"
+    assert "members and non-members differ without any model" in found["because"]
 
 
 def test_the_command_prints_one_document(files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ def test_blind_baseline_is_at_chance_on_fair_canaries() -> None:
 
 
 def test_blind_baseline_sees_one_giveaway_word(canaries) -> None:
-    texts = [canary.text.replace("rhyme", "verse") if canary.included else canary.text for canary in canaries]
+    texts = [canary.text.replace("The ", "This ") if canary.included else canary.text for canary in canaries]
     check = membership.blind(texts, canaries.included)
     assert check.auc > 0.5
     assert not check.at_chance

@@ -3,7 +3,7 @@
 The texts were chosen by whoever trained the model and not by our coins, and there is no control that must be caught: so the verdict is FAIL when a score beats what the claim
 allows, and INCONCLUSIVE otherwise, never PASS. Without a claim nothing can be beaten: the figures are reported and the verdict is INCONCLUSIVE.
 
-A bag of words that tells members from non-members makes every figure meaningless (they differ in distribution, trained or not): FAIL is then withheld, and the report says so.
+A bag of words, or the length of the texts, that tells members from non-members makes every figure meaningless (they differ in distribution, trained or not): FAIL is then withheld, and the report says so.
 
 Beside the scores two events: the second half of a text is (n, p)-discoverable from the first, and the detectors of `deid` read an identifier of the second half in what the model
 writes after the first. Non-members, and with an adapter the base, are their negative controls. Where there are subjects an event counts by subject.
@@ -99,7 +99,7 @@ def audit(
         number: which audit of this model it is, from 1 (`bounds.spent_level`); 0 when they do not share a level.
 
     Returns:
-        JSON: the verdict, one layer for every score (by record and, with subjects, by subject), the blind baseline, the attack's curves.
+        JSON: the verdict, one layer for every score (by record and, with subjects, by subject), the blind baselines (words, length), the attack's curves.
 
     Raises:
         SourceEmpty: when a file holds fewer than 20 texts.
@@ -117,7 +117,10 @@ def audit(
     order = np.argsort(
         [zlib.crc32(text.encode()) for text in texts], kind="stable"
     )  # members and non-members interleaved, as the cross-fitted halves need
-    blind = membership.blind([texts[row] for row in order], is_member[order].tolist())
+    blind = {
+        "bag of words": membership.blind([texts[row] for row in order], is_member[order].tolist()),
+        "length": bounds.area_under_curve(np.array([len(text) for text in texts], dtype=np.float64), is_member),
+    }
     views = {name: (scored, is_member) for name, scored in scores.items()}
     if all(subjects):
         views |= {f"{name}, by subject": attacks.by_subject(scored, subjects, is_member) for name, scored in scores.items()}
@@ -169,21 +172,25 @@ def _document(
     measured: dict[str, attacks.Measured],
     happened: Mapping[str, Mapping[str, records.Event]],
     *,
-    blind: bounds.Chance,
+    blind: Mapping[str, bounds.Chance],
     counts: tuple[int, int],
     claimed: bool,
     level: float,
 ) -> dict[str, Any]:
+    alike = all(each.at_chance for each in blind.values())
     layers = [
-        bounds.Layer(name="bag of words", verdict=Verdict.PASS if blind.at_chance else Verdict.INCONCLUSIVE, figures=blind.figures()),
         *(
-            bounds.Layer(name=name, verdict=Verdict.FAIL if each.beaten and blind.at_chance else Verdict.INCONCLUSIVE, figures=each.figures())
+            bounds.Layer(name=name, verdict=Verdict.PASS if each.at_chance else Verdict.INCONCLUSIVE, figures=each.figures())
+            for name, each in blind.items()
+        ),
+        *(
+            bounds.Layer(name=name, verdict=Verdict.FAIL if each.beaten and alike else Verdict.INCONCLUSIVE, figures=each.figures())
             for name, each in measured.items()
         ),
         *(
             bounds.Layer(
                 name=name,
-                verdict=Verdict.FAIL if claimed and found and found["model"].beaten and blind.at_chance else Verdict.INCONCLUSIVE,
+                verdict=Verdict.FAIL if claimed and found and found["model"].beaten and alike else Verdict.INCONCLUSIVE,
                 figures={of: event.figures() for of, event in found.items()},
             )
             for name, found in happened.items()
@@ -192,7 +199,7 @@ def _document(
     verdict = Verdict.FAIL if any(layer.verdict is Verdict.FAIL for layer in layers) else Verdict.INCONCLUSIVE
     why = {
         "no claim": not claimed,
-        "members and non-members differ in their words alone": not blind.at_chance,
+        "members and non-members differ without any model": not alike,
         "no control that must be caught": verdict is not Verdict.FAIL,
     }
     return {
