@@ -784,6 +784,7 @@ def test_every_kind_of_statement_is_written(copied: House, tmp_path: Path):
     group = Group(tenant="default", policy=Digest("sha256:" + "0" * 64), model="ward", server=adapter, released=True)
     trail.count(group, route="chat", status=200, counts={"PERSON": 1}, stopped={}, seconds=0.1)
     trail.write()
+    derived.child(copied, file=tmp_path / "child.gguf", kind="f16")
     with pytest.raises(NotReleased):
         pipeline.release(_with(copied, release=rules), Silent())
     pipeline.erase(copied, unit)
