@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from discreet import corpus, model, pipeline
 from discreet.audit.bounds import Verdict
@@ -36,6 +36,9 @@ from discreet.pipeline import House, Observer
 from discreet.record import Release, Snapshot, SubjectId
 from discreet.serve import gateway
 from discreet.store import write_atomically
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BOUNDS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Upper ends of the bins of the histogram, in characters; the last bin has none."""
@@ -159,6 +162,8 @@ def synthesize(house: House, *, count: int, out: Path, max_tokens: int = 96, tem
 def child(house: House, *, file: Path, kind: str = "") -> dict[str, Any]:
     """Audits the released model as one GGUF file; with a kind it is written first, and stays only when it passes.
 
+    The same bytes are audited once: asked again, nothing is drawn from the level of the project's audits and the verdict is the earlier one.
+
     Args:
         file: where to write, or what somebody else made of the release.
         kind: of `model.GGUF_KINDS`, or nothing for a file that is there.
@@ -178,31 +183,43 @@ def child(house: House, *, file: Path, kind: str = "") -> dict[str, Any]:
         model.write_gguf(model.merged(model.load_adapter(base, folder)), base.tokenizer, file, kind=kind)
     try:
         module, digest = model.read_gguf(base, file)
-        layer, level = pipeline.audit_child(house, base, folder, module, kind=kind or "gguf")
-        stays = not kind or layer.verdict is Verdict.PASS
+        earlier = [e for e in house.log.entries(digest) if e.predicate is Predicate.CHILD_AUDITED and e.fields["adapter"] == released.adapter]
+        told = dict(earlier[-1].fields) if earlier else _audited(house, released, base, folder, module, kind=kind or "gguf")
+        verdict = Verdict(told["verdict"])
+        stays = not kind or verdict is Verdict.PASS
         with house.store.transaction() as tx:
-            if stays:
-                artifact = lineage.Artifact(digest=digest, kind=lineage.Kind.QUANTISATION, protects=house.project.privacy.unit)
-                lineage.derive(tx, artifact, parents=[released.adapter])
+            if stays and verdict is not Verdict.INCONCLUSIVE:  # which shows no child of the release: no node below it, and nobody's to destroy
+                if not lineage.is_known(tx, digest):
+                    protects = house.project.privacy.unit if verdict is Verdict.PASS else ""
+                    lineage.derive(tx, lineage.Artifact(digest=digest, kind=lineage.Kind.QUANTISATION, protects=protects), parents=[released.adapter])
                 pipeline.record_written(tx, digest, file)
-            fields: dict[str, JSON] = {"adapter": released.adapter, "verdict": str(layer.verdict), "kind": kind or "gguf", "level": level}
-            fields["layers"] = [layer.to_json()]
-            house.log.append(tx, Statement(predicate=Predicate.CHILD_AUDITED, subjects=(digest,), fields=fields))
+            if not earlier:
+                house.log.append(tx, Statement(predicate=Predicate.CHILD_AUDITED, subjects=(digest,), fields=told))
     except BaseException:
         if kind:
             file.unlink(missing_ok=True)
         raise
     if not stays:
         file.unlink()
-        raise NotReleased("a child that passes its audit", value=str(layer.verdict), remedy="Store it with more bits; the figures are in the log.")
+        raise NotReleased(
+            "a child that passes its audit",
+            value=str(verdict),
+            remedy="Store it with more bits, or audit with more canaries; the figures are in the log.",
+        )
     return {
         "file": str(file),
         "digest": digest,
         "kind": kind or "gguf",
         "adapter": released.adapter,
-        "verdict": str(layer.verdict),
-        "layer": layer.to_json(),
+        "verdict": str(verdict),
+        "layer": told["layers"][0],
     }
+
+
+def _audited(house: House, released: Release, base: Base, folder: Path, module: nn.Module, *, kind: str) -> dict[str, Any]:
+    """What the log will say about a child: its verdict, at the level of one audit more."""
+    layer, level = pipeline.audit_child(house, base, folder, module, kind=kind)
+    return {"adapter": released.adapter, "verdict": str(layer.verdict), "kind": kind, "level": level, "layers": [layer.to_json()]}
 
 
 def _released(house: House) -> tuple[Release, Base, Path]:
