@@ -109,7 +109,7 @@ def test_ingest_trace_and_erase(run: Run, project: Path):
     assert document("evidence-verify", out)["failed"]
     code, out, _ = run("catalog", "list", "-C", str(project), "--json")
     assert code == 0
-    assert {source["name"] for source in document("catalog", out)["sources"]} == {"notes", "held-out", "audit-canaries-20"}
+    assert {source["name"] for source in document("catalog", out)["sources"]} == {"notes", "held-out", "audit-canaries-20-v2"}
     code, out, _ = run("consent", "withdraw", "p3", "-C", str(project), "--json")
     assert code == 0
     document("consent", out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import hashlib
 import json
 import re
@@ -40,18 +41,19 @@ from discreet.errors import (
     RunInProgress,
     SourceChanged,
     SourceMissing,
+    StorageFull,
     TrackRefused,
 )
 from discreet.evidence.log import verify_bundle, verify_proof
-from discreet.evidence.statement import Exposure, Predicate, exposure
+from discreet.evidence.statement import Exposure, Predicate, Statement, exposure
 from discreet.governance import lineage, residue
 from discreet.governance.access import Access, Action, current_user
 from discreet.governance.consent import Reason
 from discreet.governance.erasure import Finding
 from discreet.model import PublicText
-from discreet.pipeline import House, Silent, erasing, pricing, releasing, story, training, weights
+from discreet.pipeline import House, Silent, admission, continuing, erasing, pricing, releasing, story, training, weights
 from discreet.pipeline.admission import plant_canaries
-from discreet.pipeline.house import finished_result, needed_result, run_config
+from discreet.pipeline.house import finished_result, forget_model, needed_result, remember, run_config
 from discreet.pipeline.people import own_texts
 from discreet.record import Basis, Digest, Sensitivity
 from discreet.serve.trail import Group
@@ -382,6 +384,16 @@ def test_the_detectors_are_measured_on_labelled_text(house: House):
     assert all(each["values"] > 100 and 0.9 <= each["recall"] <= 1 and each["recall_at_least"] < each["recall"] for each in measured)
 
 
+def test_a_project_that_planted_canaries_of_other_words_before_still_ingests(project: Path):
+    with pipeline.open_house(project) as house:
+        names = [each.name for each in plant_canaries(house) if each.included]
+        rows = [{"id": name, "unit": name, "text": f"The blue door is number {number}."} for number, name in enumerate(names)]
+        before = admission.generated_section(house, f"audit-canaries-{house.project.audit.canaries}", owner="audit")
+        admission.source_documents(house, before, Silent(), generated=admission.rows_as_lines(rows))
+        texts = weights.all_texts(house, pipeline.ingest(house, Silent()).snapshot)
+    assert not any("blue door" in text for text in texts)
+
+
 def test_labelled_text_that_is_missing_or_broken_stops_the_ingest(project: Path):
     with pipeline.open_house(project) as house:
         (project / "labelled.jsonl").write_text("{broken\n")
@@ -508,6 +520,9 @@ def test_a_model_that_remembers_a_person_is_found_after_relearning_too(copied: H
     module = loop.fit(learnt, setup=setup, steps=60, batch=4, order=copied.keyring.purpose("test").stream("order")).module
     folder = copied.project.state / "runs" / "remembers" / "adapter"
     remembers = model.save_adapter(module, folder)
+    said = {"run": "remembers", "track": "public", "base": base.digest, "adapter": remembers, "plan": None, "guarantee": None, "steps": 60}
+    with copied.store.transaction() as tx:
+        copied.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(remembers,), fields=said))
     [private] = [each.fields["adapter"] for each in copied.log.select(Predicate.TRAINED) if each.fields["track"] == "dp"]
     assert [models.test(subject, each) for each in (remembers, private)] == [Finding.EXPOSED, Finding.NOT_EXPOSED]
     covered, ranked = [], erasing._ProjectModels._ranked
@@ -744,13 +759,56 @@ def test_a_child_in_one_file_is_audited_and_goes_with_its_model(copied: House, t
     with copied.store.transaction() as tx:
         [node] = [each for each in lineage.descendants(tx, [Digest(made["adapter"])]) if each.kind is lineage.Kind.QUANTISATION]
     assert node.digest == made["digest"]
-    models = erasing._ProjectModels(copied)
-    assert models.test(_one(copied).record.subject, node.digest) is Finding.NOT_EXPOSED
+    models, subject = erasing._ProjectModels(copied), _one(copied).record.subject
+    assert models.test(subject, node.digest) is Finding.NOT_EXPOSED
+    for name, vocabulary in (("of its shapes", None), ("of others", 262)):
+        now = _with(copied, model=copied.project.model.model_copy(update={"base": str(_another_base(copied, tmp_path / name, vocabulary))}))
+        for digest in (node.digest, Digest(made["adapter"])):
+            assert erasing._ProjectModels(now).test(subject, digest) is Finding.NO_POWER, f"[model] names a base {name}"
     base = pipeline.load_base(copied, None, Silent())
     model.write_gguf(model.merged(base.module), base.tokenizer, tmp_path / "base.gguf", kind="q8_0")
-    assert derived.child(copied, file=tmp_path / "base.gguf")["verdict"] == "INCONCLUSIVE", "the adapter is not in it"
+    other = derived.child(copied, file=tmp_path / "base.gguf")
+    assert other["verdict"] == "INCONCLUSIVE", "the adapter is not in it"
+    with copied.store.transaction() as tx:
+        assert not lineage.is_known(tx, other["digest"]), "not shown to be made of the release"
+    models.withdraw(other["digest"])
+    assert derived.child(copied, file=tmp_path / "again.gguf", kind="q8_0")["digest"] == made["digest"]
     models.withdraw(node.digest)
-    assert not file.exists()
+    assert [(tmp_path / f"{name}.gguf").exists() for name in ("child", "again", "base")] == [False, False, True]
+
+
+def test_a_child_is_where_an_erasure_finds_it_or_nowhere(copied: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No folder, a full disk, and a copy that a kill left in the project."""
+    with pytest.raises(RequestInvalid, match="folder"):
+        derived.child(copied, file=tmp_path / "nowhere" / "child.gguf", kind="f16")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "move", full)
+        with pytest.raises(StorageFull):
+            derived.child(copied, file=tmp_path / "child.gguf", kind="f16")
+    assert ([*tmp_path.glob("*.gguf")], (copied.project.state / "children").exists()) == ([], False)
+    made = derived.child(copied, file=tmp_path / "child.gguf", kind="f16")
+    assert (len(copied.log.select(Predicate.CHILD_AUDITED)), erasing.written_files(copied, made["digest"])) == (1, [tmp_path / "child.gguf"])
+    (copied.project.state / "children").mkdir()
+    shutil.copy(tmp_path / "child.gguf", copied.project.state / "children" / "made.gguf")
+    pipeline.erase(copied, "nobody at all")
+    assert not (copied.project.state / "children").exists()
+
+
+def _another_base(house: House, folder: Path, vocabulary: int | None) -> Path:
+    """A base that the project's adapter was not trained on: its own with one weight moved, or one of another vocabulary."""
+    if vocabulary is not None:
+        return model.build_tiny(PublicText(("some other words",)), cache=folder, steps=0, vocabulary=vocabulary).path
+    shutil.copytree(pipeline.load_base(house, None, Silent()).path, folder)
+    weights = next(folder.glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (folder / "DIGEST").unlink(missing_ok=True)
+    return folder
 
 
 def test_a_child_that_leaks_is_not_left(copied: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -763,7 +821,13 @@ def test_a_child_that_leaks_is_not_left(copied: House, tmp_path: Path, monkeypat
     with pytest.raises(NotReleased):
         derived.child(copied, file=tmp_path / "child.gguf", kind="f16")
     assert list(tmp_path.glob("*.gguf")) == []
-    assert copied.log.select(Predicate.CHILD_AUDITED)[-1].fields["verdict"] == "FAIL"
+    base = pipeline.load_base(copied, None, Silent())
+    model.write_gguf(leaky, base.tokenizer, tmp_path / "theirs.gguf", kind="f16")
+    found = derived.child(copied, file=tmp_path / "theirs.gguf")
+    [said] = copied.log.select(Predicate.CHILD_AUDITED)
+    assert (said.fields["verdict"], found["verdict"], found["layer"]) == ("FAIL", "FAIL", said.fields["layers"][0]), "the same bytes are asked once"
+    with copied.store.transaction() as tx:
+        assert lineage.find(tx, found["digest"]).protects == "", "no promise of the release holds for what beats it"
     for wrong in ({"kind": "q2_k"}, {"kind": "f16", "file": copied.project.root / "discreet.toml"}):
         with pytest.raises(RequestInvalid):
             derived.child(copied, **{"file": tmp_path / "other.gguf", **wrong})
@@ -784,6 +848,7 @@ def test_every_kind_of_statement_is_written(copied: House, tmp_path: Path):
     group = Group(tenant="default", policy=Digest("sha256:" + "0" * 64), model="ward", server=adapter, released=True)
     trail.count(group, route="chat", status=200, counts={"PERSON": 1}, stopped={}, seconds=0.1)
     trail.write()
+    derived.child(copied, file=tmp_path / "child.gguf", kind="f16")
     with pytest.raises(NotReleased):
         pipeline.release(_with(copied, release=rules), Silent())
     pipeline.erase(copied, unit)
@@ -1024,8 +1089,13 @@ def test_whoever_is_behind_a_public_record_reaches_all_that_was_trained_on_it(wi
         assert {trained["base"], trained["snapshot"], public} <= {a.digest for a in lineage.ancestors(tx, [Digest(trained["adapter"])])}
         assert public in {a.digest for a in lineage.descendants(tx, [Digest(trained["base"])])}
     patient = json.loads((house.project.root / "notes.jsonl").read_text().splitlines()[0])["patient"]
+    child = lineage.Artifact(digest=Digest("sha256:" + "c" * 64), kind=lineage.Kind.QUANTISATION, protects="patient")
+    with house.store.transaction() as tx:
+        lineage.derive(tx, child, parents=[Digest(trained["adapter"])])
     pipeline.erase(house, patient)
     assert finished_result(house, "train") is not None, "the private model is kept for a patient"
+    kept = house.log.select(Predicate.ERASED)[0].fields["decisions"]
+    assert kept[child.digest] == kept[trained["adapter"]], "and with it what was made of it, whatever public model it went on from"
     pipeline.erase(house, row["id"], source="public")
     decided = {d: said for entry in house.log.select(Predicate.ERASED) for d, said in entry.fields.get("decisions", {}).items()}
     made_here = {trained["base"]} if house.project.model.base == "tiny" else set()
@@ -1036,6 +1106,15 @@ def test_whoever_is_behind_a_public_record_reaches_all_that_was_trained_on_it(wi
     with pytest.raises(BudgetExhausted):
         pipeline.train(house, Silent())
     assert len(house.log.select(Predicate.SPENT)) == 1
+
+
+def test_withdrawn_weights_take_results_of_stages_along_but_not_what_a_run_went_on_from(copied: House):
+    trained = needed_result(copied, "train")
+    with copied.store.transaction() as tx:
+        remember(tx, "parent/next", {"run": trained["run"], "adapter": trained["adapter"], "base": trained["base"]})
+        forget_model(tx, Digest(trained["adapter"]))
+    assert finished_result(copied, "train") is None
+    assert continuing.parent_of(copied, "next") is not None, "a price without it would be too small"
 
 
 def test_what_a_killed_public_track_left_goes_with_any_erasure(copied: House):

@@ -16,10 +16,12 @@ Does not cover: statistics of the texts' content. The canaries of the audit are 
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from discreet import corpus, model, pipeline
 from discreet.audit.bounds import Verdict
@@ -35,7 +37,10 @@ from discreet.model import Base
 from discreet.pipeline import House, Observer
 from discreet.record import Release, Snapshot, SubjectId
 from discreet.serve import gateway
-from discreet.store import write_atomically
+from discreet.store import storage_full, write_atomically
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BOUNDS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Upper ends of the bins of the histogram, in characters; the last bin has none."""
@@ -159,12 +164,15 @@ def synthesize(house: House, *, count: int, out: Path, max_tokens: int = 96, tem
 def child(house: House, *, file: Path, kind: str = "") -> dict[str, Any]:
     """Audits the released model as one GGUF file; with a kind it is written first, and stays only when it passes.
 
+    The same bytes are audited once: asked again, nothing is drawn from the level of the project's audits and the verdict is the earlier one.
+
     Args:
         file: where to write, or what somebody else made of the release.
         kind: of `model.GGUF_KINDS`, or nothing for a file that is there.
 
     Raises:
-        RequestInvalid: when the kind is unknown, or a file to write is there already.
+        RequestInvalid: when the kind is unknown, or a file to write is there already, has no folder or cannot be written.
+        StorageFull: when the disk is full.
         NotFound: when a file to audit is not there.
         ModelUnsafe: when the file is no GGUF of the base's tensors, or the model is none that can be written as one.
         NotReleased: when a written child does not pass, or there is no release. The verdict is in the log.
@@ -173,36 +181,56 @@ def child(house: House, *, file: Path, kind: str = "") -> dict[str, Any]:
     house.access.require(Action.RUN, who=current_user())
     if kind and (kind not in model.GGUF_KINDS or file.exists()):
         raise RequestInvalid(f"a kind among {', '.join(model.GGUF_KINDS)} and a file that is not there yet", value=f"{kind}, {file.name}")
+    if kind and not file.parent.is_dir():
+        raise RequestInvalid("a folder that is there, for the file", value=file.parent.name)
     released, base, folder = _released(house)
-    if kind:
-        model.write_gguf(model.merged(model.load_adapter(base, folder)), base.tokenizer, file, kind=kind)
-    try:
-        module, digest = model.read_gguf(base, file)
-        layer, level = pipeline.audit_child(house, base, folder, module, kind=kind or "gguf")
-        stays = not kind or layer.verdict is Verdict.PASS
-        with house.store.transaction() as tx:
-            if stays:
-                artifact = lineage.Artifact(digest=digest, kind=lineage.Kind.QUANTISATION, protects=house.project.privacy.unit)
-                lineage.derive(tx, artifact, parents=[released.adapter])
-                pipeline.record_written(tx, digest, file)
-            fields: dict[str, JSON] = {"adapter": released.adapter, "verdict": str(layer.verdict), "kind": kind or "gguf", "level": level}
-            fields["layers"] = [layer.to_json()]
-            house.log.append(tx, Statement(predicate=Predicate.CHILD_AUDITED, subjects=(digest,), fields=fields))
-    except BaseException:
+    with pipeline.unplaced(house) as own:
+        made = own / "made.gguf" if kind else file
         if kind:
-            file.unlink(missing_ok=True)
-        raise
-    if not stays:
-        file.unlink()
-        raise NotReleased("a child that passes its audit", value=str(layer.verdict), remedy="Store it with more bits; the figures are in the log.")
+            model.write_gguf(model.merged(model.load_adapter(base, folder)), base.tokenizer, made, kind=kind)
+        module, digest = model.read_gguf(base, made, scratch=own)
+        earlier = [e for e in house.log.entries(digest) if e.predicate is Predicate.CHILD_AUDITED and e.fields["adapter"] == released.adapter]
+        told = dict(earlier[-1].fields) if earlier else _audited(house, released, base, folder, module, kind=kind or "gguf")
+        verdict = Verdict(told["verdict"])
+        stays = not kind or verdict is Verdict.PASS
+        with house.store.transaction() as tx:
+            if stays and verdict is not Verdict.INCONCLUSIVE:  # which shows no child of the release: no node below it, and nobody's to destroy
+                if not lineage.is_known(tx, digest):
+                    protects = house.project.privacy.unit if verdict is Verdict.PASS else ""
+                    lineage.derive(tx, lineage.Artifact(digest=digest, kind=lineage.Kind.QUANTISATION, protects=protects), parents=[released.adapter])
+                pipeline.record_written(tx, digest, file)
+            if not earlier:
+                house.log.append(tx, Statement(predicate=Predicate.CHILD_AUDITED, subjects=(digest,), fields=told))
+        if not stays:
+            remedy = "Store it with more bits, or audit with more canaries; the figures are in the log."
+            raise NotReleased("a child that passes its audit", value=str(verdict), remedy=remedy)
+        if kind:  # last: a file that is there is one that an erasure finds
+            _place(made, file)
     return {
         "file": str(file),
         "digest": digest,
         "kind": kind or "gguf",
         "adapter": released.adapter,
-        "verdict": str(layer.verdict),
-        "layer": layer.to_json(),
+        "verdict": str(verdict),
+        "layer": told["layers"][0],
     }
+
+
+def _place(made: Path, file: Path) -> None:
+    """Moves a file out of the project to where it was asked for, whole or not at all."""
+    partial = file.with_name(f".{file.name}-partial")
+    try:
+        shutil.move(made, partial)
+        partial.rename(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise (storage_full() if error.errno == errno.ENOSPC else RequestInvalid("a place where a file can be written", value=file.name)) from error
+
+
+def _audited(house: House, released: Release, base: Base, folder: Path, module: nn.Module, *, kind: str) -> dict[str, Any]:
+    """What the log will say about a child: its verdict, at the level of one audit more."""
+    layer, level = pipeline.audit_child(house, base, folder, module, kind=kind)
+    return {"adapter": released.adapter, "verdict": str(layer.verdict), "kind": kind, "level": level, "layers": [layer.to_json()]}
 
 
 def _released(house: House) -> tuple[Release, Base, Path]:

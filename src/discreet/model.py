@@ -360,20 +360,27 @@ def write_gguf(module: nn.Module, tokenizer: Any, path: Path, *, kind: str) -> D
     return file_digest(path)
 
 
-def read_gguf(base: Base, file: Path) -> tuple[nn.Module, Digest]:
+def read_gguf(base: Base, file: Path, *, scratch: Path | None = None) -> tuple[nn.Module, Digest]:
     """Returns a child of the base from a GGUF file, in float32, and the file's digest.
+
+    Args:
+        scratch: folder that holds a copy meanwhile; the system's when None.
 
     Raises:
         NotFound: when there is no such file.
+        StorageFull: when there is no room for the copy.
         ModelUnsafe: when it is no GGUF, or its tensors are not those of the base.
     """
     if not file.is_file():
         raise NotFound("a GGUF file", value=file.name)
     _gguf()
     _quiet()
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(dir=scratch) as directory:
         copied = Path(directory) / "child.gguf"  # what is hashed is what is loaded
-        shutil.copyfile(file, copied)
+        try:
+            shutil.copyfile(file, copied)
+        except OSError as error:
+            raise _explained(error) from error
         digest = file_digest(copied)
         try:
             loader: Any = AutoModelForCausalLM

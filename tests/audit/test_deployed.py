@@ -50,7 +50,7 @@ def test_every_kind_rounds_by_no_more_than_its_steps(adapted: torch.nn.Module) -
 
 def test_a_child_unlike_its_parent_is_inconclusive_and_one_that_leaks_fails() -> None:
     included = np.arange(400) % 2 == 0
-    claim = GaussianTradeOff(mu=0.5)
+    claim = GaussianTradeOff(mu=1.0)
     parent = np.random.default_rng(0).normal(size=400)
 
     def said(scores: np.ndarray) -> Verdict:
@@ -62,6 +62,8 @@ def test_a_child_unlike_its_parent_is_inconclusive_and_one_that_leaks_fails() ->
     assert said(-parent) is Verdict.INCONCLUSIVE
     assert said(parent + 0.5 * rounding) is Verdict.PASS
     assert said(parent + 4 * included) is Verdict.FAIL
+    few = deployed.layer("q8_0", parent[:60], parent[:60], included[:60], trade_off=claim, fpr=0.05, level=0.01)
+    assert (few.verdict, few.figures["detectable"] > 2 * claim.mu) == (Verdict.INCONCLUSIVE, True), "it could not have seen a leak"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The model as it will be deployed: merged into one set of weights, rounded to what its file holds, and audited again.
 
 A child of a private model costs nothing more (post-processing), so a correct one cannot beat the curve; what is found here is a child of another model, an adapter merged twice, or
-one that rounding swallowed: its scores do not go with its parent's any more, and nothing was audited (INCONCLUSIVE).
+one that rounding swallowed: its scores do not go with its parent's any more, and nothing was audited (INCONCLUSIVE). Nor was anything where a leak could not have been seen.
 
 | kind | weights |
 |---|---|
@@ -12,7 +12,7 @@ Arithmetic stays in float32, so that a score differs by the rounding of the weig
 
 A child in a file of its own, whoever made it and of whatever kind, is read by `model.read_gguf` and tested the same (`discreet child`).
 
-Does not cover: rounded activations.
+Does not cover: rounded activations; descent. Likeness is necessary, not sufficient: where a text's template moves scores, those of an unrelated model may rise with the parent's too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from discreet import model
-from discreet.audit.bounds import Layer, TradeOff, Verdict, curve_test
+from discreet.audit.bounds import MAX_EFFECT, Layer, TradeOff, Verdict, curve_test
 from discreet.errors import missing_extra
 
 KINDS = ("bfloat16", "q8_0", "q4_0")
@@ -76,7 +76,7 @@ def _as_stored(weight: Tensor, kind: str) -> Tensor:
 
 
 def layer(kind: str, scores: ArrayLike, parent: ArrayLike, included: ArrayLike, *, trade_off: TradeOff, fpr: float, level: float) -> Layer:
-    """Tests a child's canaries against the curve: FAIL when it is beaten, INCONCLUSIVE when its scores do not rise with its parent's, else PASS.
+    """Tests a child's canaries against the curve: FAIL when it is beaten, INCONCLUSIVE when its scores do not rise with its parent's or twice the claim could not be seen, else PASS.
 
     Args:
         scores, included, trade_off, fpr, level: as `bounds.curve_test`.
@@ -86,5 +86,6 @@ def layer(kind: str, scores: ArrayLike, parent: ArrayLike, included: ArrayLike, 
     child_M, parent_M = np.asarray(scores, dtype=np.float64), np.asarray(parent, dtype=np.float64)
     spread = np.ptp(child_M) > 0 and np.ptp(parent_M) > 0
     likeness, unlike_p = stats.spearmanr(child_M, parent_M, alternative="greater") if spread else (0.0, 1.0)
-    verdict = Verdict.FAIL if found.rejected else Verdict.PASS if unlike_p < _UNLIKE else Verdict.INCONCLUSIVE
+    shown = unlike_p < _UNLIKE and found.detectable <= MAX_EFFECT * found.claimed
+    verdict = Verdict.FAIL if found.rejected else Verdict.PASS if shown else Verdict.INCONCLUSIVE
     return Layer(name=f"deployed: {kind}", verdict=verdict, figures={**found.figures(), "likeness": float(likeness)})

@@ -29,6 +29,7 @@ from discreet.pipeline.erasing import (
     request_erasure,
     resume_erasures,
     retention,
+    unplaced,
 )
 from discreet.pipeline.house import House, Observer, Silent, finished, for_log, subject_of
 from discreet.pipeline.people import access_export, import_consent, may_record_consent, reidentification, restore_tokens, subject_key
@@ -83,6 +84,7 @@ __all__ = [
     "trace",
     "train",
     "train_together",
+    "unplaced",
     "update",
     "utility_control",
 ]

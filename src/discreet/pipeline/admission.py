@@ -27,7 +27,8 @@ from discreet.pipeline.weights import public_text
 from discreet.record import Basis, Deidentified, Record, Sensitivity, Snapshot, SubjectId
 
 BATCH = 512
-CANARY_SOURCE = "audit-canaries-{count}"
+CANARY_SOURCE = "audit-canaries-{count}-v2"
+"""A source of its own for every wording of the canaries: what is registered under a name does not change. Whoever changes what `canaries.plant` draws raises the version."""
 
 
 @final

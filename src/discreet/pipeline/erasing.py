@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
@@ -15,7 +16,7 @@ from discreet import corpus, model
 from discreet.audit import canaries as canary
 from discreet.audit import membership
 from discreet.deid import policy as deid
-from discreet.errors import ErasureIncomplete, ModelUnsafe, NotFound, SourceEmpty, SourceMissing
+from discreet.errors import DigestMismatch, ErasureIncomplete, ModelUnsafe, NotFound, SourceEmpty, SourceMissing
 from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.governance import lineage, residue
 from discreet.governance.access import Action, current_user
@@ -24,7 +25,7 @@ from discreet.governance.erasure import Decision, Erasure, Finding, Identity, Re
 from discreet.keys import Key
 from discreet.model import Base, PublicText
 from discreet.pipeline.admission import freeze, generated_section, rows_as_lines, source_documents
-from discreet.pipeline.house import House, Silent, deployment_fact, fact, forget_model, remember, subject_of
+from discreet.pipeline.house import House, Silent, deployment_fact, fact, facts, forget_model, remember, subject_of
 from discreet.pipeline.people import Own, own_texts
 from discreet.pipeline.training import abandon
 from discreet.pipeline.weights import PUBLIC_ADAPTER, adapter_digest_of, frozen_public, load_base, setup_of
@@ -48,7 +49,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "deid.scan": "compiled patterns, in the user's cache",
     "demo": "generated people, written as the project's sources: `sources` is their store",
     "dossier": "computed from the log",
-    "derived": "text that a released model wrote: a node of the lineage below the model, decided with it",
+    "derived": "text that a released model wrote, and children in one file: nodes of the lineage below the model, decided with it",
     "duties": "public keys, where the operator said",
     "federate": "the rosters and terms of a fleet",
     "federated.processes": "certificates, keys of nodes, the relay app",
@@ -129,7 +130,8 @@ class _OpenRuns:
 
 @final
 class _UnfinishedWeights:
-    """Weights trained without privacy on public text that a killed run left before their node was written. No decision can reach them, so all go, whoever asks: they are made again, the same."""
+    """Weights without a node: trained without privacy on public text by a run that was killed, or children in one file that a kill left here. No decision can reach them, so all go,
+    whoever asks: they are made again, the same."""
 
     name = "unfinished weights"
 
@@ -150,7 +152,7 @@ class _UnfinishedWeights:
         found = _public_weights(self._house)
         with self._house.store.transaction() as tx:
             known = {artifact.digest for artifact in lineage.find_all(tx, [digest for digest in found.values() if digest])}
-        return [folder for folder, digest in found.items() if digest not in known]
+        return [folder for folder, digest in found.items() if digest not in known] + [own for own in [_unplaced(self._house)] if own.exists()]
 
 
 def _public_weights(house: House) -> dict[Path, Digest | None]:
@@ -169,11 +171,12 @@ class _ProjectModels:
         self._found: dict[tuple[SubjectId, Digest], Finding] = {}
 
     def transcript(self, digest: Digest) -> Transcript:
-        """Of the model itself, or of the weakest model that it was derived from."""
-        with self._house.store.transaction() as tx:
-            above = [a.digest for a in lineage.ancestors(tx, [digest]) if a.kind is lineage.Kind.MODEL]
+        """Of the model itself, or of the weakest of the models that it was made of. What such a model went on from counts no more: its own claim covers that."""
         recorded = {e.subjects[0]: e.fields["guarantee"] for e in self._house.log.select(Predicate.TRAINED) if e.fields["adapter"]}
-        concerned = [digest] if digest in recorded else [each for each in above if each in recorded]
+        with self._house.store.transaction() as tx:
+            above = [a.digest for a in lineage.ancestors(tx, [digest]) if a.digest in recorded]
+            covered = {a.digest for a in lineage.ancestors(tx, above)}
+        concerned = [digest] if digest in recorded else [each for each in above if each not in covered]
         found = [_transcript(recorded[each]) for each in concerned]
         return max(found, key=lambda each: each.epsilon, default=Transcript())
 
@@ -188,9 +191,8 @@ class _ProjectModels:
         return self._found[tested]
 
     def _tested(self, subject: SubjectId, digest: Digest) -> Finding:
-        written = written_file(self._house, digest)
-        if written is not None:
-            return self._child(subject, written) if model.is_gguf(written) else self._searched(subject, written.read_text(encoding="utf-8"))
+        for written in written_files(self._house, digest)[:1]:  # all hold the same bytes
+            return self._child(subject, digest, written) if model.is_gguf(written) else self._searched(subject, written.read_text(encoding="utf-8"))
         adapter = next(
             (p for p in sorted((self._house.project.state / "runs").glob("*/adapter")) if adapter_digest_of(p) == digest),
             None,
@@ -198,22 +200,31 @@ class _ProjectModels:
         own = own_texts(self._house, subject) if adapter else []
         if adapter is None or not own:
             return Finding.NO_POWER
-        try:
-            base = load_base(self._house, None, Silent())
-        except NotFound:  # the weights are there, what they were trained on is not: nobody can be asked
+        base = self._base_of(digest)
+        if base is None:
             return Finding.NO_POWER
         found = self._ranked(subject, own, base, model.load_adapter(base, adapter))
         relearnt = _relearnt(self._house, base, adapter) if found is Finding.NOT_EXPOSED else None
         return found if relearnt is None else self._ranked(subject, own, base, relearnt)
 
-    def _child(self, subject: SubjectId, file: Path) -> Finding:
-        """The same test of a model in one file, at the precision that it holds."""
-        own = own_texts(self._house, subject)
+    def _base_of(self, adapter: Digest) -> Base | None:
+        """The base that an adapter was trained on; None where it is gone, or [model] names another by now: weights that are there cannot be asked about anybody without it."""
+        trained_on = {e.fields["base"] for e in self._house.log.select(Predicate.TRAINED) if e.fields["adapter"] == adapter}
         try:
             base = load_base(self._house, None, Silent())
-        except NotFound:
+        except (NotFound, ModelUnsafe, DigestMismatch):
+            return None
+        return base if base.digest in trained_on else None
+
+    def _child(self, subject: SubjectId, digest: Digest, file: Path) -> Finding:
+        """The same test of a model in one file, at the precision that it holds."""
+        own = own_texts(self._house, subject)
+        parents = [Digest(e.fields["adapter"]) for e in self._house.log.entries(digest) if e.predicate is Predicate.CHILD_AUDITED]
+        base = self._base_of(parents[-1]) if own and parents else None
+        if base is None:
             return Finding.NO_POWER
-        return self._ranked(subject, own, base, model.read_gguf(base, file)[0]) if own else Finding.NO_POWER
+        with unplaced(self._house) as scratch:
+            return self._ranked(subject, own, base, model.read_gguf(base, file, scratch=scratch)[0])
 
     def _searched(self, subject: SubjectId, text: str) -> Finding:
         """Whether text that a model wrote holds one of the subject's texts, or an identifier that their source declares."""
@@ -240,8 +251,7 @@ class _ProjectModels:
         with house.store.transaction() as tx:
             if {artifact.kind for artifact in lineage.find_all(tx, [digest])} & {lineage.Kind.RUN, lineage.Kind.DEPLOYMENT}:
                 return
-        written = written_file(house, digest)
-        if written is not None:
+        for written in written_files(house, digest):
             written.unlink()
         for adapter in [*(house.project.state / "runs").glob("*/*adapter"), *house.releases.glob("*/adapter")]:
             if adapter_digest_of(adapter) == digest:
@@ -255,18 +265,43 @@ class _ProjectModels:
             house.log.append(tx, Statement(predicate=Predicate.WITHHELD, subjects=(digest,), fields=fields))
 
 
+@contextmanager
+def unplaced(house: House) -> Iterator[Path]:
+    """A folder of the project for children in one file that are not where they shall be yet, empty, and gone afterwards. What a kill leaves in it goes with the next, or with any erasure."""
+    own = _unplaced(house)
+    shutil.rmtree(own, ignore_errors=True)
+    own.mkdir(mode=0o700)
+    try:
+        yield own
+    finally:
+        shutil.rmtree(own)
+
+
+def _unplaced(house: House) -> Path:
+    return house.project.state / "children"
+
+
 def record_written(tx: Connection, digest: Digest, file: Path) -> None:
-    """Remembers where a file was put that was made of a model, text that it drew or its merged weights: inside, so that an erasure finds it."""
-    remember(tx, f"text/{digest[-24:]}", {"file": str(file.resolve()), "digest": digest})
+    """Remembers where a file was put that was made of a model, text that it drew or its merged weights: inside, so that an erasure finds it, each time that it was put somewhere."""
+    name = _written(digest)
+    places = {place for known in facts(tx, name) for place in _places(known)}
+    remember(tx, name, {"files": sorted({*places, str(file.resolve())}), "digest": digest})
 
 
-def written_file(house: House, digest: Digest) -> Path | None:
-    """Returns the file that was made of a model, where it still is what was written; a copy elsewhere is the operator's to destroy."""
-    known = fact(house, f"text/{digest[-24:]}")
-    file = Path(known["file"]) if known else None
-    if file is None or not file.is_file() or model.file_digest(file) != digest:
-        return None
-    return file
+def written_files(house: House, digest: Digest) -> list[Path]:
+    """Returns the files that were made of a model, where they still are what was written; a copy elsewhere is the operator's to destroy."""
+    known = fact(house, _written(digest))
+    files = [Path(place) for place in _places(known)] if known else []
+    return [file for file in files if file.is_file() and model.file_digest(file) == digest]
+
+
+def _places(known: Mapping[str, Any]) -> list[str]:
+    """Where a file was put; what was remembered first named one place."""
+    return list(known.get("files") or [known["file"]])
+
+
+def _written(digest: Digest) -> str:
+    return f"text/{digest[-24:]}"
 
 
 def _base_digest(folder: Path) -> Digest | None:

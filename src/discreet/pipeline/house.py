@@ -209,8 +209,8 @@ def restore_results(tx: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def forget_model(tx: Connection, digest: Digest) -> None:
-    """Takes back every result that names weights as its adapter or base: they are gone."""
-    for row in tx.execute(select(_stages)).all():
+    """Takes back every stage's result that names weights as its adapter or base: they are gone. What is remembered stays: what a run went on from is part of its price."""
+    for row in tx.execute(select(_stages).where(_stages.c.config != "")).all():
         result = json.loads(row.result)
         if digest in (result.get("adapter"), result.get("base")):
             tx.execute(delete(_stages).where(_stages.c.name == row.name, _stages.c.config == row.config))
