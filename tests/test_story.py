@@ -24,6 +24,8 @@ from discreet import corpus, demo, derived, dossier, federate, model, pipeline
 from discreet.cli import serving
 from discreet.config import ModelSection, load
 from discreet.deid import policy as deid
+from discreet.dp import mechanism
+from discreet.dp.selection import Search, Tries
 from discreet.errors import (
     AccessDenied,
     BudgetExhausted,
@@ -51,9 +53,10 @@ from discreet.governance.erasure import Finding
 from discreet.model import PublicText
 from discreet.pipeline import House, Silent, erasing, pricing, releasing, story, training, weights
 from discreet.pipeline.admission import plant_canaries
-from discreet.pipeline.house import finished_result, needed_result, run_config
+from discreet.pipeline.continuing import last_released
+from discreet.pipeline.house import facts, finished_result, needed_result, remember, run_config
 from discreet.pipeline.people import own_texts
-from discreet.record import Basis, Digest, Sensitivity
+from discreet.record import Basis, Digest, Sensitivity, Snapshot
 from discreet.serve.trail import Group
 from discreet.train import loop, preference
 
@@ -931,6 +934,35 @@ def test_an_update_goes_on_from_the_last_release_and_counts_both_runs(copied: Ho
     shutil.rmtree(house.project.state / "runs" / done["run"])
     with pytest.raises(NotReleased, match="to go on from"):
         pipeline.update(house, Silent(), start="released")
+
+
+def _grown(house: House) -> Snapshot:
+    """What is frozen of a source that grew by a note."""
+    _add_a_note(house)
+    house.catalog.register_again(house.project, house.project.source[0])
+    return pipeline.ingest(house, Silent()).snapshot
+
+
+def _planned(**kind: Any) -> mechanism.Plan:
+    return mechanism.calibrate(epsilon=8.0, delta=1e-3, population=180, expected_batch=24, steps=4, clip_norm=0.5, unit="patient", **kind)
+
+
+def test_a_continued_run_that_no_accountant_composes_spends_nothing(copied: House, monkeypatch: pytest.MonkeyPatch):
+    """A search is known to RDP alone, truncated sampling to PLD alone: whichever came first, the refusal comes before the reservation."""
+    run, reserved = copied.log.select(Predicate.RELEASED)[-1].fields["run"], len(copied.log.select(Predicate.RESERVED))
+    searched = _planned(search=Search(tries=Tries.NEGATIVE_BINOMIAL, mean=2.0))
+    truncated = _planned(sampling=mechanism.Sampling.TRUNCATED_POISSON, batch_limit=60)
+    copied.ledger.raise_to(copied.project.budget.name, 60.0, reason="a second year of notes")
+    parent, snapshot = last_released(copied), _grown(copied)
+    for earlier, later in ((searched, truncated), (truncated, searched)):
+        monkeypatch.setattr(training, "calibrate", lambda *_, later=later: later)
+        with copied.store.transaction() as tx:
+            remember(tx, f"plan/{run}", earlier.to_json())
+        with pytest.raises(PlanInvalid, match=r"one accountant composes with run-.*Nothing was spent.*discreet update"):
+            training._reserve(copied, snapshot, parent)
+    assert len(copied.log.select(Predicate.RESERVED)) == reserved
+    with copied.store.transaction() as tx:
+        assert (facts(tx, "parent/"), len(facts(tx, "plan/"))) == ([], 1)
 
 
 def test_an_update_that_the_budget_refuses_leaves_the_release_where_it_was(copied: House):
