@@ -25,6 +25,8 @@ from discreet import corpus, demo, derived, dossier, federate, model, pipeline
 from discreet.cli import serving
 from discreet.config import ModelSection, load
 from discreet.deid import policy as deid
+from discreet.dp import mechanism
+from discreet.dp.selection import Search, Tries
 from discreet.errors import (
     AccessDenied,
     BudgetExhausted,
@@ -53,9 +55,10 @@ from discreet.governance.erasure import Finding
 from discreet.model import PublicText
 from discreet.pipeline import House, Silent, admission, continuing, erasing, pricing, releasing, story, training, weights
 from discreet.pipeline.admission import plant_canaries
-from discreet.pipeline.house import finished_result, forget_model, needed_result, remember, run_config
+from discreet.pipeline.continuing import last_released
+from discreet.pipeline.house import facts, finished_result, forget_model, needed_result, remember, run_config
 from discreet.pipeline.people import own_texts
-from discreet.record import Basis, Digest, Sensitivity
+from discreet.record import Basis, Digest, Sensitivity, Snapshot
 from discreet.serve.trail import Group
 from discreet.train import loop, preference
 
@@ -946,14 +949,21 @@ def test_an_update_takes_new_records_and_warns_when_the_risk_rises(copied: House
 
 
 def test_an_update_after_a_raise_trains_within_what_is_left(copied: House):
-    """A raise that is large against the noise asks the filter for orders near 1, where dp_accounting gives up: nothing seemed left of the budget."""
+    """A raise that is large against the noise asks the filter for orders near 1, where dp_accounting gives up: nothing seemed left of the budget.
+
+    What a refused update took in is still new to the next one, and no longer when a model came of it.
+    """
     _add_a_note(copied)
+    with pytest.raises(BudgetExhausted):
+        pipeline.update(copied, Silent())
     copied.ledger.raise_to(copied.project.budget.name, 40.0, reason="a second year of notes")
     left = copied.ledger.budgets()[0].remaining_epsilon
     assert 20 < left < 40, "[privacy] epsilon stays at 8"
     done = pipeline.update(copied, Silent())
     assert (done["changed"], done["rising"]) == (["notes"], False)
     assert copied.ledger.budgets()[0].remaining_epsilon < left
+    assert (again := pipeline.update(copied, Silent()))["changed"] == []
+    assert again["run"] == done["run"]
     assert [entry.fields["guarantee"]["epsilon"] <= 8 for entry in copied.log.select(Predicate.TRAINED) if entry.fields["track"] == "dp"] == [
         True
     ] * 2
@@ -996,6 +1006,64 @@ def test_an_update_goes_on_from_the_last_release_and_counts_both_runs(copied: Ho
     shutil.rmtree(house.project.state / "runs" / done["run"])
     with pytest.raises(NotReleased, match="to go on from"):
         pipeline.update(house, Silent(), start="released")
+
+
+def _grown(house: House) -> Snapshot:
+    """What is frozen of a source that grew by a note."""
+    _add_a_note(house)
+    house.catalog.register_again(house.project, house.project.source[0])
+    return pipeline.ingest(house, Silent()).snapshot
+
+
+def _planned(**kind: Any) -> mechanism.Plan:
+    return mechanism.calibrate(epsilon=8.0, delta=1e-3, population=180, expected_batch=24, steps=4, clip_norm=0.5, unit="patient", **kind)
+
+
+def test_a_continued_run_that_no_accountant_composes_spends_nothing(copied: House, monkeypatch: pytest.MonkeyPatch):
+    """A search is known to RDP alone, truncated sampling to PLD alone: whichever came first, the refusal comes before the reservation."""
+    run, reserved = copied.log.select(Predicate.RELEASED)[-1].fields["run"], len(copied.log.select(Predicate.RESERVED))
+    searched = _planned(search=Search(tries=Tries.NEGATIVE_BINOMIAL, mean=2.0))
+    truncated = _planned(sampling=mechanism.Sampling.TRUNCATED_POISSON, batch_limit=60)
+    copied.ledger.raise_to(copied.project.budget.name, 60.0, reason="a second year of notes")
+    parent, snapshot = last_released(copied), _grown(copied)
+    for earlier, later in ((searched, truncated), (truncated, searched)):
+        monkeypatch.setattr(training, "calibrate", lambda *_, later=later: later)
+        with copied.store.transaction() as tx:
+            remember(tx, f"plan/{run}", earlier.to_json())
+        with pytest.raises(PlanInvalid, match=r"one accountant composes with run-.*Nothing was spent.*discreet update"):
+            training._reserve(copied, snapshot, parent)
+    assert len(copied.log.select(Predicate.RESERVED)) == reserved
+    with copied.store.transaction() as tx:
+        assert (facts(tx, "parent/"), len(facts(tx, "plan/"))) == ([], 1)
+
+
+def test_a_continued_run_that_could_not_be_released_spends_nothing(copied: House):
+    """Both runs together are above the gate: refused before anything is charged, and what was released is served on."""
+    served, reserved = pipeline.released_name(copied), len(copied.log.select(Predicate.RESERVED))
+    copied.ledger.raise_to(copied.project.budget.name, 24.0, reason="a second year of notes")
+    _add_a_note(copied)
+    gate = needed_result(copied, "train")["guarantee"]["epsilon"] * 1.01
+    with pytest.raises(PlanInvalid, match=r"max_epsilon.*Nothing was spent"):
+        pipeline.update(_with(copied, release=copied.project.release.model_copy(update={"max_epsilon": gate})), Silent(), start="released")
+    assert (pipeline.released_name(copied), len(copied.log.select(Predicate.RESERVED))) == (served, reserved)
+
+
+def test_an_update_from_the_base_forgets_the_parent_of_a_run_that_never_was_reserved(copied: House, monkeypatch: pytest.MonkeyPatch):
+    """Killed between the two, the continued run left what it would have gone on from; the same corpus is the same run."""
+    copied.ledger.raise_to(copied.project.budget.name, 24.0, reason="a second year of notes")
+    house = _with(copied, release=copied.project.release.model_copy(update={"max_epsilon": 16.0}))
+    monkeypatch.setattr(type(house.ledger), "reserve", _killed)
+    left, snapshot = [], _grown(house)
+    for parent in (last_released(house), None):
+        with pytest.raises(KeyboardInterrupt):
+            training._reserve(house, snapshot, parent)
+        with house.store.transaction() as tx:
+            left.append((len(facts(tx, "run/")), len(facts(tx, "parent/"))))
+    assert left == [(2, 1), (2, 0)]
+
+
+def _killed(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_an_update_that_the_budget_refuses_leaves_the_release_where_it_was(copied: House):

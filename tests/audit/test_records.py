@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from discreet import pipeline, report
+from discreet import corpus, pipeline, report
 from discreet.audit import records, risk
 from discreet.audit.bounds import GaussianTradeOff, Verdict
 from discreet.audit.records import Attacked, Means
@@ -17,7 +17,8 @@ from discreet.deid import policy as deid
 from discreet.evidence.statement import Predicate
 from discreet.keys import Stream
 from discreet.pipeline import Silent, admission, auditing
-from discreet.pipeline.house import needed_result, training_policy
+from discreet.pipeline.house import needed_result, remember, training_policy
+from discreet.record import Digest
 
 CLAIM = GaussianTradeOff(mu=1.0)
 KEY = Stream(bytes(range(32)))
@@ -147,6 +148,22 @@ def test_nobody_who_withdrew_is_attacked(project: Path, tmp_path: Path) -> None:
         for subject in gone:
             house.consent.withdraw(subject, house.project.purpose)
         assert gone.isdisjoint(auditing._attacked(house, trained).subjects)
+
+
+def test_nobody_whom_an_earlier_run_of_the_model_saw_counts_as_an_outsider(project: Path, tmp_path: Path) -> None:
+    """The share that is withheld was raised before the model went on: whoever is out now was in then."""
+    shutil.copytree(project, tmp_path / "hospital")
+    with pipeline.open_house(tmp_path / "hospital") as house:
+        trained = needed_result(house, "train")
+        seen = corpus.open_snapshot(Digest(trained["snapshot"]), keyring=house.keyring, folder=house.snapshots).units.reveal()
+        further = trained | {"run": "run-further", "withheld": trained["snapshot"], "snapshot": trained["withheld"]}
+        assert not auditing._attacked(house, further).members.all(), "a run that goes on from none"
+        with house.store.transaction() as tx:
+            remember(tx, "parent/run-further", {name: trained[name] for name in ("run", "adapter", "base")})
+        attacked = auditing._attacked(house, further)
+    assert seen
+    assert attacked.members.all()
+    assert len(attacked.subjects)
 
 
 def test_who_is_withheld_is_in_no_training_snapshot_and_depends_on_nobody_else(project: Path) -> None:

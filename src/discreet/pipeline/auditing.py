@@ -21,11 +21,11 @@ from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.keys import Key
 from discreet.model import Base, PublicText
 from discreet.pipeline.admission import audit_design, plant_canaries
-from discreet.pipeline.continuing import promise_of
+from discreet.pipeline.continuing import promise_of, runs_above
 from discreet.pipeline.house import House, Observer, config_of, finished_result, keep_result, needed_result, run_config, subject_of
 from discreet.pipeline.pricing import plan_of
 from discreet.pipeline.weights import all_texts, frozen_public, last_public, load_base, rounded_curve, setup_of, shown_to
-from discreet.record import Basis, Digest, Sensitivity
+from discreet.record import Basis, Digest, Sensitivity, Snapshot
 from discreet.train import loop
 
 if TYPE_CHECKING:
@@ -226,23 +226,29 @@ def _told(layer: Mapping[str, Any]) -> bounds.Layer:
 
 
 def _attacked(house: House, trained: Mapping[str, Any]) -> records.Attacked:
-    """At most `[audit] people` on each side who have not withdrawn, chosen by a keyed hash, with two records each."""
+    """At most `[audit] people` on each side who have not withdrawn, chosen by a keyed hash, with two records each. Whom a run above this one saw is no outsider."""
     key, planted = house.keyring.purpose("attacked"), {subject_of(house, each.name) for each in plant_canaries(house)}
+    roots = [house.ledger.of_run(run).snapshot for run in runs_above(house, trained["run"])]
+    seen = {subject for root in roots if root for subject in _opened(house, root).units.reveal()}
     rows: list[tuple[str, str, bool]] = []
     for root, inside in ((trained["snapshot"], True), (trained["withheld"], False)):
-        snapshot = corpus.open_snapshot(Digest(root), keyring=house.keyring, folder=house.snapshots)
+        snapshot = _opened(house, Digest(root))
         recorded = corpus.digests(snapshot, house.keyring)
         gone = {digest for digest, _ in house.consent.revoked(recorded, house.project.purpose)}
         units = {
             subject: positions
             for subject, positions in snapshot.units.reveal().items()
-            if subject not in planted and gone.isdisjoint(recorded[position] for position in positions)
+            if subject not in planted and (inside or subject not in seen) and gone.isdisjoint(recorded[position] for position in positions)
         }
         chosen = sorted(units, key=lambda subject: key.mac(subject.encode()))[: house.project.audit.people]
         where = [(subject, position) for subject in chosen for position in units[subject][:2]]
         texts = corpus.texts(snapshot, [position for _, position in where], house.keyring)
         rows += [(text, subject, inside) for text, (subject, _) in zip(texts, where, strict=True)]
     return records.Attacked(texts=[row[0] for row in rows], subjects=[row[1] for row in rows], members=np.array([row[2] for row in rows]))
+
+
+def _opened(house: House, root: Digest) -> Snapshot:
+    return corpus.open_snapshot(root, keyring=house.keyring, folder=house.snapshots)
 
 
 def _means(house: House, base: Base, private: nn.Module, observer: Observer, *, sees_identifiers: bool) -> records.Means:

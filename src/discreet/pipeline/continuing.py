@@ -8,7 +8,7 @@ Does not cover: a parent that another project released.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -17,13 +17,13 @@ from dp_accounting import ComposedDpEvent
 
 from discreet.dp import accounting, mechanism
 from discreet.dp.accounting import Guarantee
-from discreet.errors import NotReleased
+from discreet.errors import NotReleased, PlanInvalid
 from discreet.evidence.statement import Predicate
 from discreet.governance import lineage
 from discreet.pipeline.house import House, fact
-from discreet.pipeline.pricing import guarantee_fields, plan_of
+from discreet.pipeline.pricing import filter_of, guarantee_fields, plan_of
 from discreet.pipeline.weights import adapter_digest_of
-from discreet.record import Digest
+from discreet.record import Digest, Snapshot
 
 
 @final
@@ -70,9 +70,36 @@ def parent_of(house: House, run: str) -> Parent | None:
     return None if known is None else Parent(run=known["run"], adapter=Digest(known["adapter"]), base=Digest(known["base"]))
 
 
+def runs_above(house: House, run: str) -> Iterator[str]:
+    """Yields the runs that a run goes on from, newest first."""
+    while (parent := parent_of(house, run)) is not None:
+        run = parent.run
+        yield run
+
+
 def promise_of(house: House, run: str) -> Guarantee:
     """Returns what the model of a run promises, standing alone: the price of its plan, composed with those of the runs that it goes on from, at the delta of its own."""
-    plans = list(_plans(house, run))
+    return _composed([plan_of(house, each) for each in (run, *runs_above(house, run))])
+
+
+def refuse_unpromised(house: House, plan: mechanism.Plan, snapshot: Snapshot, parent: Parent) -> None:
+    """Composes a planned run with those that it would go on from, before anything is spent: its model can promise nothing else.
+
+    Raises:
+        PlanInvalid: when no accountant knows all of them. Nothing was spent.
+    """
+    above = [plan_of(house, each) for each in (parent.run, *runs_above(house, parent.run))]
+    try:
+        promised = _composed([plan, *above])
+        filter_of(house, plan.delta, snapshot)[0].epsilon_of(promised.event)
+    except ValueError:
+        remedy = "Nothing was spent. Set [search] and [privacy] sampling to what that run had, or train from the base (`discreet update`)."
+        value = ", ".join(f"{each.sampling.value}{' in a search' if each.search else ''}" for each in (plan, *above))
+        raise PlanInvalid(f"a run that one accountant composes with {parent.run}, from which it goes on", value=value, remedy=remedy) from None
+
+
+def _composed(plans: Sequence[mechanism.Plan]) -> Guarantee:
+    """The price of plans together, newest first, at the delta of the newest."""
     if len(plans) == 1:
         return plans[0].guarantee
     event = ComposedDpEvent([plan.event for plan in reversed(plans)])
@@ -92,11 +119,3 @@ def claim_of(house: House, run: str) -> dict[str, Any]:
     together = {"epsilon": promised.epsilon, "accountant": promised.accountant, "filter_epsilon": counted}
     stated = next(e.fields["guarantee"] for e in reversed(house.log.select(Predicate.TRAINED)) if e.fields["run"] == parent.run)
     return guarantee_fields(plan) | together | {"continues": {"run": parent.run, "guarantee": dict(stated)}}
-
-
-def _plans(house: House, run: str) -> Iterator[mechanism.Plan]:
-    """The plan of a run, and of every run that it goes on from, newest first."""
-    yield plan_of(house, run)
-    parent = parent_of(house, run)
-    if parent is not None:
-        yield from _plans(house, parent.run)

@@ -98,7 +98,7 @@ def price(house: House, observer: Observer) -> Price:
     house.access.require(Action.RUN, who=current_user())
     frozen = ingest(house, observer)
     plan = calibrate(house, frozen.snapshot)
-    spent_so_far, budget = _filter(house, plan.delta, frozen.snapshot)
+    spent_so_far, budget = filter_of(house, plan.delta, frozen.snapshot)
     base = load_base(house, frozen.public, observer)
     parameters = sum(p.numel() for p in model.trained_parameters(model.attach(base, house.project.model)).values())
     tokens = _mean_tokens(house, base, frozen.snapshot) * plan.expected_batch * plan.cap * plan.steps * (plan.search.mean if plan.search else 1)
@@ -137,7 +137,7 @@ def calibrate(house: House, snapshot: Snapshot) -> mechanism.Plan:
         raise PlanInvalid("[privacy] population: a public estimate of the number of units", remedy=remedy)
     population = privacy.population
     delta = privacy.delta or 1 / (2 * population)
-    budget = _filter(house, delta, snapshot)[0] if privacy.target == "budget" else None
+    budget = filter_of(house, delta, snapshot)[0] if privacy.target == "budget" else None
     if budget is not None and budget.remaining_epsilon() < NOTHING_LEFT:
         raise _exhausted(house, admitted=0.0)
     try:
@@ -199,8 +199,8 @@ def _adaptive(privacy: PrivacySection) -> mechanism.Adaptive | None:
     return mechanism.Adaptive(quantile=privacy.clip_quantile, rate=privacy.clip_rate, votes_multiplier=votes_noise)
 
 
-def _filter(house: House, delta: float, snapshot: Snapshot) -> tuple[accounting.RdpFilter, Mapping[str, Any]]:
-    """The budget as it stands for the people of a snapshot, or as it would be opened."""
+def filter_of(house: House, delta: float, snapshot: Snapshot) -> tuple[accounting.RdpFilter, Mapping[str, Any]]:
+    """Returns the budget as it stands for the people of a snapshot, or as it would be opened; and its fields."""
     section = house.project.budget
     try:
         return house.ledger.filter(section.name, snapshot), budget_fields(house.ledger.show(section.name))
@@ -274,7 +274,7 @@ def _period(house: House) -> Period | None:
 
 def refuse_unaffordable(house: House, plan: mechanism.Plan, snapshot: Snapshot) -> None:
     """A statement and a filter are two accountants (PITFALLS 43): a plan made for a PLD epsilon may cost more than the budget has."""
-    budget, told = _filter(house, plan.delta, snapshot)
+    budget, told = filter_of(house, plan.delta, snapshot)
     if not plan.admitted_by(budget):
         raise BudgetExhausted(
             f"a plan that budget {told['name']} admits",

@@ -24,12 +24,27 @@ from discreet.pipeline.admission import ingest
 from discreet.pipeline.auditing import audit
 from discreet.pipeline.continuing import Parent, last_released, parent_of
 from discreet.pipeline.erasing import erasure_of
-from discreet.pipeline.house import STAGES, House, Observer, config_of, for_log, forget_results, restore_results, result_of, subject_of
+from discreet.pipeline.house import (
+    STAGES,
+    House,
+    Observer,
+    config_of,
+    fact,
+    finished_result,
+    for_log,
+    forget_results,
+    remember,
+    restore_results,
+    result_of,
+    subject_of,
+)
 from discreet.pipeline.releasing import release
 from discreet.pipeline.training import assist, train
 from discreet.record import Digest
 from discreet.store import Store, write_atomically
 from discreet.train import parallel
+
+PENDING = "update"
 
 
 @contextmanager
@@ -136,9 +151,13 @@ def update(house: House, observer: Observer, *, start: Literal["base", "released
     house.access.require(Action.RUN, who=current_user())
     parent = last_released(house) if start == "released" else None
     before = house.log.select(Predicate.AUDITED)
-    again = [section.name for section in house.project.source if house.catalog.changed(house.project, section)]
+    changed = [section.name for section in house.project.source if house.catalog.changed(house.project, section)]
+    again = sorted({*changed, *_refused_before(house)})
+    if again:
+        with house.store.transaction() as tx:
+            remember(tx, PENDING, {"changed": again, "run": (finished_result(house, "train") or fact(house, PENDING) or {}).get("run")})
     for section in house.project.source:
-        if section.name in again:
+        if section.name in changed:
             house.catalog.register_again(house.project, section)
     configs = {name: config_of(house, name) for name in STAGES[1:]} if again else {}
     with house.store.transaction() as tx:
@@ -164,6 +183,12 @@ def update(house: House, observer: Observer, *, start: Literal["base", "released
         "earlier": earlier,
         "rising": rising,
     }
+
+
+def _refused_before(house: House) -> list[str]:
+    """Sources whose changes an earlier update took in without a model coming of it: refused, or killed before its training ended."""
+    left, trained = fact(house, PENDING), finished_result(house, "train")
+    return [] if left is None or (trained is not None and trained["run"] != left["run"]) else list(left["changed"])
 
 
 def trace(house: House, digest: str) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from discreet.governance import lineage
 from discreet.ledger import CloseReason, Kind, Reservation, State
 from discreet.model import Base, PublicText
 from discreet.pipeline.admission import ingest
-from discreet.pipeline.continuing import Parent, claim_of, parent_of, weights_of
+from discreet.pipeline.continuing import Parent, claim_of, parent_of, refuse_unpromised, weights_of
 from discreet.pipeline.house import House, Observer, Silent, fact, facts, finished_result, keep_result, remember, run_config
 from discreet.pipeline.pricing import calibrate, open_project_budget, plan_of, refuse_unaffordable
 from discreet.pipeline.weights import (
@@ -56,7 +56,7 @@ def train(house: House, observer: Observer, *, parent: Parent | None = None) -> 
         parent: the model that a new run goes on from; left out, it begins at the base. A run that was reserved before keeps what it began with.
 
     Raises:
-        PlanInvalid: when [privacy] has no solution.
+        PlanInvalid: when [privacy] has no solution, or the run cannot be composed with those that it goes on from. Nothing was spent.
         BudgetExhausted: when the budget does not admit the run. Nothing was spent.
         NothingLearned: when no trainable parameter changed.
     """
@@ -307,6 +307,8 @@ def _reserve(house: House, snapshot: Snapshot, parent: Parent | None = None) -> 
     plan = mechanism.plan_from_json(known) if known else calibrate(house, snapshot)
     if known is None:
         refuse_unaffordable(house, plan, snapshot)
+        if parent is not None:
+            refuse_unpromised(house, plan, snapshot, parent)
     open_project_budget(house, delta=plan.delta)
     if known is None:
         with house.store.transaction() as tx:
