@@ -38,10 +38,10 @@ from discreet.serve.answers import Answer
 from discreet.serve.asgi import EventStream, frame, hash_api_key, read_body, unexpected, unless_gone
 from discreet.serve.filters import Conversation, prepare
 from discreet.serve.learning import Learner, person_of, texts_of
-from discreet.serve.oidc import Verifier
+from discreet.serve.oidc import Provider, Verifier
 from discreet.serve.tenants import Limits, Quotas, Settings, Tenant, bearer, claimed, identify
 from discreet.serve.trail import Group, Trail
-from discreet.serve.upstream import Server
+from discreet.serve.upstream import Refusing, Server
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -152,13 +152,21 @@ class Gateway(Starlette):
         super().__init__(**options)
         self._proxy = proxy
 
-    def change(self, settings: Settings, server: Server | None = None) -> None:
-        """Puts other settings, and another server, in place: for every request from now on; those that are under way keep theirs.
+    def change(self, settings: Settings | None = None, server: Server | None = None) -> None:
+        """Puts other settings, and another server, in place (None: as it was): for every request from now on; those that are under way keep theirs.
 
         Called from another thread than that of the event loop; what takes long is done in it.
+
+        Raises:
+            ConfigInvalid, UpstreamFailed, OperationFailed: when the keys of the identity provider cannot be had or the server does not open; then nothing has changed.
         """
-        _prepare(settings)
+        if settings is not None:
+            _prepare(settings)
         self._proxy.swap(settings, server)
+
+    def refuse(self, why: DiscreetError) -> None:
+        """Puts nothing in place of the server: every request from now on is refused with the reason."""
+        self._proxy.swap(None, Refusing(why=why, paths=self._proxy.paths))
 
 
 def _prepare(settings: Settings) -> None:
@@ -243,27 +251,41 @@ class _Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._served: dict[Server, int] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._put(settings)
+        self._put(settings, None if settings.provider is None else self._verifier_of(settings.provider))
 
-    def _put(self, settings: Settings) -> None:
+    def _put(self, settings: Settings, verifier: Verifier | None) -> None:
         """Puts settings in place; a token is believed only once the keys of its provider are there."""
-        self._settings = settings
+        self._settings, self._verifier = settings, verifier
         self._server.max_answer_bytes = settings.limits.max_answer_bytes
-        self._verifier = None if settings.provider is None else Verifier(provider=settings.provider, load=partial(self._keys, settings.provider.keys))
 
-    def swap(self, settings: Settings, server: Server | None) -> None:
+    def _verifier_of(self, provider: Provider) -> Verifier:
+        return Verifier(provider=provider, load=partial(self._keys, provider.keys))
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """The routes of the server."""
+        return self._server.paths
+
+    def swap(self, settings: Settings | None, server: Server | None) -> None:
         """Puts settings and a server in place, between two steps of the event loop where it runs already; waits until they are in force."""
-        if self._loop is None:
-            self._put(settings)
-        else:
+        if self._loop is not None:
             asyncio.run_coroutine_threadsafe(self._swap(settings, server), self._loop).result()
+            return
+        self._served.setdefault(self._server, 0)  # closed at the end, if it is another
+        self._server, settings = server or self._server, settings or self._settings
+        self._put(settings, None if settings.provider is None else self._verifier_of(settings.provider))
 
-    async def _swap(self, settings: Settings, server: Server | None) -> None:
-        before = self._server
+    async def _swap(self, settings: Settings | None, server: Server | None) -> None:
+        """Opens first what has to be opened; a provider that is the same keeps its keys, so that nobody is locked out while it cannot be asked."""
+        before, settings, verifier = self._server, settings or self._settings, self._verifier
+        if settings.provider != self._settings.provider:
+            verifier = None if settings.provider is None else self._verifier_of(settings.provider)
+            if verifier is not None:
+                await verifier.open()
         if server is not None and server is not before:
             await server.open()
             self._server = server
-        self._put(settings)
+        self._put(settings, verifier)
         if self._server is not before and not self._served.get(before):
             await before.close()
 
