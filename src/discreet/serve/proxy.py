@@ -31,7 +31,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from discreet.deid.patterns import Label
-from discreet.errors import AccessDenied, ConfigInvalid, DiscreetError, NotFound, OperationFailed, RequestInvalid, UpstreamFailed, missing_extra
+from discreet.errors import (
+    AccessDenied,
+    ConfigInvalid,
+    DiscreetError,
+    NotFound,
+    OperationFailed,
+    OutOfTime,
+    RequestInvalid,
+    UpstreamFailed,
+    missing_extra,
+)
 from discreet.keys import Key
 from discreet.serve import answers, fields, oidc, openapi, upstream, wire
 from discreet.serve.answers import Answer
@@ -104,6 +114,7 @@ class _Asked:
     server: Server
     limits: Limits
     began: float
+    deadline: float
     inline: bool
     found: int = 0
     first: float | None = None
@@ -406,6 +417,7 @@ class _Proxy:
 
         async def handle(request: Request) -> Response:
             began, limits = time.perf_counter(), self._settings.limits
+            deadline = asyncio.get_running_loop().time() + limits.max_seconds
             tenant = await self._identify(request)
             if self._trail is not None:
                 self._trail.refuse_if_broken()
@@ -414,7 +426,8 @@ class _Proxy:
             async with AsyncExitStack() as stack:
                 stack.enter_context(self._quotas.admitted(tenant))
                 server = stack.enter_context(self._pinned())
-                asked = _Asked(route=route, tenant=tenant, server=server, limits=limits, began=began, inline=len(raw) <= MAX_INLINE_BYTES)
+                inline = len(raw) <= MAX_INLINE_BYTES
+                asked = _Asked(route=route, tenant=tenant, server=server, limits=limits, began=began, deadline=deadline, inline=inline)
                 try:
                     response = await unless_gone(request.receive, self._answer(asked, body, stack))
                 except DiscreetError as error:
@@ -446,11 +459,10 @@ class _Proxy:
         answer = Answer(conversation, tenant.tools)
         stack.callback(self._count, asked, body["model"], conversation)
         if sent.get("stream") and route.events is not None:
-            async with asyncio.timeout(asked.limits.max_seconds):
+            async with _in_time(asked):
                 chunks = await stack.enter_async_context(server.stream(route.path, sent))  # an earlier refusal still has its own status
-            asked.status = 200
             return EventStream(self._frames(asked, chunks, answer), headers={**_HEADERS, **headers}, closing=stack.pop_all())
-        async with asyncio.timeout(asked.limits.max_seconds):
+        async with _in_time(asked):
             received = await server.ask(route.path, sent)
         if not isinstance(received, dict):
             raise UpstreamFailed("an answer that is an object")
@@ -504,6 +516,7 @@ class _Proxy:
                     yield text
             if route.done is not None:
                 yield frame(route.done)
+            asked.status = 200  # whatever ends it before (the caller, a send that takes too long, the gateway's own end) is no whole answer
         except DiscreetError as error:
             asked.status = error.http_status
             yield _error_frame(route, error)
@@ -513,11 +526,10 @@ class _Proxy:
 
     async def _restored(self, asked: _Asked, chunks: AsyncGenerator[bytes, None], answer: Answer) -> AsyncGenerator[str, None]:
         route = asked.route
-        deadline = asyncio.get_running_loop().time() + asked.limits.max_seconds
         async with aclosing(answers.events(chunks)) as received:
             done = False
             while not done:
-                async with asyncio.timeout_at(deadline):
+                async with _in_time(asked):
                     texts = await anext(received, None)
                 done = texts is None or "[DONE]" in texts
                 frames: list[str] = []
@@ -568,6 +580,22 @@ class _Proxy:
             async with asyncio.timeout(30):
                 self._listed = server, now, await server.models()
         return self._listed[2]
+
+
+@asynccontextmanager
+async def _in_time(asked: _Asked) -> AsyncIterator[None]:
+    """Ends what takes longer than the request may, from its first byte on.
+
+    Raises:
+        OutOfTime: then.
+    """
+    try:
+        async with asyncio.timeout_at(asked.deadline) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise OutOfTime(f"an answer within {asked.limits.max_seconds:g} s", remedy="Ask for a shorter one.") from None
 
 
 def _model(name: str) -> dict[str, Any]:
