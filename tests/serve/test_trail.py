@@ -55,6 +55,24 @@ def test_every_request_is_in_one_statement_whatever_is_written_meanwhile(tmp_pat
     assert sum(entry.fields["counts"].get("SSN", 0) for entry in entries) == 1200
 
 
+def test_a_request_is_signed_whole_or_not_yet(tmp_path):
+    with trail.opened(tmp_path / "trail") as kept:
+        writer = threading.Thread(target=kept.write)
+
+        class Late(dict):
+            def items(self):
+                writer.start()  # a roll-up in the middle of a count
+                writer.join(0.3)
+                return super().items()
+
+        count(kept)
+        kept.count(GROUP, route="/v1/chat/completions", status=200, counts=Late(SSN=1), stopped={}, seconds=0.1)
+        writer.join(20)
+    bundle, key = trail.export(tmp_path / "trail", tmp_path / "bundle", public=False)
+    [entry] = verify_bundle(bundle, public_key=key.read_text()).entries
+    assert (entry.fields["requests"], entry.fields["counts"]) == (2, {"SSN": 2})
+
+
 def test_the_writer_outlives_any_error(monkeypatch):
     tries: list[int] = []
 
