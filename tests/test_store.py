@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import psycopg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 
 from discreet import store as store_module
 from discreet.errors import ClockBackwards, ConfigInvalid, OperationFailed, StorageFull
@@ -96,3 +97,23 @@ def test_migrations_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             assert tx.execute(text("SELECT version FROM discreet_schema")).scalar_one() == 1
             tx.execute(text("SELECT n FROM added"))
         store.close()
+
+
+def test_what_postgresql_committed_is_on_the_disk_when_the_call_returns(postgres: str):
+    """Its writer of the log, which would bring it there a little later, is put to sleep first."""
+    store = Store(postgres)
+    with psycopg.connect(make_url(postgres).set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True) as watch:
+        watch.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")
+        watch.execute("SELECT pg_reload_conf()")
+        try:
+            with store.transaction() as tx:
+                tx.execute(text("CREATE TABLE counter (n INTEGER)"))
+            for n in range(20):
+                with store.transaction() as tx:
+                    tx.execute(text("INSERT INTO counter VALUES (:n)"), {"n": n})
+                    written = tx.execute(text("SELECT pg_current_wal_insert_lsn()")).scalar_one()
+                assert watch.execute("SELECT pg_current_wal_flush_lsn() > %s", [written]).fetchone() == (True,), n
+        finally:
+            watch.execute("ALTER SYSTEM RESET wal_writer_delay")
+            watch.execute("SELECT pg_reload_conf()")
+    store.close()

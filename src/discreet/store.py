@@ -109,13 +109,14 @@ class Store:
         """Waits until the disk has everything that was committed.
 
         SQLite's file of the write-ahead log is synchronised from here; opening it drops none of SQLite's locks, which lie on other files. In PostgreSQL a
-        numbered transaction that commits synchronously takes everything before it in the log along; here it is one statement that commits itself, in one round trip.
+        transaction that has written to the log and commits synchronously takes everything before it along; here it is one statement that commits itself, in one
+        round trip. A number alone would not do: a transaction that has written nothing before its commit is not waited for (xact.c, RecordTransactionCommit).
         """
         if not self._is_sqlite:
             driver: Any = connection.connection.dbapi_connection
             driver.autocommit = True
             try:
-                driver.execute("SELECT pg_current_xact_id()")
+                driver.execute("SELECT pg_logical_emit_message(true, 'discreet', '')")
             finally:
                 driver.autocommit = False
             return

@@ -141,7 +141,7 @@ def test_what_is_nested_no_deeper_than_is_said_is_found() -> None:
     assert [(s.start, s.end) for s in detect(f"see {text} there")] == [(4, 4 + len(text))]
 
 
-@pytest.mark.parametrize("odd", ["\x00", "\ud800", "\udfff\ud800", "\ufffe", "\U0010ffff", "\ufeff", "\u202e", "\x1b[31m", "\ufffc"])
+@pytest.mark.parametrize("odd", ["\x00", "\ud800", "\udfff\ud800", "\ufffe", "\U0010ffff", "\ufeff", "\u202e", "\x1b[31m", "\ufffc", *"،؛؟।։×÷"])
 def test_odd_characters_hide_nothing_beside_them(odd: str) -> None:
     text = f"{odd}mail ann.keller@mail.example.org {odd} SSN: 464-79-1772{odd}"
     found = {text[s.start : s.end].strip(odd) for s in detect(text)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -99,3 +100,28 @@ def test_what_is_not_in_the_table_is_refused_by_path(table, body, path):
 def test_a_body_is_an_object(body):
     with pytest.raises(RequestInvalid):
         sent(body)
+
+
+def test_what_the_tables_do_not_know_passes_by_policy_alone_and_without_its_identifiers():
+    part = {"type": "thinking_note", "note": f"Ask Dr. {NAME}.", "deep": [{"mail": EMAIL}]}
+    body = {"messages": [{"role": "user", "content": [part], "mood": f"Dr. {NAME} is cross", "rank": 3}], "plugins": [{"id": "web", "owner": EMAIL}]}
+    with pytest.raises(RequestInvalid):
+        sent(body)
+    passed: Counter[str] = Counter()
+    got = sent(body, passed=passed)
+    assert passed == {"part": 1, "field": 3}
+    assert not any(value in json.dumps(got) for value in ("Aurelia", "Quistgaard", EMAIL))
+    assert (got["messages"][0]["rank"], got["plugins"][0]["id"], got["messages"][0]["content"][0]["type"]) == (3, "web", "thinking_note")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "https://example.org/face.png"}},
+        {"type": "note", "inner": [{"type": "input_audio", "data": "UklGRg=="}]},
+        {"type": "note", "picture": "data:image/png;base64,iVBORw0KGgo="},
+    ],
+)
+def test_images_and_audio_pass_by_no_policy(part):
+    with pytest.raises(RequestInvalid, match="image, audio or file"):
+        sent({"messages": [{"role": "user", "content": [part]}]}, passed=Counter())

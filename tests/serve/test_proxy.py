@@ -27,7 +27,7 @@ from discreet.keys import Key
 from discreet.serve import answers, asgi, fields, filters, proxy, trail, upstream
 from discreet.serve.answers import ToolArguments
 from discreet.serve.leaks import Canaries, Guard, OwnIdentifiers
-from discreet.serve.tenants import Limits, Settings, Tenant
+from discreet.serve.tenants import Limits, Settings, Tenant, Unknown
 from discreet.serve.upstream import Address, Upstream
 
 from . import test_oidc
@@ -941,6 +941,18 @@ def test_what_was_served_is_signed_and_verifies_offline(tmp_path, fake):
     assert entries[0].fields["counts"] == {"EMAIL": 2, "PERSON": 2, "SSN": 2}
     held = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert [secret for secret in SECRETS if secret.encode() in held] == []
+
+
+def test_what_a_policy_lets_pass_is_counted_in_the_statement(tmp_path, fake):
+    with trail.opened(tmp_path / "trail") as kept, serving(fake, {"unknown": Unknown.DEIDENTIFY}, {}, trail=kept) as gate:
+        ask = {"model": "m", "messages": [{"role": "user", "content": "hello", "mood": PROMPT}]}
+        assert gate.post("chat/completions", ask).status_code == 200
+        assert gate.post("chat/completions", ask, which=1).status_code == 400, "the other tenant's policy is the default"
+        [asked] = [each for each in fake.seen if "mood" in each]
+        assert not [secret for secret in SECRETS if secret in asked]
+    bundle, key = trail.export(tmp_path / "trail", tmp_path / "bundle", public=False)
+    said = {entry.fields["tenant"]: entry.fields.get("passed") for entry in verify_bundle(bundle, public_key=key.read_text()).entries}
+    assert said == {"t0": {"field": 1}}
 
 
 def test_a_trail_that_cannot_be_written_refuses_requests(tmp_path, fake, monkeypatch):

@@ -16,6 +16,7 @@ the numbers of the countries listed.
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import json
 import math
 import re
@@ -45,7 +46,7 @@ import stdnum.pl.pesel
 import stdnum.se.personnummer
 import stdnum.us.ssn
 
-VERSION = "7"
+VERSION = "8"
 """Part of every policy's digest: raised whenever a row or a rule of `detect` changes what is found."""
 
 
@@ -126,8 +127,15 @@ class Pattern:
         return re.compile(expression, 0 if self.cased else re.IGNORECASE)
 
 
-_SPACED = "0-9A-Za-z_\\u00c0-\\u1fff"
-"""Letters and digits of the scripts that put spaces between words: in Chinese, Japanese and Korean a number stands directly behind the character before it."""
+def _letters(blocks: Iterable[range]) -> str:
+    """Returns the letters and digits of blocks as the inside of a class; punctuation and marks are none."""
+    codes = [code for block in blocks for code in block if chr(code).isalnum()]
+    runs = [[code for _, code in run] for _, run in itertools.groupby(enumerate(codes), lambda each: each[1] - each[0])]
+    return "".join(f"\\u{run[0]:04x}-\\u{run[-1]:04x}" for run in runs)
+
+
+_SPACED = "0-9A-Za-z_" + _letters((range(0xC0, 0x700), range(0x1E00, 0x2000)))
+"""Letters and digits of the Latin, Greek, Cyrillic, Armenian, Hebrew and Arabic scripts, which put spaces between words: in Chinese, Japanese and Korean a number stands directly behind the character before it."""
 
 
 # Validators -------------------------------------------------------------------------------------------------------------------------------------------------
@@ -1133,26 +1141,16 @@ PATTERNS: tuple[Pattern, ...] = (
             "reachable",
             "contact",
             "voicemail",
-            "text",
             "dial",
             "phone number",
             "ring",
-            "office",
-            "home",
             "number to call",
-            "answering",
-            "answer",
-            "message",
-            "messages",
             "sms",
             "whatsapp",
-            "registered",
             "telefono",
             "telefon",
             "telefone",
             "movil",
-            "handy",
-            "portable",
             "celular",
         ),
         anchors=(
@@ -1170,16 +1168,9 @@ PATTERNS: tuple[Pattern, ...] = (
             "voicemail",
             "dial",
             "ring",
-            "office",
-            "home",
-            "answer",
-            "message",
             "sms",
             "whatsapp",
-            "registered",
             "movil",
-            "handy",
-            "portable",
             "celular",
         ),
         matches=(
@@ -1187,10 +1178,19 @@ PATTERNS: tuple[Pattern, ...] = (
             "Phone: «0494 92 82 32»",
             "pager «14540»",
             "call me on «9472 7916»?",
-            "messages to «699 956 915»",
-            "not answering at «99 668472»",
         ),
-        rejects=("call in 2 weeks", "text 12", "office visit"),
+        rejects=("call in 2 weeks", "text 12", "office visit", "we registered 14540 patients", "portable 14540 Wh"),
+    ),
+    Pattern(
+        label=Label.PHONE,
+        expression=r"(?<![\w(+.-])(?:[x+]|ext\.? ?)?\(?\d(?:[ ().-]{0,2}\d){3,14}(?: {0,2}(?:x|ext\.?) {0,2}\d{1,6})?(?![\w-]|[.:/%]\d)",
+        score=STRONG,
+        validator=_at_least(7, 16),
+        context=("text", "answering", "answer", "message", "messages", "registered", "portable", "handy", "office", "home"),
+        anchors=("text", "answer", "message", "registered", "portable", "handy", "office", "home"),
+        source="words that a number follows for other reasons, too",
+        matches=("messages to «699 956 915»", "not answering at «99 668472»", "registered: «07700 900123»"),
+        rejects=("we registered 14540 patients", "portable 14540 Wh", "message 4711"),
     ),
     Pattern(
         label=Label.PHONE,
@@ -1612,7 +1612,6 @@ PATTERNS: tuple[Pattern, ...] = (
                 "code postal",
                 "codigo postal",
                 "cod postal",
-                "cap",
                 "cep",
                 "psc",
             ),
@@ -1624,17 +1623,24 @@ PATTERNS: tuple[Pattern, ...] = (
                 "iranyitoszam",
                 "kod pocztowy",
                 "posta kodu",
-                "pin",
-                "pin code",
-                "pincode",
                 "indeks",
             ),
         ),
-        anchors=("zip", "pos", "plz", "code", "cod", "cap", "cep", "psc", "iranyitoszam", "pin", "indeks"),
+        anchors=("zip", "pos", "plz", "code", "cod", "cep", "psc", "iranyitoszam", "indeks"),
         cased=True,
         source="UPU S42",
         matches=("ZIP: «6280»", "my postcode is «SW1A 1AA».", "irányítószám: «1051»"),
         rejects=("zip the file", "ZIP: none", "zip code of 3.5"),
+    ),
+    Pattern(
+        label=Label.ZIP,
+        expression=r"(?<![\w-])(?:\d{5}|\d{3} ?\d{3})(?![\w-]|\.\d| ?(?:mg|mcg|µg|g|ml|units?|iu|tab|cap)\b)",
+        score=SHAPE,
+        context=("cap", "pin", "pin code", "pincode"),
+        anchors=("cap", "pin"),
+        source="UPU S42: Italy, India; both words have other senses",
+        matches=("CAP «20121» Milano", "Bengaluru, PIN «560 001»", "pin code: «110001»"),
+        rejects=("omeprazole cap 20 mg daily", "GPIO pin 13", "cap 10000 units", "pin 1234"),
     ),
     Pattern(
         label=Label.ZIP,

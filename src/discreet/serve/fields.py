@@ -1,7 +1,8 @@
 """Every field of a request that may go to a model elsewhere, and what becomes of it: the tables of four wires, and the one walk that applies them.
 
 A table is closed. A field that is not in it, a part of a kind that is not in it (images, audio, files) and a value of another type are refused by path, because whatever a filter
-does not know could carry text past it. What is in it is one of these: text, which is de-identified; a name (of a tool, of a field of a schema), which becomes a placeholder as a
+does not know could carry text past it; where a tenant's policy says so, fields and parts that are not in it pass as JSON of any form, de-identified and counted, images,
+audio and files excepted. What is in it is one of these: text, which is de-identified; a name (of a tool, of a field of a schema), which becomes a placeholder as a
 whole where it holds an identifier; an id, replaced by its HMAC; `user`, replaced by a pseudonym of the tenant; a word of a closed list; a number; JSON of any form, in
 which strings, names and numbers are treated as above.
 
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -248,6 +251,8 @@ MESSAGES = {
 class _Visitor(Protocol):
     """What happens to the strings of a request on one pass."""
 
+    passed: Counter[str] | None
+
     def text(self, text: str) -> str: ...
     def name(self, name: str) -> str: ...
     def stripped(self, text: str) -> str: ...
@@ -262,6 +267,7 @@ class _Reader:
     """The first pass: notes every text, changes nothing."""
 
     texts: list[str] = field(default_factory=list, repr=False)
+    passed: Counter[str] | None = None
 
     def text(self, text: str) -> str:
         self.texts.append(text)
@@ -291,6 +297,7 @@ class _Writer:
     conversation: Conversation
     tenant: Key
     ids: Key
+    passed: Counter[str] | None = None
 
     def text(self, text: str) -> str:
         return self.conversation.text(text)
@@ -311,7 +318,9 @@ class _Writer:
         """Read on the first pass."""
 
 
-def deidentify(body: object, table: Mapping[str, Any], conversation: Conversation, *, tenant: Key, max_chars: int) -> dict[str, Any]:
+def deidentify(
+    body: object, table: Mapping[str, Any], conversation: Conversation, *, tenant: Key, max_chars: int, passed: Counter[str] | None = None
+) -> dict[str, Any]:
     """Returns the request as the model may see it.
 
     Args:
@@ -320,17 +329,18 @@ def deidentify(body: object, table: Mapping[str, Any], conversation: Conversatio
         conversation: gets the placeholders.
         tenant: key of the tenant; pseudonyms of users derive from it.
         max_chars: most characters of text, >= 1.
+        passed: gets the number of fields and of parts that are not in the table and pass as JSON of any form; None refuses them.
 
     Raises:
         RequestInvalid: when a field, a part or a value is not in the table, or there is too much text.
     """
     merged = _merged(body)
-    reader = _Reader()
+    reader = _Reader(passed=None if passed is None else Counter())
     _walk(merged, table, reader, "")
     if sum(map(len, reader.texts)) > max_chars:
         raise RequestInvalid(f"a request of at most {max_chars} characters of text", remedy="Send a shorter conversation.")
     conversation.learn(reader.texts)
-    sent = _walk(merged, table, _Writer(conversation, tenant, Key.random()), "")
+    sent = _walk(merged, table, _Writer(conversation, tenant, Key.random(), passed), "")
     if not isinstance(sent, dict):
         raise RequestInvalid("a JSON object")
     return sent
@@ -362,6 +372,8 @@ def _walk(value: Any, table: Any, visitor: _Visitor, path: str) -> Any:
     if isinstance(table, tuple):
         table = next((one for one in table if _fits(value, one)), table[0])
     if isinstance(table, Tagged):
+        if visitor.passed is not None and isinstance(value, dict) and value.get("type", table.default) not in table.tables:
+            return _passed(value, "part", visitor, path)
         table = _tagged(value, table, path)
     if isinstance(table, Mapping):
         return _object(value, table, visitor, path)
@@ -395,11 +407,36 @@ def _tagged(value: Any, table: Tagged, path: str) -> Any:
 def _object(value: Any, table: Mapping[str, Any], visitor: _Visitor, path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise _wrong(path, "an object")
-    for key in value:
-        if key not in table:
-            named = f"{path}.{field_name(key)}".strip(".")
+    rewritten: dict[str, Any] = {}
+    for key, item in value.items():
+        named = f"{path}.{field_name(key)}".strip(".")
+        if key in table:
+            rewritten[key] = _walk(item, table[key], visitor, named)
+        elif visitor.passed is None:
             raise RequestInvalid("known fields only", value=named, remedy="What the filters do not know is refused; leave it out.")
-    return {key: _walk(item, table[key], visitor, f"{path}.{key}".strip(".")) for key, item in value.items()}
+        else:
+            rewritten |= _passed({key: item}, "field", visitor, named)
+    return rewritten
+
+
+_MEDIA = re.compile("image|audio|video|file|document", re.IGNORECASE)
+
+
+def _passed(value: dict[str, Any], what: str, visitor: _Visitor, path: str) -> Any:
+    """What the table does not know, as JSON of any form."""
+    if visitor.passed is None or _holds_media(value):
+        raise RequestInvalid("no image, audio or file", value=path, remedy="They cannot be de-identified and are refused, whatever the policy.")
+    visitor.passed[what] += 1
+    visitor.context(json.dumps(value, ensure_ascii=False))
+    return _json(value, visitor)
+
+
+def _holds_media(value: Any) -> bool:
+    if isinstance(value, str):
+        return value[:5].lower() == "data:"
+    if isinstance(value, dict):
+        return bool(_MEDIA.search(str(value.get("type", "")))) or any(map(_holds_media, value.values()))
+    return isinstance(value, list) and any(map(_holds_media, value))
 
 
 def _leaf(value: Any, kind: Kind, visitor: _Visitor, path: str) -> Any:

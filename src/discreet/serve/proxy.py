@@ -20,6 +20,7 @@ Does not cover: sizes and timing as a side channel.
 from __future__ import annotations
 
 import asyncio
+import collections
 import hmac
 import itertools
 import time
@@ -49,7 +50,7 @@ from discreet.serve.asgi import EventStream, frame, hash_api_key, read_body, une
 from discreet.serve.filters import Conversation, prepare
 from discreet.serve.learning import Learner, person_of, texts_of
 from discreet.serve.oidc import Provider, Verifier
-from discreet.serve.tenants import Limits, Quotas, Settings, Tenant, bearer, claimed, identify
+from discreet.serve.tenants import Limits, Quotas, Settings, Tenant, Unknown, bearer, claimed, identify
 from discreet.serve.trail import Group, Trail
 from discreet.serve.upstream import Refusing, Server
 
@@ -117,6 +118,7 @@ class _Asked:
     deadline: float
     inline: bool
     found: int = 0
+    passed: collections.Counter[str] | None = None
     first: float | None = None
     status: int = 499
 
@@ -448,7 +450,8 @@ class _Proxy:
         key = self._key.derive("tenant", tenant.name)
         conversation = Conversation(key, policy=tenant.policy, guard=tenant.guard)
         began = time.perf_counter()
-        read = partial(fields.deidentify, body, route.table, conversation, tenant=key, max_chars=asked.limits.max_chars)
+        asked.passed = None if tenant.unknown is Unknown.REFUSE else collections.Counter()
+        read = partial(fields.deidentify, body, route.table, conversation, tenant=key, max_chars=asked.limits.max_chars, passed=asked.passed)
         sent = read() if asked.inline else await run_in_threadpool(read)
         asked.found = sum(conversation.counts.values())
         self._metrics.filtered(tenant.name, route.path, time.perf_counter() - began, conversation.counts)
@@ -484,6 +487,7 @@ class _Proxy:
             status=asked.status,
             counts=conversation.counts,
             stopped=conversation.stopped,
+            passed=asked.passed or {},
             seconds=(asked.first or time.perf_counter()) - asked.began,
         )
         if due and not self._writing:

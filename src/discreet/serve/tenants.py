@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, final
 
@@ -37,6 +38,14 @@ MAX_TENANTS = 1000
 
 
 @final
+class Unknown(StrEnum):
+    """What becomes of the fields and parts of a request that the tables do not know."""
+
+    REFUSE = "refuse"
+    DEIDENTIFY = "deidentify"
+
+
+@final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tenant:
     """One group of callers that shares nothing with another.
@@ -50,6 +59,7 @@ class Tenant:
         models: those it may ask for; None for all of the upstream's.
         tools: what the arguments of tool calls hold on their way out.
         guard: what a model may not say of its own.
+        unknown: what becomes of fields and parts that the tables do not know; images, audio and files are refused whatever it says.
         claim_values: values of the identity provider's claim whose holders belong to it.
     """
 
@@ -61,6 +71,7 @@ class Tenant:
     models: frozenset[str] | None = None
     tools: ToolArguments = ToolArguments.RESTORE
     guard: Guard = GUARD
+    unknown: Unknown = Unknown.REFUSE
     claim_values: frozenset[str] = frozenset()
     policy_digest: Digest = field(init=False)
 
@@ -128,6 +139,7 @@ class _TenantTable(BaseModel):
     max_concurrent: _Quota = 256
     models: Annotated[list[str], Field(min_length=1)] | None = None
     tool_arguments: ToolArguments = ToolArguments.RESTORE
+    unknown: Unknown = Unknown.REFUSE
 
 
 @final
@@ -219,6 +231,7 @@ def _tenant(name: str, table: _TenantTable, canaries: Canaries, policy: Policy) 
         max_concurrent=table.max_concurrent,
         models=None if table.models is None else frozenset(table.models),
         tools=table.tool_arguments,
+        unknown=table.unknown,
         guard=Guard(own=table.answers, labels=GUARDED if table.answer_labels is None else frozenset(table.answer_labels), canaries=canaries),
         claim_values=frozenset(table.claim_values),
     )

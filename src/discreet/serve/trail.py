@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import final
 
 from discreet.errors import OperationFailed, SourceMissing
@@ -63,6 +64,7 @@ class _Sum:
     statuses: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     stopped: Counter[str] = field(default_factory=Counter)
+    passed: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
 
     def statement(self, group: Group) -> Statement:
@@ -78,6 +80,7 @@ class _Sum:
             "statuses": dict(sorted(self.statuses.items())),
             "counts": dict(sorted(self.counts.items())),
             "stopped": dict(sorted(self.stopped.items())),
+            **({"passed": dict(sorted(self.passed.items()))} if self.passed else {}),
             "first_byte_ms": {"p50": _ms(times[len(times) // 2]), "p99": _ms(times[int(len(times) * 0.99)])},
         }
         return Statement(predicate=Predicate.SERVED, subjects=(group.server,), fields=fields)
@@ -108,7 +111,17 @@ class Trail:
         if self._broken:
             raise OperationFailed("a trail that can be written", remedy="Make room for the gateway's trail; requests are refused until then.")
 
-    def count(self, group: Group, *, route: str, status: int, counts: Mapping[str, int], stopped: Mapping[str, int], seconds: float) -> bool:
+    def count(
+        self,
+        group: Group,
+        *,
+        route: str,
+        status: int,
+        counts: Mapping[str, int],
+        stopped: Mapping[str, int],
+        seconds: float,
+        passed: Mapping[str, int] = MappingProxyType({}),
+    ) -> bool:
         """Counts one request; returns whether a roll-up is due."""
         with self._counting:
             total = self._sums.setdefault(group, _Sum())
@@ -117,6 +130,7 @@ class Trail:
             total.statuses[str(status)] += 1
             total.counts.update(counts)
             total.stopped.update(stopped)
+            total.passed.update(passed)
             if len(total.seconds) < MAX_TIMES:
                 total.seconds.append(seconds)
             self._open += 1
@@ -155,7 +169,7 @@ class Trail:
 
 def _add(total: _Sum, other: _Sum) -> None:
     total.requests += other.requests
-    for name in ("routes", "statuses", "counts", "stopped"):
+    for name in ("routes", "statuses", "counts", "stopped", "passed"):
         getattr(total, name).update(getattr(other, name))
     total.seconds += other.seconds[: MAX_TIMES - len(total.seconds)]
 
