@@ -416,6 +416,9 @@ def test_serve_upstream_refuses_private_hosts_and_bad_tenants(run, tmp_path, mon
     monkeypatch.setattr(asgi, "run", lambda application, **address: started.append(address))
     assert run("serve", "--upstream", "http://127.0.0.1:9")[0] == 2
     assert run("serve", "--upstream", "https://127.0.0.1:9")[0] == 2
+    for alone in (["--trail", "elsewhere"], ["--upstream-key-env", "KEY"], ["--no-trail"]):
+        assert "--upstream" in run("serve", *alone)[2]
+        assert not started
     code, _, err = run("serve", "--upstream", "http://127.0.0.1:9", "--allow-private", "127.0.0.1", "--port", "9999")
     assert (code, [(each["host"], each["port"], each["tls"]) for each in started]) == (0, [("127.0.0.1", 9999, None)])
     assert "dk-" in err

@@ -715,8 +715,18 @@ def test_another_release_is_noticed_and_the_same_one_is_loaded_once(copied: Hous
     second = behind.server()
     assert second is not first
     assert (second.name, len(opened)) == ("another", 2)
+
+    def undecided(_house: House) -> str:
+        raise NotFound("the stage 'release' to be done")
+
+    monkeypatch.setattr(releasing, "released_name", undecided)
+    with pytest.raises(NotFound):  # the next one is being made
+        behind.server()
     with copied.store.transaction() as tx:
         tx.execute(text("DELETE FROM derivations"))
+    with pytest.raises(NotReleased):  # a withdrawal forgets the decision
+        behind.server()
+    monkeypatch.undo()
     with pytest.raises(NotReleased):
         behind.server()
 

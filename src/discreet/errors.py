@@ -41,6 +41,7 @@
         |-- KeyUnavailable                          keys.unavailable
         |-- Overloaded                              serve.overloaded (http 429)
         |-- UpstreamFailed                          serve.upstream   (http 502)
+        |-- OutOfTime                               serve.timeout    (http 504)
         `-- ErasureIncomplete                       erasure.incomplete
 
 A message states the rule, the value that broke it and the remedy. The value is public by contract: callers never pass text, names or
@@ -257,6 +258,10 @@ class Overloaded(OperationFailed):
 
 class UpstreamFailed(OperationFailed):
     code, http_status = "serve.upstream", 502
+
+
+class OutOfTime(OperationFailed):
+    code, http_status = "serve.timeout", 504
 
 
 class ErasureIncomplete(OperationFailed):

@@ -24,7 +24,7 @@ import torch
 from discreet import model
 from discreet.config import DeidSection, ModelSection
 from discreet.deid.policy import Channel, Policy, configured
-from discreet.errors import DigestMismatch, EvidenceInvalid, ModelUnsafe, NotReleased, OperationFailed, Overloaded
+from discreet.errors import DigestMismatch, EvidenceInvalid, ModelUnsafe, NotReleased, OperationFailed, OutOfTime, Overloaded
 from discreet.evidence.log import Log
 from discreet.evidence.statement import Predicate, Statement
 from discreet.keys import Key, Keyring
@@ -466,8 +466,24 @@ def test_an_answer_out_of_time_is_an_error():
     engine = EchoEngine(cut=1, pause=0.2)
     with serving(engine, limits=Limits(max_seconds=0.3)) as running:
         client = running.client()
-        with pytest.raises(openai.InternalServerError, match="TimeoutError"):
+        with pytest.raises(openai.InternalServerError, match="within") as late:
             ask(client)
+        assert (late.value.status_code, late.value.code) == (504, OutOfTime.code)
+        began = time.monotonic()
+        with pytest.raises(openai.APIError, match="within"):
+            streamed(client)
+        assert time.monotonic() - began < 3
+    assert [what["status"] for _, what in running.kept.counted] == [504, 504]
+
+
+def test_an_answer_is_a_success_only_when_it_was_sent_to_its_end():
+    engine = EchoEngine(cut=1, pause=0.02)
+    with serving(engine) as running, running.client() as client:
+        with ask(client, stream=True) as stream:
+            next(iter(stream))
+        assert engine.closed.wait(5)
+        streamed(client, "x")
+    assert [what["status"] for _, what in running.kept.counted] == [499, 200]
 
 
 def test_nothing_is_served_uncounted(echo):

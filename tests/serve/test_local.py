@@ -7,17 +7,19 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import anthropic
 import httpx
 import openai
 import pytest
 
-from discreet.errors import NotFound, OperationFailed, RequestInvalid
+from discreet.errors import NotFound, NotReleased, OperationFailed, RequestInvalid
 from discreet.record import Digest
-from discreet.serve import local
+from discreet.serve import asgi, local
 from discreet.serve.engine import Sampling
 from discreet.serve.local import ADAPTER_HEADER, Local
+from discreet.serve.tenants import Tenant
 from discreet.serve.upstream import CHAT, COMPLETIONS, EMBEDDINGS, MESSAGES, RESPONSES
 
 from .test_gateway import ADAPTER, EMAIL, MODEL, NAME, PROMPT, SECRETS, EchoEngine, Served, ask, content, serving, streamed
@@ -91,13 +93,18 @@ def test_messages(served, echo):
 
 def test_an_answer_that_was_cut_says_so_on_every_wire(local_engine):
     with serving(local_engine) as running, running.client() as client, anthropics(running) as other:
-        assert ask(client, "Hello", max_tokens=3).choices[0].finish_reason == "length"
-        assert client.completions.create(model=MODEL, prompt="Hello", max_tokens=3).choices[0].finish_reason == "length"
-        found = client.responses.create(model=MODEL, input="Hello", max_output_tokens=3)
+        assert ask(client, "Hello", max_tokens=3, temperature=0).choices[0].finish_reason == "length"
+        assert client.completions.create(model=MODEL, prompt="Hello", max_tokens=3, temperature=0).choices[0].finish_reason == "length"
+        found = client.responses.create(model=MODEL, input="Hello", max_output_tokens=3, temperature=0)
         assert (found.status, found.incomplete_details.reason) == ("incomplete", "max_output_tokens")
-        events = list(client.responses.create(model=MODEL, input="Hello", max_output_tokens=3, stream=True))
+        events = list(client.responses.create(model=MODEL, input="Hello", max_output_tokens=3, temperature=0, stream=True))
         assert events[-1].type == "response.incomplete"
-        assert other.messages.create(model=MODEL, max_tokens=3, messages=[{"role": "user", "content": "Hello"}]).stop_reason == "max_tokens"
+        assert (
+            other.messages.create(
+                model=MODEL, max_tokens=3, messages=[{"role": "user", "content": "Hello"}], extra_body={"temperature": 0}
+            ).stop_reason
+            == "max_tokens"
+        )
 
 
 def test_a_bare_prompt_is_continued_as_it_stands(local_engine, tiny_llama, tokenizer):
@@ -136,6 +143,9 @@ MESSAGE = [{"role": "user", "content": "x"}]
         (CHAT, {"messages": MESSAGE, "max_tokens": 1.5}, "max_tokens"),
         (CHAT, {"messages": MESSAGE, "temperature": 3}, "temperature"),
         (CHAT, {"messages": MESSAGE, "seed": 0.5}, "seed"),
+        (CHAT, {"messages": MESSAGE, "stop": ["x"] * 17}, "stop"),
+        (CHAT, {"messages": MESSAGE, "stop": "x" * 257}, "stop"),
+        (MESSAGES, {"messages": MESSAGE, "stop_sequences": ["x" * 257]}, "stop_sequences"),
         (COMPLETIONS, {"prompt": ["a", "b"]}, "prompt"),
         (COMPLETIONS, {"prompt": "a", "suffix": "b"}, "suffix"),
         (RESPONSES, {"input": [{"type": "function_call_output", "output": "x"}]}, "input"),
@@ -150,6 +160,28 @@ def test_what_the_model_cannot_do_is_refused_by_name(path, body, field):
         asyncio.run(Local(engine, name=MODEL, adapter=ADAPTER).ask(path, body))
     assert caught.value.value == field
     assert engine.seen == []
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": [None]}),
+        (CHAT, {"messages": [{"role": "user", "content": [None]}]}),
+        (CHAT, {"messages": MESSAGE, "stop": [None]}),
+        (COMPLETIONS, {"prompt": [None]}),
+        (RESPONSES, {"input": [None]}),
+        (RESPONSES, {"input": [{"role": "user", "content": [None]}]}),
+        (MESSAGES, {"messages": [None], "max_tokens": 9}),
+        (MESSAGES, {"messages": [{"role": "user", "content": [None]}], "max_tokens": 9}),
+        (MESSAGES, {"messages": MESSAGE, "system": [None], "max_tokens": 9}),
+        (MESSAGES, {"messages": MESSAGE, "stop_sequences": [None], "max_tokens": 9}),
+    ],
+)
+def test_null_in_a_list_is_refused_on_every_wire(served, echo, path, body):
+    before = len(echo.seen)
+    answer = httpx.post(f"{served.url}{path}", json={"model": MODEL, **body}, headers={"x-api-key": served.api_key}, timeout=20)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "request.invalid")
+    assert len(echo.seen) == before
 
 
 def test_what_asks_for_nothing_is_let_through(echo):
@@ -230,6 +262,24 @@ def test_many_callers_while_adapters_change():
     assert len(answers) == 24
     assert all(header == fingerprint for header, fingerprint in answers)
     assert all(engine.ended.is_set() for engine in (first, *engines))
+
+
+def test_a_release_that_was_withdrawn_is_served_no_more_and_one_that_follows_is():
+    old, new = EchoEngine(), EchoEngine()
+    key, hashed = asgi.new_api_key()
+    with serving(old) as running:
+        running.application.change(replace(running.settings, tenants=(Tenant(name="new", key_hashes=(hashed,)),)))
+        running.application.refuse(NotReleased("a model whose parents are known", remedy="It was withdrawn."))
+        assert old.ended.is_set()
+        assert running.post({"model": MODEL, "messages": MESSAGE}).status_code == 401
+        for stream in (False, True):
+            refused = running.post({"model": MODEL, "messages": MESSAGE, "stream": stream}, authorization=f"Bearer {key}")
+            assert (refused.status_code, refused.json()["error"]["code"]) == (403, "release.withheld")
+        assert httpx.get(f"{running.url}/readyz").status_code == 403
+        assert httpx.get(f"{running.url}/v1/models", headers={"x-api-key": key}).status_code == 403
+        running.application.change(server=Local(new, name=MODEL, adapter=OTHER))
+        assert running.post({"model": MODEL, "messages": MESSAGE}, authorization=f"Bearer {key}").status_code == 200
+    assert old.seen == []
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES, MESSAGES])

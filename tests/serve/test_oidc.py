@@ -154,6 +154,23 @@ def test_a_new_key_is_loaded_at_most_once_in_a_while(monkeypatch):
     assert len(loaded) == 2
 
 
+def test_a_provider_that_is_down_is_not_asked_by_every_token():
+    tries: list[int] = []
+
+    async def load() -> bytes:
+        tries.append(1)
+        raise UpstreamFailed("a key set")
+
+    async def ask() -> None:
+        verifier = Verifier(provider=PROVIDER, load=load)
+        for expected in (UpstreamFailed, AccessDenied, AccessDenied):
+            with pytest.raises(expected):
+                await verifier.values(token())
+
+    asyncio.run(ask())
+    assert len(tries) == 1
+
+
 def test_keys_and_tokens_are_told_apart():
     assert looks_like_token(token())
     assert not looks_like_token("dk-abc")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -20,10 +21,10 @@ import openai
 import pytest
 
 from discreet.deid.vault import PLACEHOLDER
-from discreet.errors import UpstreamFailed
+from discreet.errors import ConfigInvalid, UpstreamFailed
 from discreet.evidence.log import verify_bundle
 from discreet.keys import Key
-from discreet.serve import answers, asgi, fields, filters, proxy, trail
+from discreet.serve import answers, asgi, fields, filters, proxy, trail, upstream
 from discreet.serve.answers import ToolArguments
 from discreet.serve.leaks import Canaries, Guard, OwnIdentifiers
 from discreet.serve.tenants import Limits, Settings, Tenant, Unknown
@@ -725,7 +726,7 @@ def test_an_upstream_that_caches_never_finds_what_another_tenant_asked(fake):
 
 AWAITS = (
     (proxy._Proxy, "_identify"), (proxy, "read_body"), (proxy._Proxy, "_check_model"), (proxy._Proxy, "_models"), (Upstream, "ask"), (Upstream, "stream"),
-    (proxy._Proxy, "_answer"), (proxy, "run_in_threadpool"), (proxy, "unless_gone"), (Upstream, "_bytes"), (answers, "events"), (proxy._Proxy, "_restored"), (proxy._Proxy, "_frames"),
+    (proxy._Proxy, "_answer"), (proxy, "run_in_threadpool"), (proxy, "unless_gone"), (upstream, "_bounded"), (answers, "events"), (proxy._Proxy, "_restored"), (proxy._Proxy, "_frames"),
     (asgi.EventStream, "_send"), (fields, "deidentify"), (proxy, "_json"), (proxy._Proxy, "_allowed"), (proxy._Proxy, "_pinned"), (Upstream, "models"),
     (FakeUpstream, "handle_async_request"), (httpx.Response, "aclose"), (httpx.Response, "aiter_bytes"),
 )  # fmt: skip
@@ -859,6 +860,46 @@ def test_tokens_of_a_provider_open_the_tenant_of_their_claim(tmp_path, fake):
         assert [status(test_oidc.token(groups=groups)) for groups in (["lab"], ["ward", "lab"], ["none"], None)] == [200, 401, 401, 401]
         assert status(test_oidc.forged({"alg": "none"})) == 401
         assert status(gate.keys[0]) == 200
+
+
+def test_a_provider_is_asked_before_it_is_believed_and_one_that_stays_keeps_its_keys(tmp_path, fake):
+    keys, other = tmp_path / "jwks.json", tmp_path / "other.json"
+    keys.write_bytes(test_oidc.PUBLIC)
+    other.write_bytes(b"{}")
+    provider = replace(test_oidc.PROVIDER, keys=str(keys))
+    with serving(fake, {"claim_values": frozenset(("ward",))}, provider=provider) as gate:
+
+        def status(key: str) -> int:
+            return httpx.get(f"{gate.url}/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+
+        keys.unlink()
+        key, hashed = asgi.new_api_key()
+        changed = Settings(tenants=(Tenant(name="t0", key_hashes=(hashed,), claim_values=frozenset(("ward",))),), provider=provider)
+        gate.application.change(changed)
+        assert [status(given) for given in (test_oidc.token(), key, gate.keys[0])] == [200, 200, 401]
+        for bad in (str(keys), str(other)):
+            with pytest.raises(ConfigInvalid):
+                gate.application.change(replace(changed, tenants=(), provider=replace(provider, audience="another", keys=bad)))
+        assert [status(given) for given in (test_oidc.token(), key)] == [200, 200]
+
+
+def test_what_changes_before_the_gateway_has_started_is_what_starts(fake):
+    def behind(transport: FakeUpstream) -> Upstream:
+        return Upstream(address=Address(base="http://192.0.2.1:80", host="upstream.test", authority="upstream.test"), transport=transport)
+
+    key, hashed = asgi.new_api_key()
+    settings, first = Settings(tenants=(Tenant(name="t0", key_hashes=(hashed,)),)), FakeUpstream()
+    application = proxy.app(behind(first), replace(settings, tenants=()), key=Key(bytes(32)))
+    application.change(settings, behind(fake))
+
+    async def ask() -> int:
+        async with application.router.lifespan_context(application):
+            client = httpx.AsyncClient(transport=httpx.ASGITransport(application), base_url="http://gateway")
+            async with client:
+                return (await client.get("/v1/models", headers={"x-api-key": key})).status_code
+
+    assert asyncio.run(ask()) == 200
+    assert (len(fake.seen), first.seen) == (1, [])
 
 
 def test_traces_have_attributes_of_a_closed_list_only(fake):

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import httpx
 import pytest
@@ -24,11 +25,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from discreet.errors import ConfigInvalid, NotReleased
+from discreet.errors import ConfigInvalid, DigestMismatch, NotReleased
 from discreet.evidence.log import verify_bundle
 from discreet.keys import Key
 from discreet.serve import asgi, run, trail
-from discreet.serve.tenants import Settings, Tenant
 
 NAME = "Aurelia Quistgaard"
 
@@ -198,15 +198,23 @@ def test_plain_http_beyond_this_machine_is_said_aloud(monkeypatch):
     assert [line.split()[0] for line in said].count("warning") == 1
 
 
-def test_a_hangup_asks_for_the_release_again_and_what_is_not_right_changes_nothing(tmp_path):
-    class Application:
-        changed: list[tuple[object, object]] = []
+def test_a_hangup_reads_tenants_and_release_each_for_itself(tmp_path):
+    @dataclass
+    class Named:
+        name: str
 
-        def change(self, settings: object, server: object) -> None:
-            self.changed.append((settings, server))
+    class Application:
+        changed: list[object] = []
+
+        def change(self, settings: object = None, server: object = None) -> None:
+            self.changed.append(settings or server)
+
+        def refuse(self, why: object) -> None:
+            self.changed.append(why)
 
     said: list[str] = []
-    answers: list[object] = ["first", NotReleased("a model whose parents are known"), RuntimeError(NAME), "second"]
+    first, second, withdrawn = Named("first"), Named("second"), NotReleased("a model whose parents are known")
+    answers: list[object] = [first, DigestMismatch("the adapter that was released"), RuntimeError(NAME), second, withdrawn]
 
     def server() -> object:
         found = answers.pop(0)
@@ -214,18 +222,29 @@ def test_a_hangup_asks_for_the_release_again_and_what_is_not_right_changes_nothi
             raise found
         return found
 
-    behind = run.Behind(name="the released model ward", server=server, key=Key(bytes(32)), trail=None)
-    settings = Settings(tenants=(Tenant(name="a", key_hashes=()),))
-    reload = run._reloader(Application(), settings, None, behind, said.append)
-    for number in range(1, 5):
+    behind = run.Behind(server=server, key=Key(bytes(32)), trail=None)
+    reload = run._reloader(Application(), None, behind, said.append)
+    for number in range(1, 6):
         reload()
         wait(lambda number=number: len(said) == number, 20)
-    assert [line.split(",")[0].split()[0] for line in said] == ["reloaded", "not", "not", "reloaded"]
-    assert Application.changed == [(settings, "first"), (settings, "second")]
+    assert [" ".join(line.split()[:2]) for line in said] == [
+        "reloaded first",
+        "not reloaded,",
+        "not reloaded,",
+        "reloaded second",
+        "reloaded nothing",
+    ]
+    assert Application.changed == [first, second, withdrawn]
     assert NAME not in "".join(said)
     tenants = tmp_path / "tenants.toml"
     tenants.write_text(f'[tenant.ward]\nkey_sha256 = ["{asgi.new_api_key()[1]}"]\n')
-    answers.append("third")
-    run._reloader(Application(), settings, tenants, behind, said.append)()
-    wait(lambda: len(said) == 5, 20)
-    assert Application.changed[-1][0].tenants[0].policy == behind.policy
+    answers.append(withdrawn)
+    run._reloader(Application(), tenants, behind, said.append)()
+    wait(lambda: len(said) == 7, 20)
+    assert Application.changed[-2].tenants[0].policy == behind.policy, "the keys are in force though nothing is served"
+    assert Application.changed[-1] is withdrawn
+    tenants.write_text("not toml")
+    answers.append(first)
+    run._reloader(Application(), tenants, behind, said.append)()
+    wait(lambda: len(said) == 9, 20)
+    assert Application.changed[-1] is first

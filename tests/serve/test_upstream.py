@@ -118,6 +118,17 @@ def test_a_dead_server_an_endless_answer_and_an_unknown_path():
         assert "secret" not in str(error.value)
 
 
+def test_an_answer_keeps_the_size_that_it_began_with():
+    async def ask() -> bytes:
+        client = Upstream(address=ADDRESS, transport=httpx.MockTransport(lambda _: httpx.Response(200, content=b"x" * 10)), max_answer_bytes=10)
+        await client.open()
+        async with client.stream(upstream.CHAT, {}) as chunks:
+            client.max_answer_bytes = 1
+            return b"".join([chunk async for chunk in chunks])
+
+    assert asyncio.run(ask()) == b"x" * 10
+
+
 def test_a_compressed_answer_is_refused_unread():
     bomb = gzip.compress(bytes(10_000_000))
 

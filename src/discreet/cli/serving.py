@@ -26,12 +26,12 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1, or from discreet.toml.")] = None,
     tenants: Annotated[Path | None, typer.Option(help="TOML file of tenants, keys and quotas (docs/gateway.md); left out, one fresh key.")] = None,
     allow_private: Annotated[list[str] | None, typer.Option(help="Host that may be private, or plain http; may be repeated.")] = None,
-    upstream_key_env: Annotated[str, typer.Option(help="Environment variable with the upstream's API key.")] = "OPENAI_API_KEY",
+    upstream_key_env: Annotated[str | None, typer.Option(help="Environment variable with the upstream's API key; default OPENAI_API_KEY.")] = None,
     cache_salt: Annotated[bool, typer.Option("--cache-salt", help="Send vLLM a cache_salt for each tenant.")] = False,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain in PEM: callers speak TLS.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key of the certificate, in PEM.")] = None,
     tls_callers: Annotated[Path | None, typer.Option(help="Authorities in PEM whose certificates callers must show.")] = None,
-    trail: Annotated[Path, typer.Option(help="Folder of the gateway's own signed log (with --upstream).")] = Path(".discreet-gateway"),
+    trail: Annotated[Path | None, typer.Option(help="Folder of the gateway's own signed log (with --upstream); default .discreet-gateway.")] = None,
     no_trail: Annotated[bool, typer.Option("--no-trail", help="Keep no signed log of what was served.")] = False,
     traces: Annotated[str | None, typer.Option(help="URL of an OTLP collector for traces, such as http://127.0.0.1:4318/v1/traces.")] = None,
     grace: Annotated[int, typer.Option(min=0, help="Seconds that running answers may take after a signal to stop.")] = 10,
@@ -50,16 +50,19 @@ def serve(
 
     if (tls_cert is None) != (tls_key is None) or (tls_callers and not tls_cert):
         raise ConfigInvalid("--tls-cert and --tls-key together", remedy="--tls-callers needs both.")
-    if upstream is None and (cache_salt or no_trail):
-        raise RequestInvalid("--cache-salt and --no-trail together with --upstream", remedy="A release is served into the log of its project.")
+    if upstream is None and (cache_salt or no_trail or trail or upstream_key_env):
+        raise RequestInvalid(
+            "--cache-salt, --trail, --no-trail and --upstream-key-env together with --upstream",
+            remedy="A release is served into the log of its project.",
+        )
     private = frozenset(allow_private or ())
     with ExitStack() as stack:
         if upstream is None:
             house, behind = stack.enter_context(_released(project))
             host, port = host or house.project.serve.host, house.project.serve.port if port is None else port
         else:
-            kept = None if no_trail else trail
-            behind = stack.enter_context(run.elsewhere(upstream, private=private, key_env=upstream_key_env, trail=kept))
+            kept = None if no_trail else trail or Path(".discreet-gateway")
+            behind = stack.enter_context(run.elsewhere(upstream, private=private, key_env=upstream_key_env or "OPENAI_API_KEY", trail=kept))
             if kept is not None:
                 stderr.print(f"trail      {kept} (discreet evidence export --trail {kept})", markup=False, soft_wrap=True)
         options = run.Options(

@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 from discreet import corpus
 from discreet.config import digest_of
 from discreet.deid import policy as deid
-from discreet.errors import NotReleased, PlanInvalid
+from discreet.errors import NotFound, NotReleased, PlanInvalid
 from discreet.evidence.statement import JSON, Entry, Predicate, Statement
 from discreet.governance import lineage
 from discreet.governance.access import Action, current_user
@@ -198,19 +198,32 @@ def behind(house: House) -> Behind:
 
     house.access.require(Action.SERVE, who=current_user())
     serving, key = house.project.serve, house.keyring.purpose("gateway")
-    current: list[Local] = []
+    current: list[tuple[Local, Release]] = []
+
+    def decided() -> Release:
+        try:
+            name = released_name(house)
+        except NotFound:  # either the next model is being made, or the one that is served was withdrawn, which forgets the decision
+            for _, served in current:
+                _refuse_unknown_parents(house, served)
+            raise
+        released = load_release(house.releases / name, public_key=house.log.public_key())
+        _refuse_unknown_parents(house, released)
+        return released
 
     def server() -> Local:
-        released = load_release(house.releases / released_name(house), public_key=house.log.public_key())
-        _refuse_unknown_parents(house, released)
-        if not current or (current[0].name, current[0].digest) != (released.name, released.adapter):
+        try:
+            released = decided()
+        except NotReleased:
+            current.clear()  # the gateway lets go of it: a release that comes back is opened anew
+            raise
+        if not current or (current[0][1].name, current[0][1].adapter) != (released.name, released.adapter):
             engine = gateway.open_engine(released, load_base(house, None, Silent()), public_key=house.log.public_key(), key=key)
             defaults = dataclasses.replace(DEFAULTS, max_new_tokens=serving.max_new_tokens)
-            current[:] = [Local(engine, name=released.name, adapter=released.adapter, defaults=defaults)]
-        return current[0]
+            current[:] = [(Local(engine, name=released.name, adapter=released.adapter, defaults=defaults), released)]
+        return current[0][0]
 
     return Behind(
-        name=f"the released model {released_name(house)}",
         server=server,
         key=key,
         trail=Trail(house.store, house.log),

@@ -1,4 +1,4 @@
-"""HTTP plumbing that both gateways share: keys of callers, bodies of bounded size and time, event streams that end with their reader, a server that logs no text.
+"""HTTP plumbing of the gateway: keys of callers, bodies of bounded size and time, event streams that end with their reader, a server that logs no text.
 
 Nothing here looks into a conversation. An unexpected error loses its words (they may quote values) and its traceback; a caller who goes away cancels the work that was
 done for them, and the work has ended before the request has.

@@ -380,6 +380,8 @@ def _walk(value: Any, table: Any, visitor: _Visitor, path: str) -> Any:
     if isinstance(table, list):
         if not isinstance(value, list):
             raise _wrong(path, "a list")
+        if None in value:  # a field may be null, which is left out; an item that is null stands for nothing
+            raise _wrong(f"{path}.{value.index(None)}", "there, not null")
         return [_walk(item, table[0], visitor, f"{path}.{place}") for place, item in enumerate(value)]
     if isinstance(table, frozenset):
         if not isinstance(value, str) or value not in table:

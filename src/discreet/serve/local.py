@@ -31,6 +31,8 @@ from discreet.serve.wire import field_name, to_json
 
 ADAPTER_HEADER = "x-discreet-adapter"
 
+MAX_STOPS, MAX_STOP_CHARS = 16, 256
+
 DEFAULTS = Sampling(temperature=0.2, top_p=0.9, max_new_tokens=256)
 
 _ROLES: Mapping[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -214,8 +216,14 @@ def _sampling(body: Mapping[str, Any], defaults: Sampling) -> Sampling:
 
 
 def _stops(body: Mapping[str, Any]) -> Sequence[str]:
-    stops = body.get("stop") or body.get("stop_sequences") or ()
-    return (stops,) if isinstance(stops, str) else tuple(stops)
+    name = "stop" if body.get("stop") else "stop_sequences"
+    given = body.get(name) or ()
+    stops = (given,) if isinstance(given, str) else tuple(given)
+    if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARS for stop in stops):  # each is looked for in every piece, in the event loop
+        raise RequestInvalid(
+            f"at most {MAX_STOPS} stop strings of at most {MAX_STOP_CHARS} characters", value=name, remedy="Give fewer or shorter ones."
+        )
+    return stops
 
 
 def _turns(messages: Sequence[Any], name: str, *, system: Any = None) -> tuple[Turn, ...]:

@@ -7,11 +7,11 @@ used with an algorithm of its own type. A key id is looked up by equality in a s
 locate a key (`jwk`, `jku`, `x5u`, `x5c`) or ask for more (`crit`) are refused. `iss`, `aud` and `exp` must be there and right.
 
 The set is a file, or an address that is resolved, checked and called as the upstream is (`upstream.resolve`): over TLS, no redirects, no private ranges unless listed. It is loaded
-when the gateway starts; an unknown key id loads it again, at most once in `RELOAD_S` seconds.
+when the gateway starts; an unknown key id loads it again, at most one try in `RELOAD_S` seconds, whether it succeeds or not.
 
 Errors say a rule and never a word of the token. Source: RFC 7515, 7517, 7519, 8725 (best current practices), OpenID Connect Core 1.0.
 
-Does not cover: revocation before `exp`, encrypted tokens, discovery documents, refresh.
+Does not cover: revocation before `exp`, a key that was taken out of the set (until an unknown id or a restart loads it again), encrypted tokens, discovery documents, refresh.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class Verifier:
             ConfigInvalid: when it is none.
             UpstreamFailed: when it cannot be had.
         """
+        self._loaded = time.monotonic()  # before the try: a provider that is down is not asked by every token
         self._keys = parse_keys(await self.load())
-        self._loaded = time.monotonic()
 
     async def values(self, token: str) -> frozenset[str]:
         """Returns the values of the claim in a token that verifies.

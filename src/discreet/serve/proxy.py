@@ -32,17 +32,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from discreet.deid.patterns import Label
-from discreet.errors import AccessDenied, ConfigInvalid, DiscreetError, NotFound, OperationFailed, RequestInvalid, UpstreamFailed, missing_extra
+from discreet.errors import (
+    AccessDenied,
+    ConfigInvalid,
+    DiscreetError,
+    NotFound,
+    OperationFailed,
+    OutOfTime,
+    RequestInvalid,
+    UpstreamFailed,
+    missing_extra,
+)
 from discreet.keys import Key
 from discreet.serve import answers, fields, oidc, openapi, upstream, wire
 from discreet.serve.answers import Answer
 from discreet.serve.asgi import EventStream, frame, hash_api_key, read_body, unexpected, unless_gone
 from discreet.serve.filters import Conversation, prepare
 from discreet.serve.learning import Learner, person_of, texts_of
-from discreet.serve.oidc import Verifier
+from discreet.serve.oidc import Provider, Verifier
 from discreet.serve.tenants import Limits, Quotas, Settings, Tenant, Unknown, bearer, claimed, identify
 from discreet.serve.trail import Group, Trail
-from discreet.serve.upstream import Server
+from discreet.serve.upstream import Refusing, Server
 
 try:
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
@@ -105,6 +115,7 @@ class _Asked:
     server: Server
     limits: Limits
     began: float
+    deadline: float
     inline: bool
     found: int = 0
     passed: collections.Counter[str] | None = None
@@ -154,13 +165,21 @@ class Gateway(Starlette):
         super().__init__(**options)
         self._proxy = proxy
 
-    def change(self, settings: Settings, server: Server | None = None) -> None:
-        """Puts other settings, and another server, in place: for every request from now on; those that are under way keep theirs.
+    def change(self, settings: Settings | None = None, server: Server | None = None) -> None:
+        """Puts other settings, and another server, in place (None: as it was): for every request from now on; those that are under way keep theirs.
 
         Called from another thread than that of the event loop; what takes long is done in it.
+
+        Raises:
+            ConfigInvalid, UpstreamFailed, OperationFailed: when the keys of the identity provider cannot be had or the server does not open; then nothing has changed.
         """
-        _prepare(settings)
+        if settings is not None:
+            _prepare(settings)
         self._proxy.swap(settings, server)
+
+    def refuse(self, why: DiscreetError) -> None:
+        """Puts nothing in place of the server: every request from now on is refused with the reason."""
+        self._proxy.swap(None, Refusing(why=why, paths=self._proxy.paths))
 
 
 def _prepare(settings: Settings) -> None:
@@ -245,27 +264,41 @@ class _Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
         self._served: dict[Server, int] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._put(settings)
+        self._put(settings, None if settings.provider is None else self._verifier_of(settings.provider))
 
-    def _put(self, settings: Settings) -> None:
+    def _put(self, settings: Settings, verifier: Verifier | None) -> None:
         """Puts settings in place; a token is believed only once the keys of its provider are there."""
-        self._settings = settings
+        self._settings, self._verifier = settings, verifier
         self._server.max_answer_bytes = settings.limits.max_answer_bytes
-        self._verifier = None if settings.provider is None else Verifier(provider=settings.provider, load=partial(self._keys, settings.provider.keys))
 
-    def swap(self, settings: Settings, server: Server | None) -> None:
+    def _verifier_of(self, provider: Provider) -> Verifier:
+        return Verifier(provider=provider, load=partial(self._keys, provider.keys))
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """The routes of the server."""
+        return self._server.paths
+
+    def swap(self, settings: Settings | None, server: Server | None) -> None:
         """Puts settings and a server in place, between two steps of the event loop where it runs already; waits until they are in force."""
-        if self._loop is None:
-            self._put(settings)
-        else:
+        if self._loop is not None:
             asyncio.run_coroutine_threadsafe(self._swap(settings, server), self._loop).result()
+            return
+        self._served.setdefault(self._server, 0)  # closed at the end, if it is another
+        self._server, settings = server or self._server, settings or self._settings
+        self._put(settings, None if settings.provider is None else self._verifier_of(settings.provider))
 
-    async def _swap(self, settings: Settings, server: Server | None) -> None:
-        before = self._server
+    async def _swap(self, settings: Settings | None, server: Server | None) -> None:
+        """Opens first what has to be opened; a provider that is the same keeps its keys, so that nobody is locked out while it cannot be asked."""
+        before, settings, verifier = self._server, settings or self._settings, self._verifier
+        if settings.provider != self._settings.provider:
+            verifier = None if settings.provider is None else self._verifier_of(settings.provider)
+            if verifier is not None:
+                await verifier.open()
         if server is not None and server is not before:
             await server.open()
             self._server = server
-        self._put(settings)
+        self._put(settings, verifier)
         if self._server is not before and not self._served.get(before):
             await before.close()
 
@@ -386,6 +419,7 @@ class _Proxy:
 
         async def handle(request: Request) -> Response:
             began, limits = time.perf_counter(), self._settings.limits
+            deadline = asyncio.get_running_loop().time() + limits.max_seconds
             tenant = await self._identify(request)
             if self._trail is not None:
                 self._trail.refuse_if_broken()
@@ -394,7 +428,8 @@ class _Proxy:
             async with AsyncExitStack() as stack:
                 stack.enter_context(self._quotas.admitted(tenant))
                 server = stack.enter_context(self._pinned())
-                asked = _Asked(route=route, tenant=tenant, server=server, limits=limits, began=began, inline=len(raw) <= MAX_INLINE_BYTES)
+                inline = len(raw) <= MAX_INLINE_BYTES
+                asked = _Asked(route=route, tenant=tenant, server=server, limits=limits, began=began, deadline=deadline, inline=inline)
                 try:
                     response = await unless_gone(request.receive, self._answer(asked, body, stack))
                 except DiscreetError as error:
@@ -427,11 +462,10 @@ class _Proxy:
         answer = Answer(conversation, tenant.tools)
         stack.callback(self._count, asked, body["model"], conversation)
         if sent.get("stream") and route.events is not None:
-            async with asyncio.timeout(asked.limits.max_seconds):
+            async with _in_time(asked):
                 chunks = await stack.enter_async_context(server.stream(route.path, sent))  # an earlier refusal still has its own status
-            asked.status = 200
             return EventStream(self._frames(asked, chunks, answer), headers={**_HEADERS, **headers}, closing=stack.pop_all())
-        async with asyncio.timeout(asked.limits.max_seconds):
+        async with _in_time(asked):
             received = await server.ask(route.path, sent)
         if not isinstance(received, dict):
             raise UpstreamFailed("an answer that is an object")
@@ -486,6 +520,7 @@ class _Proxy:
                     yield text
             if route.done is not None:
                 yield frame(route.done)
+            asked.status = 200  # whatever ends it before (the caller, a send that takes too long, the gateway's own end) is no whole answer
         except DiscreetError as error:
             asked.status = error.http_status
             yield _error_frame(route, error)
@@ -495,11 +530,10 @@ class _Proxy:
 
     async def _restored(self, asked: _Asked, chunks: AsyncGenerator[bytes, None], answer: Answer) -> AsyncGenerator[str, None]:
         route = asked.route
-        deadline = asyncio.get_running_loop().time() + asked.limits.max_seconds
         async with aclosing(answers.events(chunks)) as received:
             done = False
             while not done:
-                async with asyncio.timeout_at(deadline):
+                async with _in_time(asked):
                     texts = await anext(received, None)
                 done = texts is None or "[DONE]" in texts
                 frames: list[str] = []
@@ -550,6 +584,22 @@ class _Proxy:
             async with asyncio.timeout(30):
                 self._listed = server, now, await server.models()
         return self._listed[2]
+
+
+@asynccontextmanager
+async def _in_time(asked: _Asked) -> AsyncIterator[None]:
+    """Ends what takes longer than the request may, from its first byte on.
+
+    Raises:
+        OutOfTime: then.
+    """
+    try:
+        async with asyncio.timeout_at(asked.deadline) as limit:
+            yield
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise OutOfTime(f"an answer within {asked.limits.max_seconds:g} s", remedy="Ask for a shorter one.") from None
 
 
 def _model(name: str) -> dict[str, Any]:

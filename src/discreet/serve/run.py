@@ -1,7 +1,8 @@
 """`discreet serve`: the gateway from a command line to a server that stops gracefully, whatever stands behind it.
 
-On SIGHUP it reads the tenants file again and asks what stands behind it for its server again (a project: for its release). Whatever is right is in force for every request from then on; when
-one of the two is not, nothing changes and it is named on stderr. What is under way keeps the policy and the model it began with; a model that was replaced is let go of after its last answer.
+On SIGHUP it reads the tenants file again, and then asks what stands behind it for its server again (a project: for its release). Each is in force for every request from then on where it is right, whatever
+became of the other: a key that was revoked is refused even when nothing can be served. What is not right stays as it was and is named on stderr, but a release that was withdrawn or withheld: from then on every
+request is refused with the reason. What is under way keeps the policy and the model it began with; a model that was replaced is let go of after its last answer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, final
 
 from discreet.deid.policy import Policy
-from discreet.errors import DiscreetError, missing_extra
+from discreet.errors import DiscreetError, NotReleased, missing_extra
 from discreet.keys import Key
 from discreet.serve import asgi, proxy
 from discreet.serve.filters import POLICY
@@ -64,7 +65,6 @@ class Behind:
     """What stands behind a gateway.
 
     Args:
-        name: how the operator knows it.
         server: returns it, verified; called again on SIGHUP, and returns the same object where nothing has changed.
         key: from which the keys of the tenants derive.
         trail: where roll-ups of what was served are signed; None for nowhere.
@@ -73,7 +73,6 @@ class Behind:
         routes: pages that are served beside the gateway.
     """
 
-    name: str
     server: Callable[[], Server]
     key: Key
     trail: Trail | None
@@ -103,7 +102,7 @@ def elsewhere(url: str, *, private: frozenset[str], key_env: str, trail: Path | 
     server = Upstream(address=resolve(url, private=private), api_key=os.environ.get(key_env, ""))
     with ExitStack() as stack:
         kept = None if trail is None else stack.enter_context(opened(trail))
-        yield Behind(name=server.address.host, server=lambda: server, key=Key.random(), trail=kept)
+        yield Behind(server=lambda: server, key=Key.random(), trail=kept)
 
 
 def run(options: Options, behind: Behind, *, say: Say, learner: Learner | None = None) -> None:
@@ -120,7 +119,7 @@ def run(options: Options, behind: Behind, *, say: Say, learner: Learner | None =
     """
     url = f"{'http' if options.tls is None else 'https'}://{options.host}:{options.port}"
     server = behind.server()
-    say(f"gateway    {url}/v1  ->  {behind.name}")
+    say(f"gateway    {url}/v1  ->  {server.name}")
     if behind.routes:
         say(f"dashboard  {url}/")
     if options.tls is None and not _is_loopback(options.host):
@@ -139,7 +138,7 @@ def run(options: Options, behind: Behind, *, say: Say, learner: Learner | None =
             learner=learner,
         )
         application.router.routes.extend(behind.routes)
-        reload = _reloader(application, settings, options.tenants, behind, say)
+        reload = _reloader(application, options.tenants, behind, say)
         asgi.run(application, host=options.host, port=options.port, tls=options.tls, grace_s=options.grace_s, on_hangup=reload)
 
 
@@ -149,21 +148,37 @@ def _fresh(url: str, behind: Behind, say: Say) -> Settings:
     return Settings(tenants=(Tenant(name="default", key_hashes=(hashed,), policy=behind.policy),), limits=behind.limits)
 
 
-def _reloader(application: proxy.Gateway, first: Settings, path: Path | None, behind: Behind, say: Say) -> Callable[[], None]:
+def _reloader(application: proxy.Gateway, path: Path | None, behind: Behind, say: Say) -> Callable[[], None]:
     """Returns what a signal calls: the work is done in a thread of its own, one at a time, while requests are answered."""
     one = threading.Lock()
 
+    def tenants() -> str | None:
+        if path is None:
+            return None
+        application.change(load(path, policy=behind.policy))
+        return path.name
+
+    def server() -> str:
+        try:
+            found = behind.server()
+        except NotReleased as error:
+            application.refuse(error)
+            return f"nothing is served: {error}"
+        application.change(server=found)
+        return found.name
+
     def reload() -> None:
         with one:
-            try:
-                settings = first if path is None else load(path, policy=behind.policy)
-                application.change(settings, behind.server())
-            except DiscreetError as error:
-                say(f"not reloaded, the old settings stay: {error}")
-            except Exception as error:  # its words may quote a file
-                say(f"not reloaded, the old settings stay: {type(error).__name__}")
-            else:
-                say(f"reloaded   {behind.name if path is None else path.name}")
+            for name, again in (("tenants file", tenants), ("server", server)):
+                try:
+                    done = again()
+                except DiscreetError as error:
+                    say(f"not reloaded, the {name} before stays in force: {error}")
+                except Exception as error:  # its words may quote a file
+                    say(f"not reloaded, the {name} before stays in force: {type(error).__name__}")
+                else:
+                    if done is not None:
+                        say(f"reloaded   {done}")
 
     return lambda: threading.Thread(target=reload, daemon=True).start()
 

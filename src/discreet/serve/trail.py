@@ -92,7 +92,7 @@ def _ms(seconds: float) -> float:
 
 @final
 class Trail:
-    """Roll-ups of one gateway. Counting is for one event loop; writing may be done from a thread."""
+    """Roll-ups of one gateway, counted and written from any thread: one lock for the sums, held for moments, and one for who writes, held as long as the database takes."""
 
     def __init__(self, store: Store, log: Log) -> None:
         """Writes into a log, and its database."""
@@ -100,7 +100,7 @@ class Trail:
         self._sums: dict[Group, _Sum] = {}
         self._open, self._since = 0, time.monotonic()
         self._broken = False
-        self._lock = threading.Lock()
+        self._counting, self._one = threading.Lock(), threading.Lock()
 
     def refuse_if_broken(self) -> None:
         """Called before a request is answered.
@@ -123,17 +123,18 @@ class Trail:
         passed: Mapping[str, int] = MappingProxyType({}),
     ) -> bool:
         """Counts one request; returns whether a roll-up is due."""
-        total = self._sums.setdefault(group, _Sum())
-        total.requests += 1
-        total.routes[route] += 1
-        total.statuses[str(status)] += 1
-        total.counts.update(counts)
-        total.stopped.update(stopped)
-        total.passed.update(passed)
-        if len(total.seconds) < MAX_TIMES:
-            total.seconds.append(seconds)
-        self._open += 1
-        return self._open >= BATCH or time.monotonic() - self._since >= EVERY_S or self._broken
+        with self._counting:
+            total = self._sums.setdefault(group, _Sum())
+            total.requests += 1
+            total.routes[route] += 1
+            total.statuses[str(status)] += 1
+            total.counts.update(counts)
+            total.stopped.update(stopped)
+            total.passed.update(passed)
+            if len(total.seconds) < MAX_TIMES:
+                total.seconds.append(seconds)
+            self._open += 1
+            return self._open >= BATCH or time.monotonic() - self._since >= EVERY_S or self._broken
 
     def write(self) -> None:
         """Logs what was counted since the last statement; what cannot be written is kept for the next try.
@@ -141,8 +142,9 @@ class Trail:
         Raises:
             OperationFailed: when it cannot be written.
         """
-        with self._lock:
-            sums, self._sums, self._open, self._since = self._sums, {}, 0, time.monotonic()
+        with self._one:
+            with self._counting:
+                sums, self._sums, self._open, self._since = self._sums, {}, 0, time.monotonic()
             if not sums:
                 return
             try:
@@ -150,9 +152,10 @@ class Trail:
                     self._log.append_all(tx, [total.statement(group) for group, total in sums.items()])
             except Exception as error:
                 self._broken = True
-                for group, total in self._sums.items():
-                    _add(sums.setdefault(group, _Sum()), total)
-                self._sums = sums
+                with self._counting:
+                    for group, total in self._sums.items():
+                        _add(sums.setdefault(group, _Sum()), total)
+                    self._sums = sums
                 raise OperationFailed("a trail that can be written", value=type(error).__name__) from None
             self._broken = False
 
@@ -160,7 +163,7 @@ class Trail:
         """Writes what is left over every `EVERY_S` seconds, until it is cancelled."""
         while True:
             await asyncio.sleep(EVERY_S)
-            with contextlib.suppress(OperationFailed):
+            with contextlib.suppress(Exception):  # `write` has marked the trail as broken; the next try comes
                 await asyncio.to_thread(self.write)
 
 

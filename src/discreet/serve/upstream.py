@@ -18,7 +18,7 @@ import socket
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, final
+from typing import Any, NoReturn, Protocol, final
 from urllib.parse import urlsplit
 
 from discreet.errors import ConfigInvalid, DiscreetError, Overloaded, RequestInvalid, UpstreamFailed, missing_extra
@@ -55,6 +55,7 @@ class Server(Protocol):
         headers: said with every answer of it.
         digest: of who answers: the adapter that was released, or the name of a server elsewhere.
         released: whether it is a verified release.
+        name: how the operator knows it.
         max_answer_bytes: largest answer that is read, where that is not bounded otherwise.
     """
 
@@ -66,6 +67,8 @@ class Server(Protocol):
     def digest(self) -> Digest: ...
     @property
     def released(self) -> bool: ...
+    @property
+    def name(self) -> str: ...
 
     max_answer_bytes: int
 
@@ -88,6 +91,48 @@ class Server(Protocol):
     def stream(self, path: str, body: Mapping[str, Any]) -> AbstractAsyncContextManager[AsyncGenerator[bytes, None]]:
         """Gives the bytes of the server-sent events that answer it."""
         ...
+
+
+@final
+@dataclass(slots=True, kw_only=True, eq=False)
+class Refusing:
+    """In place of a release that may be served no more: whoever asks gets the reason, and no model is held.
+
+    Args:
+        why: the reason.
+        paths: those of the server that was there.
+    """
+
+    why: DiscreetError
+    paths: frozenset[str]
+    headers: Mapping[str, str] = field(default_factory=dict, init=False)
+    digest: Digest = field(default=digest_of(b""), init=False)
+    released: bool = field(default=True, init=False)
+    name: str = field(default="nothing", init=False)
+    max_answer_bytes: int = field(default=0, init=False)
+
+    async def open(self) -> None:
+        """See `Server.open`."""
+
+    async def close(self) -> None:
+        """See `Server.close`."""
+
+    async def models(self) -> frozenset[str]:
+        """Raises the reason: every request asks for the models first."""
+        self._refuse()
+
+    async def ask(self, _path: str, _body: Mapping[str, Any]) -> Any:
+        """Raises the reason."""
+        self._refuse()
+
+    def stream(self, _path: str, _body: Mapping[str, Any]) -> AbstractAsyncContextManager[AsyncGenerator[bytes, None]]:
+        """Raises the reason."""
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise type(self.why)(
+            self.why.rule, value=self.why.value, remedy=self.why.remedy
+        )  # a fresh one: an exception that is raised again keeps every frame
 
 
 @final
@@ -180,7 +225,7 @@ class Upstream:
     Args:
         address: as `resolve` gives it.
         api_key: the gateway's own key there; callers never send one through.
-        max_answer_bytes: largest answer that is read, >= 1.
+        max_answer_bytes: largest answer that is read, >= 1; an answer keeps the one that it began with.
         timeout_s: for a connection, and for each silence within an answer, > 0.
         transport: for tests; None for the network.
     """
@@ -199,6 +244,11 @@ class Upstream:
     def __post_init__(self) -> None:
         """Computes the digest of the server's name."""
         self.digest = digest_of(self.address.authority.encode())
+
+    @property
+    def name(self) -> str:
+        """See `Server`."""
+        return self.address.host
 
     async def open(self) -> None:
         """Opens the pool of connections, in the loop that will use it."""
@@ -245,6 +295,7 @@ class Upstream:
         """
         if path not in PATHS or self._open is None:
             raise UpstreamFailed("a path of this gateway, on an open connection")
+        limit = self.max_answer_bytes
         method, content = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         timeout = httpx.Timeout(self.timeout_s, connect=10.0).as_dict()
         extensions = {"sni_hostname": self.address.host, "timeout": timeout}
@@ -257,7 +308,7 @@ class Upstream:
                 _check(response.status_code)
                 if response.headers.get("content-encoding", "identity") != "identity":
                     raise UpstreamFailed("an answer that is not compressed")  # nobody asked for it, and how large it is would be known too late
-                yield self._bytes(response)
+                yield _bounded(response, limit)
             finally:
                 await response.aclose()
         except httpx.HTTPError as error:
@@ -265,14 +316,6 @@ class Upstream:
         else:
             return
         raise failed
-
-    async def _bytes(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
-        received = 0
-        async for chunk in response.aiter_bytes():
-            received += len(chunk)
-            if received > self.max_answer_bytes:
-                raise UpstreamFailed(f"an answer of at most {self.max_answer_bytes} bytes")
-            yield chunk
 
     def _headers(self, path: str) -> dict[str, str]:
         headers = {"host": self.address.authority, "accept-encoding": "identity", "user-agent": "discreet"}
@@ -283,6 +326,15 @@ class Upstream:
             headers["anthropic-version"] = ANTHROPIC_VERSION
             headers.update({"x-api-key": self.api_key} if self.api_key else {})
         return headers
+
+
+async def _bounded(response: httpx.Response, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    received = 0
+    async for chunk in response.aiter_bytes():
+        received += len(chunk)
+        if received > max_bytes:
+            raise UpstreamFailed(f"an answer of at most {max_bytes} bytes")
+        yield chunk
 
 
 def _check(status: int) -> None:
