@@ -154,8 +154,9 @@ def update(house: House, observer: Observer, *, start: Literal["base", "released
     changed = [section.name for section in house.project.source if house.catalog.changed(house.project, section)]
     again = sorted({*changed, *_refused_before(house)})
     if again:
+        trained = finished_result(house, "train") or fact(house, PENDING) or {}
         with house.store.transaction() as tx:
-            remember(tx, PENDING, {"changed": again, "run": (finished_result(house, "train") or fact(house, PENDING) or {}).get("run")})
+            remember(tx, PENDING, {"changed": again, "run": trained.get("run")})
     for section in house.project.source:
         if section.name in changed:
             house.catalog.register_again(house.project, section)
