@@ -86,7 +86,7 @@ def refuse_unpromised(house: House, plan: mechanism.Plan, snapshot: Snapshot, pa
     """Composes a planned run with those that it would go on from, before anything is spent: its model can promise nothing else.
 
     Raises:
-        PlanInvalid: when no accountant knows all of them. Nothing was spent.
+        PlanInvalid: when no accountant knows all of them, or together they are above `[release] max_epsilon`. Nothing was spent.
     """
     above = [plan_of(house, each) for each in (parent.run, *runs_above(house, parent.run))]
     try:
@@ -96,6 +96,11 @@ def refuse_unpromised(house: House, plan: mechanism.Plan, snapshot: Snapshot, pa
         remedy = "Nothing was spent. Set [search] and [privacy] sampling to what that run had, or train from the base (`discreet update`)."
         value = ", ".join(f"{each.sampling.value}{' in a search' if each.search else ''}" for each in (plan, *above))
         raise PlanInvalid(f"a run that one accountant composes with {parent.run}, from which it goes on", value=value, remedy=remedy) from None
+    most = house.project.release.max_epsilon
+    if promised.epsilon > most:
+        remedy = "Nothing was spent. Lower [privacy] epsilon, raise [release] max_epsilon, or train from the base (`discreet update`)."
+        rule = f"a run that with {parent.run}, from which it goes on, stays within [release] max_epsilon = {most:g}"
+        raise PlanInvalid(rule, value=f"{promised.epsilon:.4g}", remedy=remedy)
 
 
 def _composed(plans: Sequence[mechanism.Plan]) -> Guarantee:

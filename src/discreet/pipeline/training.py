@@ -21,7 +21,7 @@ from discreet.ledger import CloseReason, Kind, Reservation, State
 from discreet.model import Base, PublicText
 from discreet.pipeline.admission import ingest
 from discreet.pipeline.continuing import Parent, claim_of, parent_of, refuse_unpromised, weights_of
-from discreet.pipeline.house import House, Observer, Silent, fact, facts, finished_result, keep_result, remember, run_config
+from discreet.pipeline.house import House, Observer, Silent, fact, facts, finished_result, forget_results, keep_result, remember, run_config
 from discreet.pipeline.pricing import calibrate, open_project_budget, plan_of, refuse_unaffordable
 from discreet.pipeline.weights import (
     PUBLIC_ADAPTER,
@@ -56,7 +56,7 @@ def train(house: House, observer: Observer, *, parent: Parent | None = None) -> 
         parent: the model that a new run goes on from; left out, it begins at the base. A run that was reserved before keeps what it began with.
 
     Raises:
-        PlanInvalid: when [privacy] has no solution, or the run cannot be composed with those that it goes on from. Nothing was spent.
+        PlanInvalid: when [privacy] has no solution, or the run and those that it goes on from cannot be composed or are together above [release] max_epsilon. Nothing was spent.
         BudgetExhausted: when the budget does not admit the run. Nothing was spent.
         NothingLearned: when no trainable parameter changed.
     """
@@ -313,6 +313,7 @@ def _reserve(house: House, snapshot: Snapshot, parent: Parent | None = None) -> 
     if known is None:
         with house.store.transaction() as tx:
             remember(tx, f"plan/{run}", plan.to_json())
+            forget_results(tx, {f"parent/{run}": ""})  # what a call left that was killed before it reserved
             if parent is not None:
                 remember(tx, f"parent/{run}", parent.to_json())
             if plan.allow_large_delta:
