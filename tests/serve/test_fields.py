@@ -120,6 +120,8 @@ def test_what_the_tables_do_not_know_passes_by_policy_alone_and_without_its_iden
         {"type": "image_url", "image_url": {"url": "https://example.org/face.png"}},
         {"type": "note", "inner": [{"type": "input_audio", "data": "UklGRg=="}]},
         {"type": "note", "picture": "data:image/png;base64,iVBORw0KGgo="},
+        {"type": "note", "inline": {"mime_type": "image/png", "data": "iVBORw0KGgo="}},
+        {"type": "note", "bytes": "iVBORw0KGgo" * 40},
     ],
 )
 def test_images_and_audio_pass_by_no_policy(part):

@@ -420,6 +420,8 @@ def _object(value: Any, table: Mapping[str, Any], visitor: _Visitor, path: str) 
 
 
 _MEDIA = re.compile("image|audio|video|file|document", re.IGNORECASE)
+_ENCODED = re.compile(r"\Adata:|\A(?:image|audio|video|application)/[\w.+-]+\Z|(?<![\w+/-])[\w+/-]{400}", re.IGNORECASE | re.ASCII)
+"""A data URL, a media type, or a run that no word of a text has: bytes in some encoding."""
 
 
 def _passed(value: dict[str, Any], what: str, visitor: _Visitor, path: str) -> Any:
@@ -433,7 +435,7 @@ def _passed(value: dict[str, Any], what: str, visitor: _Visitor, path: str) -> A
 
 def _holds_media(value: Any) -> bool:
     if isinstance(value, str):
-        return value[:5].lower() == "data:"
+        return _ENCODED.search(value) is not None
     if isinstance(value, dict):
         return bool(_MEDIA.search(str(value.get("type", "")))) or any(map(_holds_media, value.values()))
     return isinstance(value, list) and any(map(_holds_media, value))
