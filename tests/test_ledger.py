@@ -262,7 +262,7 @@ def test_overlapping_populations_meet_in_the_overlap(house, plan):
         assert house.ledger.filter("west", snapshot("+".join(people), people=people)).spent == expected.spent, people
     with house.store.transaction() as tx:
         sizes = dict(tx.execute(select(cohorts._cohorts.c.id, cohorts._cohorts.c.size)).all())
-        assert [sizes.get(cohort, 0) for cohort in cohorts.everyone(tx)] == [0, 2, 1, 1]
+        assert [sizes.get(cohort, 0) for cohort in cohorts.accounts_of_everyone(tx)[0]] == [0, 2, 1, 1]
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -751,9 +751,9 @@ def test_the_race_test_catches_a_ledger_that_does_not_lock(tmp_path, monkeypatch
         import discreet.ledger as module
 
         with mutant.store.transaction() as tx:
-            stale = module._accounts(tx, "main", cohorts.everyone(tx))
+            stale = module._accounts(tx, "main")
         read.wait()  # every process has read the balance before the first one writes
-        module._accounts = lambda tx, name, people: stale
+        module._accounts = lambda tx, name: stale
         _race_with(mutant, barrier, results, number)
 
     assert _children(racer, [(number,) for number in range(RACERS)]) == [0] * RACERS

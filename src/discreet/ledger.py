@@ -56,7 +56,7 @@ from discreet.evidence.log import Log
 from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.keys import Keyring
 from discreet.record import Digest, Snapshot
-from discreet.store import Store, metadata, now
+from discreet.store import Store, fetch, later, metadata, now
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _EXACT = Context(prec=1000)
@@ -546,7 +546,7 @@ class Ledger:
             if snapshot is None:
                 standing = list(_standing(tx, name).values())
             else:
-                held = _accounts(tx, name, _cohorts_without_enrolling(tx, self._keyring, snapshot))
+                _, held = _accounts(tx, name, _cohorts_without_enrolling(tx, self._keyring, snapshot))
                 standing = [account for (_, budget), account in held.items() if budget == name]
             at = now(tx)
             most = tuple(max(column) for column in zip(*(account.rolled(at).closed_off for account in standing), strict=True))
@@ -725,9 +725,9 @@ class Ledger:
     def _charge(self, tx: Connection, wanted: Sequence[_Wanted], number: int) -> list[Reservation]:
         """Judges one population's spends one after the other, for every cohort under every budget that binds it, then writes them all from this number on."""
         first = wanted[0]
-        people = cohorts.everyone(tx) if first.population is None else cohorts.of_population(tx, first.population)
+        people, accounts = _accounts(tx, first.budget, None if first.population is None else cohorts.of_population(tx, first.population))
         at = now(tx)
-        held = {key: account.rolled(at) for key, account in _accounts(tx, first.budget, people).items()}
+        held = {key: account.rolled(at) for key, account in accounts.items()}
         left: list[float] = []
         for want in wanted:
             held = {key: _judged(account, want, asked=first.budget) for key, account in held.items()}
@@ -746,7 +746,7 @@ class Ledger:
         cohorts.write_accounts(tx, {key: account.to_json() for key, account in held.items()})
         cohorts.add(tx, people, {want.spend.digest: want.spend.content for want in wanted}, Counter(want.spend.digest for want in wanted))
         rows = [_row(want, number + k, now(tx)) for k, want in enumerate(wanted)]
-        tx.execute(_INSERT_RESERVATIONS, rows)
+        later(tx, _INSERT_RESERVATIONS, rows)
         self._log.append_all(tx, [_reserved(row) for row in rows])
         return [_granted(row, remaining) for row, remaining in zip(rows, left, strict=True)]
 
@@ -791,8 +791,9 @@ class Ledger:
 
     def _charge_each(self, tx: Connection, name: str, spends: Sequence[Spend]) -> list[Reservation | Exception]:
         """Judges spends one after the other; what is refused is left out, what is admitted is written."""
-        people, at = cohorts.everyone(tx), now(tx)
-        held = {key: account.rolled(at) for key, account in _accounts(tx, name, people).items()}
+        at = now(tx)
+        people, accounts = _accounts(tx, name)
+        held = {key: account.rolled(at) for key, account in accounts.items()}
         refused: dict[int, Exception] = {}
         left: list[float] = []
         for place, spend in enumerate(spends):
@@ -887,7 +888,7 @@ def _claim_unit(tx: Connection, unit: str, sources: Iterable[str]) -> None:
 
 
 def _all_terms(tx: Connection) -> dict[str, _Terms]:
-    return {row.name: _read_terms(*row) for row in tx.execute(_ALL_TERMS)}
+    return {row[0]: _read_terms(*row) for row in fetch(tx, _ALL_TERMS)}
 
 
 _ALL_TERMS = select(_budgets.c.name, _budgets.c.unit, _budgets.c.terms, _budgets.c.opened_at)
@@ -955,13 +956,14 @@ def _alerts(terms: _Terms, remaining: float) -> tuple[str, ...]:
 # Accounts
 
 
-def _accounts(tx: Connection, name: str, people: Sequence[int]) -> dict[tuple[int, str], _Account]:
-    """The accounts that judge a charge to cohorts: those of every budget that binds them, and of the budget that is asked, which counts all that they ever spent."""
+def _accounts(tx: Connection, name: str, people: Sequence[int] | None = None) -> tuple[Sequence[int], dict[tuple[int, str], _Account]]:
+    """Cohorts (left out, everyone) and the accounts that judge a charge to them: of every budget that binds them, and of the one that is asked, which counts all that they ever spent."""
     terms = _all_terms(tx)
     if name not in terms:
         raise _not_open(name)
-    found = {(c, b): _Account.from_json(stored, terms[b]) for (c, b), stored in cohorts.accounts(tx, people).items()}
-    return found | {(cohort, name): _replayed(tx, cohort, terms[name]) for cohort in people if (cohort, name) not in found}
+    cohorts_, stored = cohorts.accounts_of_everyone(tx) if people is None else (people, cohorts.accounts(tx, people))
+    found = {(c, b): _Account.from_json(content, terms[b]) for (c, b), content in stored.items()}
+    return cohorts_, found | {(cohort, name): _replayed(tx, cohort, terms[name]) for cohort in cohorts_ if (cohort, name) not in found}
 
 
 def _replayed(tx: Connection, cohort: int, terms: _Terms) -> _Account:
@@ -1099,18 +1101,16 @@ def _decimal(value: float) -> Decimal:
 
 def _take_numbers(tx: Connection, budget: str, count: int) -> int:
     """Counts `count` more reservations of a budget and returns the number of the first."""
-    last = tx.execute(_COUNT, {"budget": budget, "more": count}).scalar_one_or_none()
-    if last is None:
+    found = fetch(tx, _LAST_NUMBER, budget=budget)
+    if not found:
         raise _not_open(budget)
-    return int(last) - count + 1
+    last = int(found[0][0])
+    later(tx, _COUNT, [{"budget": budget, "last": last + count}])
+    return last + 1
 
 
-_COUNT = (
-    update(_budgets)
-    .where(_budgets.c.name == bindparam("budget"))
-    .values(reservations=_budgets.c.reservations + bindparam("more", type_=Integer))
-    .returning(_budgets.c.reservations)
-)
+_LAST_NUMBER = select(_budgets.c.reservations).where(_budgets.c.name == bindparam("budget"))
+_COUNT = update(_budgets).where(_budgets.c.name == bindparam("budget")).values(reservations=bindparam("last", type_=Integer))
 _INSERT_RESERVATIONS = insert(_reservations)
 
 
@@ -1145,8 +1145,7 @@ def _matching(tx: Connection, reservation: Reservation) -> Any:
 
 
 def _reservation(tx: Connection, row: Any) -> Reservation:
-    people = cohorts.everyone(tx) if row.population is None else cohorts.of_population(tx, row.population)
-    standing = _accounts(tx, row.budget, people)
+    _, standing = _accounts(tx, row.budget, None if row.population is None else cohorts.of_population(tx, row.population))
     return _granted(row._mapping, min(account.remaining_epsilon for (_, budget), account in standing.items() if budget == row.budget))
 
 
