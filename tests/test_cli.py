@@ -92,6 +92,41 @@ canaries = 20
     return folder
 
 
+def test_a_checkpoint_that_was_kept_and_cosigned_is_held_against_the_log(run: Run, project: Path, tmp_path: Path):
+    """A stranger keeps a cosigned checkpoint, and shows it at every later export: of another log, of fewer entries, or without the witness it is no proof."""
+    where = ("-C", str(project), "--json")
+    assert run("budget", "open", "b", "--epsilon", "1", "--delta", "1e-6", *where)[0] == 0
+    first = document("evidence-export", run("evidence", "export", "--public", "--out", str(tmp_path / "first"), *where)[1])
+    state, names = str(tmp_path / "state"), ("--name", "witness.example")
+    code, out, err = run("evidence", "witness", first["bundle"], "--key", first["key"], *names, "--state", state, "--json")
+    assert code == 0, err
+    signed = document("evidence-witness", out)
+    kept, who, other = tmp_path / "kept", tmp_path / "who", tmp_path / "other"
+    kept.write_text(signed["checkpoint"])
+    who.write_text(signed["key"] + "\n")
+    other.write_text(signed["key"].replace("witness.example", "somebody.example"))
+    assert run("budget", "open", "c", "--epsilon", "1", "--delta", "1e-6", *where)[0] == 0
+    alone = document("evidence-export", run("evidence", "export", "--log-only", "--out", str(tmp_path / "alone"), *where)[1])
+    assert not (tmp_path / "alone" / "dossier.json").exists()
+
+    def verify(bundle: str, *more: str) -> tuple[int, dict]:
+        code, out, _ = run("evidence", "verify", bundle, "--key", alone["key"], *more, "--json")
+        return code, document("evidence-verify", out) if code in (0, 4) else {}
+
+    for bundle in (first["bundle"], alone["bundle"]):
+        assert verify(bundle, "--pinned", str(kept), "--witnesses", str(who))[0] == 0
+    newer = tmp_path / "newer"
+    newer.write_text(alone["checkpoint"])
+    code, said = verify(first["bundle"], "--pinned", str(newer))
+    assert (code, "rollback" in said["failed"][0]) == (4, True)
+    assert verify(alone["bundle"], "--pinned", str(newer), "--witnesses", str(who))[0] == 4, "no witness signed it"
+    assert verify(alone["bundle"], "--pinned", str(kept), "--witnesses", str(other))[0] == 4
+    assert verify(alone["bundle"], "--witnesses", str(who))[0] == 2
+    with kept.open("r+b") as file:
+        file.truncate(2 << 30)
+    assert verify(alone["bundle"], "--pinned", str(kept))[0] == 4, "its size is looked at first"
+
+
 def test_ingest_trace_and_erase(run: Run, project: Path):
     code, out, err = run("run", "ingest", "-C", str(project), "--json")
     assert code == 0, err
@@ -102,11 +137,14 @@ def test_ingest_trace_and_erase(run: Run, project: Path):
     code, out, _ = run("evidence", "verify", exported["bundle"], "--key", exported["key"], "--json")
     assert code == 0
     assert document("evidence-verify", out)["valid"]
-    entries = (project / "ev" / "entries.jsonl").read_bytes()
-    (project / "ev" / "entries.jsonl").write_bytes(entries.replace(b"a", b"b", 1))
-    code, out, _ = run("evidence", "verify", exported["bundle"], "--key", exported["key"], "--json")
-    assert code == 4
-    assert document("evidence-verify", out)["failed"]
+    for name in ("log/entries.jsonl", "dossier.json"):
+        file = project / "ev" / name
+        kept = file.read_bytes()
+        file.write_bytes(kept.replace(b"a", b"b", 1))
+        code, out, _ = run("evidence", "verify", exported["bundle"], "--key", exported["key"], "--json")
+        assert code == 4, name
+        assert document("evidence-verify", out)["failed"], name
+        file.write_bytes(kept)
     code, out, _ = run("catalog", "list", "-C", str(project), "--json")
     assert code == 0
     assert {source["name"] for source in document("catalog", out)["sources"]} == {"notes", "held-out", "audit-canaries-20-v2"}

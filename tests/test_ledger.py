@@ -661,6 +661,27 @@ def test_alerts_begin_at_half(house):
     assert house.ledger.show("queries").alerts == ("budget 'queries': 80% of epsilon 1 is spent; nothing of it comes back",)
 
 
+def test_a_period_that_is_used_up_says_so_until_the_next(house, monkeypatch):
+    days = 86400.0
+    monkeypatch.setattr(store_module.time, "time", lambda: 1e9)
+    house.ledger.open("queries", epsilon=1.0, delta=1e-6, unit="patient", period=Period(days=30, count=4))
+    pay(house.ledger, "queries", 0.2)
+    said = "budget 'queries': 80% of what this period may spend is spent; the rest is locked until the next"
+    assert house.ledger.show("queries").alerts == (said,)
+    monkeypatch.setattr(store_module.time, "time", lambda: 1e9 + 31 * days)
+    assert house.ledger.show("queries").alerts == ()
+
+
+def test_a_new_name_shows_what_its_people_have_left(tight, plan):
+    """Nobody was charged under it yet: whoever is known brings along what they spent, and every budget that binds them is asked."""
+    tight.ledger.reserve("main", plan, snapshot(), "run-1")
+    tight.ledger.open("same", epsilon=TIGHT, delta=DELTA, unit="patient")
+    assert tight.ledger.show("same").remaining_epsilon < 0.1
+    tight.ledger.open("large", epsilon=100.0, delta=DELTA, unit="patient")
+    assert tight.ledger.show("large").remaining_epsilon < 100
+    assert tight.ledger.affordable("large", sampling_probability=0.05, noise_multiplier=2.0) == 0, "the budget 'main' binds them"
+
+
 def test_a_raise_keeps_what_was_spent_and_admits_what_fits_now(tight, plan):
     """The first plan uses up epsilon 1; raised to 8, the budget counts it as if it had been opened with 8."""
     tight.ledger.reserve("main", plan, snapshot(), "run-1")

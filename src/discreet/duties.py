@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from discreet import pipeline
+from discreet import dossier, pipeline
 from discreet.errors import PlanInvalid, RequestInvalid
 from discreet.governance.access import Action, current_user
 from discreet.ledger import Kind, Period, Reservation, Spend
@@ -101,6 +101,12 @@ def plan(house: House, name: str, *, sampling_probability: float, noise_multipli
     asked = {"sampling_probability": sampling_probability, "noise_multiplier": noise_multiplier}
     bought = {"steps": steps, "epochs": steps * sampling_probability, "curve": curve}
     return {"budget": name, "epsilon": held.epsilon, "remaining": held.remaining_epsilon, "unlocked": held.unlocked, **asked, **bought}
+
+
+def export_evidence(house: House, out: Path, *, public: bool) -> tuple[Path, Path]:
+    """Writes the officer's folder and the public key beside it. Errors as `dossier.write`."""
+    house.access.require(Action.READ, who=current_user())
+    return dossier.export(house.log, house.store, out, public=public)
 
 
 def rotate_key(house: House, out: Path) -> dict[str, Any]:

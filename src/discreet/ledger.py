@@ -387,6 +387,14 @@ class _Account:
         return any(inside and spent - start <= allowance * (1 + 1e-12) for inside, spent, start, allowance in used)
 
     @property
+    def used_of_period(self) -> float:
+        """Share of this period's allowance that is spent, at the order that has most left; 0 without periods."""
+        if self.pace is None:
+            return 0.0
+        used = zip(self._all_spent, self.pace.start, self.pace.allowance, strict=True)
+        return min(((spent - start) / allowance if allowance else math.inf) for spent, start, allowance in used)
+
+    @property
     def remaining_epsilon(self) -> float:
         left = 0.0 if self.pure.is_infinite() else float(max(Decimal(0), _EXACT.subtract(_decimal(self.terms.filter.epsilon), self.pure)))
         return max(left, self.filter.remaining_epsilon())
@@ -629,10 +637,12 @@ class Ledger:
         )
 
     def affordable(self, name: str, *, sampling_probability: float, noise_multiplier: float, most: int = 1 << 20) -> int:
-        """Returns how many Poisson-sampled Gaussian steps this budget admits now for everyone whom it has charged, its period included: 0 to `most`.
+        """Returns how many Poisson-sampled Gaussian steps can be reserved now for everyone whom this budget has charged (before its first charge: for everybody who is known).
+
+        Every budget that binds one of them is asked, its period included, as `reserve` asks it. 0 to `most`.
 
         Args:
-            name: of an open budget; other budgets that bind the same people are not asked.
+            name: of an open budget.
             sampling_probability: in (0, 1].
             noise_multiplier: > 0.
 
@@ -644,12 +654,16 @@ class Ledger:
             raise PlanInvalid("0 < sampling_probability <= 1 and a finite noise_multiplier > 0", value=(sampling_probability, noise_multiplier))
         with self._store.transaction() as tx:
             at = now(tx)
-            standing = [account.rolled(at) for account in _standing(tx, name).values()]
+            _, held = _accounts(tx, name, list(_standing(tx, name)))
+            standing = [account.rolled(at) for account in held.values()]
+        one_of = {account.terms.name: account for account in standing}
 
         def fits(steps: int) -> bool:
             event = event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
-            cost = _cost({"event": event_to_json(event)}, standing[0])  # RDP knows the event: the same for all
-            return all(account.charged(cost).is_within for account in standing)
+            costs = {
+                budget: _cost({"event": event_to_json(event)}, account) for budget, account in one_of.items()
+            }  # RDP knows the event: the same for all of a budget
+            return all(account.charged(costs[account.terms.name]).is_within for account in standing)
 
         return _largest(fits, most=most)
 
@@ -920,10 +934,10 @@ def _not_open(name: str) -> NotFound:
 
 
 def _standing(tx: Connection, name: str) -> dict[int, _Account]:
-    """The accounts of everyone whom a budget has charged; when nobody yet, of those whom nobody has named."""
+    """The accounts of everyone whom a budget has charged; when nobody yet, of everybody who is known, with all that they spent under other names."""
     terms = _terms(tx, name)
     found = {cohort: _Account.from_json(stored, terms) for (cohort, _), stored in cohorts.accounts(tx, budget=name).items()}
-    return found or {cohorts.UNSEEN: _replayed(tx, cohorts.UNSEEN, terms)}
+    return found or {cohort: _replayed(tx, cohort, terms) for cohort in cohorts.accounts_of_everyone(tx)[0]}
 
 
 def _budget(tx: Connection, name: str) -> Budget:
@@ -939,7 +953,7 @@ def _budget(tx: Connection, name: str) -> Budget:
         query_delta=terms.query_delta,
         period=terms.period,
         unlocked=_unlocked(terms, now(tx)),
-        alerts=_alerts(terms, remaining),
+        alerts=_alerts(terms, remaining, [account.rolled(now(tx)) for account in standing.values()]),
     )
 
 
@@ -947,10 +961,15 @@ def _unlocked(terms: _Terms, at: float) -> float:
     return 1.0 if terms.period is None else min(1.0, (terms.period.number(at - terms.opened_at) + 1) / terms.period.count)
 
 
-def _alerts(terms: _Terms, remaining: float) -> tuple[str, ...]:
+def _alerts(terms: _Terms, remaining: float, standing: Sequence[_Account]) -> tuple[str, ...]:
     share = 1 - remaining / terms.filter.epsilon
-    said = f"budget '{terms.name}': {share:.0%} of epsilon {terms.filter.epsilon:g} is spent; nothing of it comes back"
-    return (said,) if share >= _ALERT_FROM else ()
+    said = (
+        [f"budget '{terms.name}': {share:.0%} of epsilon {terms.filter.epsilon:g} is spent; nothing of it comes back"] if share >= _ALERT_FROM else []
+    )
+    used = max(account.used_of_period for account in standing)
+    if used >= _ALERT_FROM:
+        said.append(f"budget '{terms.name}': {min(used, 1.0):.0%} of what this period may spend is spent; the rest is locked until the next")
+    return tuple(said)
 
 
 # Accounts
@@ -1089,7 +1108,9 @@ def _row(want: _Wanted, number: int, at: float) -> dict[str, Any]:
 
 
 def _reserved(row: Mapping[str, Any]) -> Statement:
+    price = json.loads(row["price"])
     fields: dict[str, JSON] = {name: row[name] for name in ("run", "budget", "plan", "snapshot", "kind")}
+    fields |= {name: price[name] for name in ("epsilon", "delta") if name in price}
     subjects = (row["plan"], row["snapshot"]) if row["snapshot"] else (row["plan"],)
     return Statement(predicate=Predicate.RESERVED, subjects=subjects, fields={"reservation": row["id"], **fields})
 

@@ -372,7 +372,7 @@ def _purpose(log: _Log) -> Section:
     collected = {entry.fields.get("source"): entry.fields for entry in log.all("collected")}
     purposes = sorted({str(entry.fields["purpose"]) for kind in ("admitted", "released") for entry in log.all(kind) if entry.fields.get("purpose")})
     bases = sorted({str(entry.fields["basis"]) for entry in log.all("admitted") if entry.fields.get("basis")})
-    controllers = sorted({str(fields["controller"]) for fields in collected.values() if fields.get("controller")})
+    controllers = sorted({str(entry.fields["controller"]) for entry in log.all("released") if entry.fields.get("controller")})
     sources = [{"source": name, "sensitivity": fields.get("sensitivity")} for name, fields in collected.items()]
     facts = _facts(
         ("controller", "Who decides on the data", controllers),

@@ -30,7 +30,6 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
-import json
 import os
 import re
 import stat
@@ -599,20 +598,14 @@ def verify_certificate(path: Path, *, public_key: str) -> tuple[Entry, bytes]:
     if len(content) > _MAX_CERTIFICATE_BYTES:
         raise EvidenceInvalid.of([f"certificate: larger than {_MAX_CERTIFICATE_BYTES} bytes"])
     try:
-        document = json.loads(content, object_pairs_hook=_once)
+        document = statement.parse_once(content)
         said, proof = document["statement"].encode(), document["proof"].encode()
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+    except (AttributeError, EvidenceInvalid, KeyError, TypeError, ValueError):
         raise EvidenceInvalid.of(["certificate: not a JSON object with a statement and its proof"]) from None
     return verify_proof(proof, envelope=said, public_key=public_key), _parse_proof(proof).checkpoint
 
 
 _MAX_CERTIFICATE_BYTES = 2 << 20
-
-
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    if len({name for name, _ in pairs}) != len(pairs):
-        raise ValueError
-    return dict(pairs)
 
 
 # ---------------------------------------------------------------- keys
