@@ -129,7 +129,6 @@ def test_it_answers_what_the_issue_of_privacy_asks(claim: dict[str, Any]) -> Non
     for rule in ("HIPAA 45 CFR 164.312", "HIPAA 45 CFR 164.514", "FERPA 34 CFR 99", "NIST 800-53"):
         assert any(name.startswith(f"controls.{rule}") for name in found), rule
     for name in DP_STATEMENT:
-        section, fact = name.split(".")
         assert found[name][0] not in (None, "", [], {}), name
     assert found["deidentification.precision"][0] == 0.97
     assert found["deidentification.recall"][0] == 0.95

@@ -330,10 +330,10 @@ def _disagree(value: str) -> NotReleased:
 
 
 def _queries(entries: Sequence[Logged]) -> list[dict[str, Any]]:
-    """Charges without a run (statistics, retrieval, and what the owner reserved by hand); their sum is no less than what they compose to."""
+    """Charges that are no training (statistics, retrieval, what was reserved by hand); their sum is no less than what they compose to."""
     found: dict[tuple[str, str], list[Logged]] = {}
     for entry in entries:
-        if entry.predicate == "reserved" and entry.fields["snapshot"] is None:
+        if entry.predicate == "reserved" and entry.fields.get("kind") not in (None, "training", "search"):
             found.setdefault((str(entry.fields["budget"]), str(entry.fields.get("kind"))), []).append(entry)
     return [
         {"budget": budget, "kind": kind, "charges": len(made)}
