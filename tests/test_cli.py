@@ -127,6 +127,37 @@ def test_a_checkpoint_that_was_kept_and_cosigned_is_held_against_the_log(run: Ru
     assert verify(alone["bundle"], "--pinned", str(kept))[0] == 4, "its size is looked at first"
 
 
+def test_two_identifiers_of_one_person_are_one_before_they_are_collected(run: Run, project: Path, tmp_path: Path):
+    """One pseudonym, so one budget and one consent; one erasure takes the rows of both, and neither number comes back. Afterwards it is too late to say so."""
+    where, pairs = ("-C", str(project), "--json"), tmp_path / "pairs.csv"
+
+    def declare(second: str, first: str) -> tuple[int, str]:
+        pairs.write_text(f"subject,same_as\n{second},{first}\n")
+        code, out, err = run("consent", "same-person", str(pairs), *where)
+        return code, f"{document('consent-same-person', out)['declared']}" if code == 0 else err
+
+    assert declare("p4", "p3") == (0, "1")
+    assert declare("p4", "p3") == (0, "0"), "said before"
+    assert declare("p5", "p4") == (0, "1"), "a third one, by way of the second"
+    for second, first in (("p3", "p6"), ("p4", "p6"), ("p7", "p7")):
+        code, err = declare(second, first)
+        assert (code, "pair 1" in err, "p6" in err) == (2, True, False), (second, first)
+    assert run("consent", "withdraw", "p9", *where)[0] == 0
+    assert declare("p9", "p8")[0] == 2, "p9 has spoken"
+    assert run("run", "ingest", *where)[0] == 0
+    assert declare("p11", "p10")[0] == 2, "p11 was collected"
+    held = [document("access-export", run("access", "export", name, *where)[1]) for name in ("p3", "p4", "p5")]
+    assert held[0] == held[1] == held[2]
+    assert len(held[0]["sources"][0]["records"]) == 3
+    database = b"".join(path.read_bytes() for path in (project / ".discreet").glob("discreet.db*"))
+    assert b'"p4"' not in database
+    assert run("erase", "p4", *where)[0] == 0
+    left = {json.loads(line)["patient"] for line in (project / "notes.jsonl").read_text().splitlines()}
+    assert left & {"p2", "p3", "p4", "p5", "p6"} == {"p2", "p6"}
+    assert declare("p12", "p3")[0] == 2
+    assert run("consent", "history", "p5", *where)[0] == 0
+
+
 def test_ingest_trace_and_erase(run: Run, project: Path):
     code, out, err = run("run", "ingest", "-C", str(project), "--json")
     assert code == 0, err

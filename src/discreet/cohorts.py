@@ -12,8 +12,8 @@ cohort `UNSEEN`: what was charged to everyone was charged to it, and whoever app
 A pseudonym here is an HMAC of the subject's under a key of its own, which no erasure destroys: an erased person who comes back finds what was spent, and nothing else links to them
 (PITFALLS 19). Functions of an open transaction: the ledger decides and writes in the same one.
 
-Guarantees: cohorts stay disjoint and their histories only grow. Does not cover: one person under two pseudonyms (two schemes of units, two spellings): to this module
-they are two people.
+Guarantees: cohorts stay disjoint and their histories only grow. Does not cover: one person under two pseudonyms (two schemes of units, identifiers that nobody declared to be
+one): to this module they are two people.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ why it ended, so that a later version can. Charges only grow; a spend too small 
 
 Sources: Feldman and Zrnic 2021 (filters); Bun and Steinke 2016 (pure DP as RDP); Luo et al. 2021, PrivateKube (reserve, then commit; unlocking by time).
 
-Does not cover: charging a subject less for steps they did not take part in (each is charged as if in every one), one person under two identifiers, and mechanisms that nobody charged.
+Does not cover: charging a subject less for steps they did not take part in (each is charged as if in every one), one person under two identifiers whom nobody declared (`Keyring.declare_same`), and mechanisms that nobody charged.
 """
 
 from __future__ import annotations

@@ -66,9 +66,22 @@ def test_the_envelope_is_in_toto_in_dsse_with_a_signature_anyone_can_check() -> 
 def test_what_a_private_model_or_a_noisy_count_decides_is_dp_released(predicate: Predicate) -> None:
     """Another person in the corpus makes other weights, verdicts and counts: none of them may pass for public, nor the digests of them."""
     row = PREDICATES[predicate]
-    released = {name for name in (*row.required, *row.optional or ()) if exposure(predicate, name) is Exposure.DP_RELEASED}
-    decided = {"adapter", "verdict", "epsilon_lower", "ceiling", "detectable", "layers", "roc", "recitation", "gates", "reasons", "public_loss", "values"}
-    assert decided & {*row.required, *row.optional or ()} <= released
+    released = {name for name in (*row.required, *(row.optional or ())) if exposure(predicate, name) is Exposure.DP_RELEASED}
+    decided = {
+        "adapter",
+        "verdict",
+        "epsilon_lower",
+        "ceiling",
+        "detectable",
+        "layers",
+        "roc",
+        "recitation",
+        "gates",
+        "reasons",
+        "public_loss",
+        "values",
+    }
+    assert decided & {*row.required, *(row.optional or ())} <= released
     if released - {"value"}:
         assert exposure(predicate, "subject") is Exposure.DP_RELEASED
 
