@@ -31,7 +31,7 @@ settings.register_profile("explore", deadline=None)
 settings.load_profile("same")
 
 
-LONGEST = ("test_story.py", "test_cli.py", "test_mutants.py")
+LONGEST = ("test_story.py", "test_resume.py")
 """Files that take minutes: begun first, so that no process is left alone with one of them at the end."""
 
 
