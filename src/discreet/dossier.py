@@ -30,11 +30,13 @@ from dataclasses import replace
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dp_accounting import ComposedDpEvent, DpEvent
 
 from discreet import __version__, report
+from discreet.config import SourceSection
 from discreet.dp import accounting
 from discreet.dp.combine import Combine
 from discreet.dp.mechanism import Mechanism, Sampling, mechanism_from_json
@@ -43,7 +45,7 @@ from discreet.errors import EvidenceInvalid, NotReleased, OperationFailed
 from discreet.evidence import note, statement
 from discreet.evidence.log import Log, VerifiedBundle, verify_bundle
 from discreet.evidence.statement import Exposure, canonical_json, parse_json
-from discreet.governance import lineage
+from discreet.governance import catalog, lineage
 from discreet.record import Digest
 from discreet.report import Fact, Logged, Report, Section
 from discreet.store import Store, write_atomically
@@ -92,7 +94,13 @@ CONTROLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 def compile_dossier(
-    entries: Sequence[Logged], *, public_key: str, software: Mapping[str, Any], origins: Sequence[Mapping[str, Any]] = (), unknown: Sequence[str] = ()
+    entries: Sequence[Logged],
+    *,
+    public_key: str,
+    software: Mapping[str, Any],
+    origins: Sequence[Mapping[str, Any]] = (),
+    unknown: Sequence[str] = (),
+    sources: Mapping[str, SourceSection] = MappingProxyType({}),
 ) -> Report:
     """Computes the answers from the statements of a log.
 
@@ -102,6 +110,7 @@ def compile_dossier(
         software: the bill of materials (`bill_of_materials`).
         origins: how the model was made: OpenLineage events.
         unknown: digests that the run rests on and whose origin nobody knows.
+        sources: the declaration of every registered source, by name.
 
     Raises:
         NotReleased: when a parent is unknown, or the claim, the payment, the sampler and the accountant do not agree.
@@ -109,7 +118,7 @@ def compile_dossier(
     built = report.build(entries, public_key=public_key)
     trained = _trained(entries)
     _refuse_unknown(unknown)
-    extra = (*_statement(entries, trained), *_registers(entries, origins), _software(software))
+    extra = (_data_sheet(sources), *_statement(entries, trained), *_registers(entries, origins), _software(software))
     kept = (replace(s, facts=tuple(f for f in s.facts if f"{s.name}.{f.name}" not in _LEFT_TO_THE_LOG)) for s in built.sections)
     sections = tuple(section for section in (*kept, *extra) if section.facts)
     return replace(built, sections=(*sections, _controls(sections)))
@@ -136,7 +145,9 @@ def write(log: Log, store: Store, folder: Path, *, public: bool, namespace: str)
     entries = [entry for predicate in statement.Predicate for entry in log.select(predicate)]
     software = bill_of_materials()
     origins, unknown = _origins(store, _trained(entries), namespace=namespace)
-    answers = compile_dossier(entries, public_key=log.public_key(), software=software, origins=origins, unknown=unknown)
+    with store.transaction() as tx:
+        sources = catalog.declared(tx)
+    answers = compile_dossier(entries, public_key=log.public_key(), software=software, origins=origins, unknown=unknown, sources=sources)
     shown = answers.public() if public else answers
     page = report.of(log).public() if public else report.of(log)
     if partial.exists():
@@ -357,6 +368,16 @@ def _registers(entries: Sequence[Logged], origins: Sequence[Mapping[str, Any]]) 
         Section(name="erasure", title="Erasure register", facts=(register, consent)),
         Section(name="lineage", title="Lineage", facts=(made,)),
     )
+
+
+def _data_sheet(sources: Mapping[str, SourceSection]) -> Section:
+    """What the owners declared of their sources when they were registered."""
+    fields = ("owner", "licence", "residency", "sensitivity", "purposes", "basis", "unit", "retention_days", "role")
+    sheet = [
+        {"source": name} | {field: each[field] for field in fields} for name, section in sources.items() for each in [section.model_dump(mode="json")]
+    ]
+    facts = (Fact(name="sources", title="Sources, as they were declared", value=sheet, exposure=Exposure.INTERNAL),) if sheet else ()
+    return Section(name="data_sheet", title="Data sheet", facts=facts)
 
 
 def _software(software: Mapping[str, Any]) -> Section:
