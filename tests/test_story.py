@@ -900,13 +900,13 @@ def test_a_sensitive_source_never_reaches_a_track_without_privacy(copied: House)
 
 
 def _shown(folder: Path, out: Path) -> list[tuple[str, dict[str, Any]]]:
-    """What the public evidence of a project says, statements and answers, without what is DP-released, and without the commitment to the canaries, whose salt is fresh in each project."""
+    """What the public evidence of a project says, statements and answers, without what is DP-released, and without the log's key and the commitment to the canaries, which are fresh in each project."""
     with pipeline.open_house(folder) as opened:
         written, key = dossier.export(opened.log, opened.store, out, public=True)
     answers = json.loads((written / "dossier.json").read_text())
     assert {fact["exposure"] for section in answers["sections"].values() for fact in section.values()} == {"public", "dp-released"}
     said = [
-        (name, {fact: each["value"] for fact, each in section.items() if each["exposure"] == "public"})
+        (name, {fact: each["value"] for fact, each in section.items() if each["exposure"] == "public" and fact != "public_key"})
         for name, section in answers["sections"].items()
     ]
     for entry in dossier.verify(written, public_key=key.read_text()).entries:
