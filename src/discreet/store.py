@@ -215,7 +215,7 @@ def now(tx: Connection) -> float:
     if _NOW in tx.info:
         return float(tx.info[_NOW])
     current = time.time()
-    latest = tx.info.get(_CLOCK) or tx.execute(_GET_CLOCK).scalar_one_or_none()
+    latest = tx.info.get(_CLOCK) or next((row[0] for row in fetch(tx, _GET_CLOCK)), None)
     if latest is None:
         later(tx, _FIRST_CLOCK, [{"id": 1, "latest": repr(current)}])
         tx.info[_NOW] = current
