@@ -101,6 +101,10 @@ class ErasureSection(_Section):
         description="what happens to the subject's rows in the source files: rewrite removes them; retain leaves them to the owner's own legal ground, and the certificate says so",
     )
     backup_days: Annotated[int, Field(ge=0)] = Field(30, description="after so many days no backup holds anybody who is erased today")
+    answer_seconds: Annotated[float, Field(ge=0)] = Field(
+        60.0,
+        description="a request is answered a full multiple of so many seconds after its identity was verified, so that the time does not tell who is in; more than the longest erasure takes, 0 for at once",
+    )
     journal: str = Field(
         ".discreet/suppressions",
         description="file of suppressions, relative to this file; keep it outside what is backed up, so that no restored backup undoes an erasure",

@@ -54,6 +54,8 @@ def erase(
     if (subject is None) is not (resume or drill):
         raise RequestInvalid("a SUBJECT, or --resume, or --drill")
     with pipeline.open_house(project) as house:
+        if subject is not None and not request and (seconds := house.project.erasure.answer_seconds):
+            typer.echo(f"answered a multiple of {seconds:g} s after the identity was verified; killed meanwhile, the same command goes on", err=True)
         if subject is None:
             done = pipeline.drill(house) if drill else {"resumed": pipeline.resume_erasures(house)}
         elif request:

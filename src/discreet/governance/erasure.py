@@ -22,8 +22,13 @@ test is run on the weights that stay. The certificate is the last statement: it 
 Suppression outlives the erasure as an HMAC of the pseudonym, in the database and in a journal beside it, so that a restored database cannot bring anybody
 back: `reapply` restricts them again and `unfinished` names them.
 
+Erasing somebody who is in takes longer than finding nothing of a stranger, so the time of an answer would tell who is in. A request is answered a full multiple of
+`[erasure] answer_seconds` after its identity was verified: the certificate, and the times that it states, come then for everybody. The time is written down with the state, so that
+a process that was killed while it waited certifies at once when the time has come. Retention and drills answer nobody and do not wait.
+
 Sources: GDPR Art. 11, 12, 17, 18; EDPB Opinion 28/2024; Ganesh 2024, "Tight group-level DP guarantees for DP-SGD with sampling via mixture of Gaussians
-mechanisms". Does not cover: how long an erasure takes (longer for somebody who is in), the bytes that a file system or a solid-state disk keeps after a file was replaced,
+mechanisms". Does not cover: an erasure that takes longer than `answer_seconds` (it is answered at the next multiple, which tells that much; choose it above the longest), a model that is
+withdrawn (whoever watches sees it go), the bytes that a file system or a solid-state disk keeps after a file was replaced,
 copies that left the project, a restored folder whose journal was restored with it (keep `[erasure] journal` elsewhere).
 """
 
@@ -284,16 +289,19 @@ class Progress:
 @final
 @dataclass(slots=True)
 class _Scope:
-    """What a request has found so far; written down before anything is destroyed, and emptied by the certificate."""
+    """What a request has found so far; written down before anything is destroyed, and emptied by the certificate. `since` is when the identity was verified, `due` when the
+    certificate is, in seconds since 1970."""
 
     artifacts: dict[Digest, Kind] = field(default_factory=dict)
     protects: dict[Digest, str] = field(default_factory=dict)
     records: set[Digest] = field(default_factory=set)
     decisions: dict[Digest, Decision] = field(default_factory=dict)
     findings: dict[Digest, Finding] = field(default_factory=dict)
+    since: float | None = None
+    due: float | None = None
 
     def to_json(self) -> str:
-        fields = {"artifacts": self.artifacts, "protects": self.protects, "records": sorted(self.records)}
+        fields = {"artifacts": self.artifacts, "protects": self.protects, "records": sorted(self.records), "since": self.since, "due": self.due}
         decided = {digest: decision.name for digest, decision in self.decisions.items()}
         return json.dumps({**fields, "decisions": decided, "findings": {digest: found.name for digest, found in self.findings.items()}})
 
@@ -306,6 +314,8 @@ class _Scope:
             records={Digest(d) for d in value.get("records", [])},
             decisions={Digest(d): Decision[name] for d, name in value.get("decisions", {}).items()},
             findings={Digest(d): Finding[name] for d, name in value.get("findings", {}).items()},
+            since=value.get("since"),
+            due=value.get("due"),
         )
 
 
@@ -324,6 +334,7 @@ class Erasure:
         derived: Sequence[Store] = (),
         max_epsilon: float = 8.0,
         backup_days: int = 30,
+        answer_seconds: float = 0.0,
         journal: Path | None = None,
     ) -> None:
         """Binds the erasure to its stores.
@@ -335,6 +346,7 @@ class Erasure:
             derived: every store of what was made from it (indexes, caches, checkpoints), purged after `stores`.
             max_epsilon: largest epsilon that a group bound may reach for a model to stay.
             backup_days: after so many days no backup holds anybody who is erased today.
+            answer_seconds: a request is certified a full multiple of so many seconds after its identity was verified; 0 at once.
             journal: file of suppressions beside the database; None keeps none.
         """
         self._database = store
@@ -346,6 +358,7 @@ class Erasure:
         self._unit = unit
         self._max_epsilon = max_epsilon
         self._backup_days = backup_days
+        self._answer_seconds = answer_seconds
         self._journal = journal
         self._alone = threading.Lock()
 
@@ -359,7 +372,8 @@ class Erasure:
             if row is None:
                 tx.execute(insert(_erasures).values(token=key, reason=reason.value, received_at=now(tx), **_FRESH))
             elif row.state in _FINISHED and row.certified_at < asked:  # asked again after the certificate: everything is looked through again
-                tx.execute(update(_erasures).where(_erasures.c.token == key).values(state=State.RESTRICTED.value, scope="{}", received_at=now(tx)))
+                again = {"state": State.RESTRICTED.value, "reason": reason.value, "received_at": now(tx), "scope": _Scope(since=now(tx)).to_json()}
+                tx.execute(update(_erasures).where(_erasures.c.token == key).values(again))
         return self.state(subject)
 
     def code(self, subject: SubjectId) -> Sensitive[str]:
@@ -429,6 +443,8 @@ class Erasure:
             while not (state := self.state(subject)).reached(State.CERTIFIED):
                 if state is State.RECEIVED:
                     raise AccessDenied("a verified identity", remedy="Send the code of `discreet erase --request` to the address on file, or vouch.")
+                if state is State.VERIFIED and reason is not Reason.DRILL and reason is not Reason.RETENTION:
+                    self._wait(subject)
                 self._step(subject, state)
             return self._certificate(subject)
 
@@ -459,10 +475,11 @@ class Erasure:
 
     def _identify(self, subject: SubjectId, identity: Identity) -> None:
         with self._database.transaction() as tx:
-            self._advance(tx, subject, State.RECEIVED, method=f"{identity.method} ({identity.by})"[:80], nonce="")
+            scope = _Scope(since=now(tx)).to_json()
+            self._advance(tx, subject, State.RECEIVED, method=f"{identity.method} ({identity.by})"[:80], nonce="", scope=scope)
 
     def _scope(self, subject: SubjectId) -> None:
-        scope = self._look(subject, _Scope())
+        scope = self._look(subject, self._read(subject))
         with self._database.transaction() as tx:
             self._advance(tx, subject, State.IDENTITY_VERIFIED, scope=scope.to_json())
 
@@ -527,7 +544,20 @@ class Erasure:
             raise _incomplete(found)
         self._database.compact()
         with self._database.transaction() as tx:
-            self._advance(tx, subject, State.MODELS_DECIDED)
+            scope.due = self._due(scope, at=now(tx))
+            self._advance(tx, subject, State.MODELS_DECIDED, scope=scope.to_json())
+
+    def _due(self, scope: _Scope, *, at: float) -> float:
+        """The next time at which a certificate may be given, for work that ended at `at`."""
+        if scope.since is None or not self._answer_seconds:
+            return at
+        return scope.since + max(1, math.ceil((at - scope.since) / self._answer_seconds)) * self._answer_seconds
+
+    def _wait(self, subject: SubjectId) -> None:
+        """Sleeps until the certificate is due, by the clock: whoever is killed here goes on here."""
+        due = self._read(subject).due or 0.0
+        while (left := due - time.time()) > 0:
+            time.sleep(min(left, 1.0))
 
     def _certify(self, subject: SubjectId) -> None:
         scope = self._read(subject)
@@ -537,7 +567,9 @@ class Erasure:
             if row is None or row.state != State.VERIFIED.value:
                 return  # another process was faster
             fields: dict[str, JSON] = {"reason": row.reason, "stores": list(self._names())}
-            for batch in lineage.chunks(sorted(scope.decisions.items()), _BATCH):
+            batches = list(lineage.chunks(sorted(scope.decisions.items()), _BATCH))
+            batches += [[]] * (-(-max(1, lineage.count_made(tx)) // _BATCH) - len(batches))  # the place of a certificate in the log does not tell who is in
+            for batch in batches:
                 decisions: dict[str, JSON] = {digest: decision.value for digest, decision in batch}
                 findings: dict[str, JSON] = {digest: scope.findings[digest].value for digest, _ in batch if digest in scope.findings}
                 about = (request, *(digest for digest, _ in batch))

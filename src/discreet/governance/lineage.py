@@ -21,7 +21,7 @@ from itertools import islice
 from typing import Any, TypeVar, final
 from uuid import NAMESPACE_URL, uuid5
 
-from sqlalchemy import Column, Connection, ForeignKey, Index, String, Table, delete, insert, select
+from sqlalchemy import Column, Connection, ForeignKey, Index, String, Table, delete, func, insert, select
 
 from discreet.errors import NotFound, RecordConflict
 from discreet.record import Digest
@@ -221,6 +221,11 @@ def find(tx: Connection, digest: Digest) -> Artifact:
 def find_all(tx: Connection, digests: Sequence[Digest]) -> list[Artifact]:
     """Returns those of `digests` that are registered, sorted by digest."""
     return sorted(_find(tx, digests), key=lambda artifact: artifact.digest)
+
+
+def count_made(tx: Connection) -> int:
+    """Returns how many artifacts are registered that are not records."""
+    return int(tx.execute(select(func.count()).select_from(_artifacts).where(_artifacts.c.kind != Kind.RECORD.value)).scalar_one())
 
 
 def is_known(tx: Connection, digest: Digest) -> bool:

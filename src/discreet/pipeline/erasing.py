@@ -100,6 +100,7 @@ def erasure_of(house: House) -> Erasure:
         unit=project.privacy.unit,
         max_epsilon=project.release.max_epsilon,
         backup_days=project.erasure.backup_days,
+        answer_seconds=project.erasure.answer_seconds,
         journal=project.path(project.erasure.journal),
     )
 
