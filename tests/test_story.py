@@ -208,6 +208,7 @@ def test_no_byte_of_a_finished_run_regenerates_its_noise(house: House):
         house.keyring.run(run)
     assert not list((house.project.state / "runs" / run).rglob("*.sealed"))
     assert house.log.select(Predicate.KEY_DESTROYED)[-1].fields["run"] == run
+    assert (_states(house), [*(house.project.state / "runs").rglob("state")]) == ([], []), "nor is a state left, or its node"
 
 
 def test_evidence_verifies_offline_and_breaks_on_any_flip(house: House, tmp_path: Path):
@@ -266,6 +267,44 @@ def test_a_withdrawal_stops_the_training_that_is_under_way(project: Path, monkey
         assert spent < house.project.budget.epsilon
         assert not house.log.select(Predicate.TRAINED)
         assert subject not in pipeline.ingest(house, Silent()).snapshot.units.reveal()
+
+
+def test_a_state_on_disk_is_a_node_below_its_run_until_it_goes(project: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run is killed in mid-air, then while a state takes the place of another; each file that lies there has its node, and no node outlives what an erasure destroys."""
+    seen: list[list[Digest]] = []
+
+    class Killed(Silent):
+        def progress(self, task: str, done: int, total: int, figures: Mapping[str, object]) -> None:
+            if task == "train":
+                seen.append(_states(house))
+            if (task, done) == ("train", 2):
+                raise KeyboardInterrupt
+
+    with pipeline.open_house(project) as house:
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.train(house, Killed())
+        [state] = (house.project.state / "runs").glob("*/private/state")
+        lies = model.file_digest(state)
+        assert ([len(each) for each in seen], seen[-1], seen[0] != seen[-1]) == ([1, 1], [lies], True)
+        with house.store.transaction() as tx:
+            above = {each.kind for each in lineage.ancestors(tx, [lies])}
+        assert above == {lineage.Kind.RECORD, lineage.Kind.SNAPSHOT, lineage.Kind.BASE, lineage.Kind.RUN}
+        unit = json.loads((project / "notes.jsonl").read_text().splitlines()[-1])["patient"]
+        assert "make checkpoint" in {event["job"]["name"] for event in pipeline.lineage_export(house, digest=_root(house))}
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Path, "replace", _killed)
+            pipeline.train(house, Silent())
+        assert (lies in _states(house), len(_states(house))) == (True, 2), "what was to be replaced lies there still"
+        pipeline.erase(house, unit)
+        assert (_states(house), [*(house.project.state / "runs").glob("*/private/*")]) == ([], [])
+
+
+def _states(house: House) -> list[Digest]:
+    root = _root(house)
+    with house.store.transaction() as tx:
+        made = lineage.descendants(tx, [root])
+    return [each.digest for each in made if each.kind is lineage.Kind.CHECKPOINT]
 
 
 def test_not_admitted_cannot_be_deidentified(house: House):
@@ -778,6 +817,17 @@ def test_a_child_in_one_file_is_audited_and_goes_with_its_model(copied: House, t
         now = _with(copied, model=copied.project.model.model_copy(update={"base": str(_another_base(copied, tmp_path / name, vocabulary))}))
         for digest in (node.digest, Digest(made["adapter"])):
             assert erasing._ProjectModels(now).test(subject, digest) is Finding.NO_POWER, f"[model] names a base {name}"
+    merged = derived.child(copied, file=tmp_path / "merged", kind="merged")
+    assert (merged["verdict"], model.base_digest(tmp_path / "merged")) == ("PASS", merged["digest"])
+    with copied.store.transaction() as tx:
+        chain = {each.digest: each.kind for each in lineage.ancestors(tx, [node.digest])}
+        assert lineage.find(tx, Digest(merged["digest"])).kind is lineage.Kind.MERGE
+    assert chain[merged["digest"]] is lineage.Kind.MERGE, "the file is made of the very merge that the folder holds"
+    assert {*chain.values()} == {getattr(lineage.Kind, name) for name in ("RECORD", "SNAPSHOT", "BASE", "RUN", "MODEL", "MERGE")}
+    assert erasing._ProjectModels(copied).test(subject, Digest(merged["digest"])) is Finding.NOT_EXPOSED
+    shutil.copytree(tmp_path / "merged", tmp_path / "theirs")
+    (tmp_path / "theirs" / "README.md").write_text("how to serve it")
+    assert derived.child(copied, file=tmp_path / "theirs")["digest"] == merged["digest"], "the same bytes, asked once"
     base = pipeline.load_base(copied, None, Silent())
     model.write_gguf(model.merged(base.module), base.tokenizer, tmp_path / "base.gguf", kind="q8_0")
     other = derived.child(copied, file=tmp_path / "base.gguf")
@@ -788,10 +838,14 @@ def test_a_child_in_one_file_is_audited_and_goes_with_its_model(copied: House, t
     assert derived.child(copied, file=tmp_path / "again.gguf", kind="q8_0")["digest"] == made["digest"]
     models.withdraw(node.digest)
     assert [(tmp_path / f"{name}.gguf").exists() for name in ("child", "again", "base")] == [False, False, True]
+    models.withdraw(Digest(merged["digest"]))
+    assert ((tmp_path / "merged").exists(), [each.name for each in (tmp_path / "theirs").iterdir()]) == (False, ["README.md"]), (
+        "nothing of the operator's"
+    )
 
 
 def test_a_child_is_where_an_erasure_finds_it_or_nowhere(copied: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """No folder, a full disk, and a copy that a kill left in the project."""
+    """No folder, a full disk, a copy that a kill left in the project, and one that it left half way to its place."""
     with pytest.raises(RequestInvalid, match="folder"):
         derived.child(copied, file=tmp_path / "nowhere" / "child.gguf", kind="f16")
 
@@ -807,8 +861,20 @@ def test_a_child_is_where_an_erasure_finds_it_or_nowhere(copied: House, tmp_path
     assert (len(copied.log.select(Predicate.CHILD_AUDITED)), erasing.written_files(copied, made["digest"])) == (1, [tmp_path / "child.gguf"])
     (copied.project.state / "children").mkdir()
     shutil.copy(tmp_path / "child.gguf", copied.project.state / "children" / "made.gguf")
+    half, rename = tmp_path / "half.gguf.partial", Path.rename
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", lambda path, to: _killed() if path == half else rename(path, to))
+        derived.child(copied, file=tmp_path / "half.gguf", kind="f16")
+    assert (half.is_file(), (tmp_path / "half.gguf").exists()) == (True, False)
+    left = half.read_bytes()
     pipeline.erase(copied, "nobody at all")
-    assert not (copied.project.state / "children").exists()
+    assert ((copied.project.state / "children").exists(), half.exists()) == (False, False)
+    half.write_bytes(left)
+    derived.child(copied, file=tmp_path / "next.gguf", kind="f16")
+    assert not half.exists(), "nor after the next child"
+    half.write_bytes(left)
+    erasing._ProjectModels(copied).withdraw(Digest(made["digest"]))
+    assert [*tmp_path.glob("*.gguf*")] == []
 
 
 def _another_base(house: House, folder: Path, vocabulary: int | None) -> Path:

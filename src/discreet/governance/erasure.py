@@ -12,6 +12,7 @@ same code, the same steps and the same certificate as a known one.
 
 What happens to what was made from the subject, as the accountant's transcript says (`decide`):
     snapshot, index, cache           the subject's part is destroyed in it
+    checkpoint of an open run        destroyed whole, whoever asks
     base model of somebody else      cannot be erased: its output is filtered, and the certificate says so
     DP with this unit, add/remove    kept: it is (epsilon, delta)-close to the model trained without the subject; the budget is not refunded
     DP by record, k records          kept while the bound for a group of k is within `max_epsilon`: a mixture of Gaussians (Ganesh 2024), not k * epsilon
@@ -568,7 +569,9 @@ class Erasure:
                 return  # another process was faster
             fields: dict[str, JSON] = {"reason": row.reason, "stores": list(self._names())}
             batches = list(lineage.chunks(sorted(scope.decisions.items()), _BATCH))
-            batches += [[]] * (-(-max(1, lineage.count_made(tx)) // _BATCH) - len(batches))  # the place of a certificate in the log does not tell who is in
+            batches += [[]] * (
+                -(-max(1, lineage.count_made(tx)) // _BATCH) - len(batches)
+            )  # the place of a certificate in the log does not tell who is in
             for batch in batches:
                 decisions: dict[str, JSON] = {digest: decision.value for digest, decision in batch}
                 findings: dict[str, JSON] = {digest: scope.findings[digest].value for digest, _ in batch if digest in scope.findings}

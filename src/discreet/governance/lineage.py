@@ -66,8 +66,9 @@ class Kind(StrEnum):
 
     @property
     def has_weights(self) -> bool:
-        """Whether the artifact is, holds or was drawn from weights: what a training guarantee speaks about. Nothing of one subject can be cut out of it."""
-        return self not in (Kind.RECORD, Kind.SNAPSHOT, Kind.RUN, Kind.INDEX, Kind.CACHE)
+        """Whether the artifact is, holds or was drawn from weights: what a training guarantee speaks about. Nothing of one subject can be cut out of it. A checkpoint is no
+        such: no guarantee speaks about it while its run is open, and any erasure destroys it whole."""
+        return self not in (Kind.RECORD, Kind.SNAPSHOT, Kind.RUN, Kind.CHECKPOINT, Kind.INDEX, Kind.CACHE)
 
 
 @final
