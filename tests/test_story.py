@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 from sqlalchemy import text
 
-from discreet import corpus, demo, derived, dossier, federate, model, pipeline
+from discreet import corpus, demo, derived, dossier, federate, model, pipeline, report
 from discreet.cli import serving
 from discreet.config import ModelSection, load
 from discreet.deid import policy as deid
@@ -140,7 +140,6 @@ def test_identifiers_of_the_source_reach_no_store_log_report_bundle_prompt_or_si
     """From the source through every place where something is written, to a prompt and its answer."""
     from starlette.testclient import TestClient
 
-    from discreet import report
     from discreet.serve import asgi, gateway, proxy
     from discreet.serve.engine import Piece
     from discreet.serve.tenants import Settings, Tenant
@@ -667,8 +666,9 @@ def test_an_erased_person_is_gone_and_stays_gone(copied: House):
     assert subject not in certificate["statement"]
 
 
-def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House):
-    """Every file of the folder, raw; the database with its write-ahead log and free pages; every living document decoded, as text and as tokens; weights as bytes."""
+def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House, tmp_path: Path):
+    """Every file of the folder, raw; the database with its write-ahead log and free pages; every living document decoded, as text and as tokens; weights as bytes; and what an officer
+    exported while the person was in: bundle, dossier and report, which still verify."""
     rows = [json.loads(line) for line in (copied.project.root / "notes.jsonl").read_text().splitlines()]
     opted_out = set((copied.project.root / "opt_outs.txt").read_text().split())
     unit = next(row["patient"] for row in rows if row["patient"] not in opted_out)
@@ -685,8 +685,14 @@ def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House
     assert any("token ids" in place for place in pipeline.remains(copied, [], tokens=ids)), "and their tokens in an archive"
     (copied.project.state / "cache.npz").unlink()
     (copied.project.root / "gold.jsonl").unlink()  # the answers of the detector's test: no store, and never read by the pipeline
+    bundle, key = pipeline.export_evidence(copied, tmp_path / "officer" / "bundle", public=False)
+    dossier.write(copied.log, copied.store, tmp_path / "officer" / "dossier", public=False, namespace=copied.log.origin)
+    report.write(copied.log, tmp_path / "officer")
     done = pipeline.erase(copied, unit)
     assert done["failed"] == []
+    assert residue.find(tmp_path / "officer", needles, tokens=ids) == []
+    collected = [e for e in verify_bundle(bundle, public_key=key.read_text()).entries if e.predicate is Predicate.COLLECTED]
+    assert collected, "and their digests, which nobody can tell from others any more"
     copied.store.close()
     assert residue.find(copied.project.root, needles, tokens=ids) == []
     assert pipeline.remains(copied, needles, tokens=ids) == []

@@ -91,7 +91,7 @@ def lineage(
         raise RequestInvalid("a DIGEST or --subject")
     with pipeline.open_house(project, exclusive=False) as house:
         events = pipeline.lineage_export(house, unit=subject, digest=digest)
-    say(as_json, {"events": events}, [f"{e['job']['name']}: {e['outputs'][0]['name']}" for e in events])
+    say(as_json, {"events": events}, [f"{e['job']['name']}: {made['name']}" for e in events for made in e["outputs"]])
 
 
 @access.command("export")

@@ -86,9 +86,6 @@ _SECONDS_A_DAY = 86_400
 RESPONSE_DAYS = 30
 """GDPR Art. 12(3): one month."""
 
-RESPONSIBLE = "privacy officer"
-
-
 class State(StrEnum):
     """How far a request is. The order is the order of the steps."""
 
@@ -336,6 +333,7 @@ class Erasure:
         max_epsilon: float = 8.0,
         backup_days: int = 30,
         answer_seconds: float = 0.0,
+        responsible: str = "privacy officer",
         journal: Path | None = None,
     ) -> None:
         """Binds the erasure to its stores.
@@ -348,6 +346,7 @@ class Erasure:
             max_epsilon: largest epsilon that a group bound may reach for a model to stay.
             backup_days: after so many days no backup holds anybody who is erased today.
             answer_seconds: a request is certified a full multiple of so many seconds after its identity was verified; 0 at once.
+            responsible: who has to act when something is left.
             journal: file of suppressions beside the database; None keeps none.
         """
         self._database = store
@@ -360,6 +359,7 @@ class Erasure:
         self._max_epsilon = max_epsilon
         self._backup_days = backup_days
         self._answer_seconds = answer_seconds
+        self._responsible = responsible
         self._journal = journal
         self._alone = threading.Lock()
 
@@ -542,7 +542,7 @@ class Erasure:
             with self._database.transaction() as tx:
                 scope.artifacts |= {a.digest: a.kind for a in lineage.find_all(tx, sorted(missed))}
                 self._put(tx, subject, State.MODELS_DECIDED, {"state": State.RESTRICTED.value, "scope": scope.to_json()})
-            raise _incomplete(found)
+            raise self._incomplete(found)
         self._database.compact()
         with self._database.transaction() as tx:
             scope.due = self._due(scope, at=now(tx))
@@ -652,7 +652,14 @@ class Erasure:
     def _refuse_remaining(self, subject: SubjectId, stores: Iterable[Store]) -> None:
         remaining = [store.name for store in stores if not store.absence(subject)]
         if remaining:
-            raise _incomplete(remaining)
+            raise self._incomplete(remaining)
+
+    def _incomplete(self, found: Sequence[str]) -> ErasureIncomplete:
+        return ErasureIncomplete(
+            "every store and model to be without the erased subject",
+            value=f"{', '.join(found)}; responsible: {self._responsible}",
+            remedy="Repair or destroy what is named, then run the erasure again; the subject stays restricted until it succeeds.",
+        )
 
     def _certificate(self, subject: SubjectId) -> Certificate:
         with self._database.transaction() as tx:
@@ -755,14 +762,6 @@ def _erased_statement(subjects: tuple[Digest, ...], fields: Mapping[str, JSON]) 
     return Statement(predicate=Predicate.ERASED, subjects=subjects, fields=fields)
 
 
-def _incomplete(found: Sequence[str]) -> ErasureIncomplete:
-    return ErasureIncomplete(
-        "every store and model to be without the erased subject",
-        value=f"{', '.join(found)}; responsible: {RESPONSIBLE}",
-        remedy="Repair or destroy what is named, then run the erasure again; the subject stays restricted until it succeeds.",
-    )
-
-
 def _day(at: float, days: int) -> str:
     from datetime import UTC, datetime
 
@@ -787,5 +786,5 @@ def _read_journal(path: Path, keyring: Keyring) -> list[str]:
     pairs = [line.split() for line in lines if line.endswith("\n")]
     for pair in pairs:
         if len(pair) != 2 or not hmac.compare_digest(pair[1], keyring.hmac("journal", pair[0].encode()).hex()):
-            raise _incomplete(["journal of suppressions (changed)"])
+            raise ErasureIncomplete("a journal of suppressions that nobody changed", value=path.name, remedy="Restore it from where it was kept.")
     return [pair[0] for pair in pairs]

@@ -160,14 +160,16 @@ def edges(tx: Connection) -> Iterator[tuple[Digest, Digest]]:
 
 
 def openlineage(tx: Connection, digests: Sequence[Digest], *, namespace: str) -> list[dict[str, Any]]:
-    """Returns one OpenLineage COMPLETE event for each artifact made from `digests`: its parents are inputs, it is the output. Records are counted, not named.
+    """Returns two OpenLineage events for each artifact made from `digests`, START and COMPLETE of the run that made it: its parents are inputs, it is the output. Records are
+    not named. The time is that of the export.
 
     Args:
         tx: an open transaction.
         digests: artifacts or records to start from.
         namespace: the project's name for OpenLineage.
     """
-    events = []
+    events: list[dict[str, Any]] = []
+    at = datetime.now(UTC).isoformat()
     for artifact in descendants(tx, digests):
         query = select(_derivations.c.parent).where(_derivations.c.child == artifact.digest)
         above = _find(tx, [Digest(parent) for parent in tx.execute(query).scalars()])
@@ -180,18 +182,16 @@ def openlineage(tx: Connection, digests: Sequence[Digest], *, namespace: str) ->
                 "protects": artifact.protects,
             }
         }
-        events.append(
-            {
-                "eventType": "COMPLETE",
-                "eventTime": datetime.now(UTC).isoformat(),
-                "producer": _PRODUCER,
-                "schemaURL": "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent",
-                "run": {"runId": str(uuid5(NAMESPACE_URL, artifact.digest))},
-                "job": {"namespace": namespace, "name": f"make {artifact.kind.value}"},
-                "inputs": inputs,
-                "outputs": [{"namespace": namespace, "name": artifact.digest, "facets": facets}],
-            }
-        )
+        run = {
+            "eventTime": at,
+            "producer": _PRODUCER,
+            "schemaURL": "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent",
+            "run": {"runId": str(uuid5(NAMESPACE_URL, artifact.digest))},
+            "job": {"namespace": namespace, "name": f"make {artifact.kind.value}"},
+            "inputs": inputs,
+        }
+        made = {"namespace": namespace, "name": artifact.digest, "facets": facets}
+        events += [{"eventType": "START", **run, "outputs": []}, {"eventType": "COMPLETE", **run, "outputs": [made]}]
     return events
 
 

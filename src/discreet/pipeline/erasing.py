@@ -107,8 +107,14 @@ def erasure_of(house: House) -> Erasure:
         max_epsilon=project.release.max_epsilon,
         backup_days=project.erasure.backup_days,
         answer_seconds=project.erasure.answer_seconds,
+        responsible=_responsible(house),
         journal=project.path(project.erasure.journal),
     )
+
+
+def _responsible(house: House) -> str:
+    """Who has to act when an erasure stands still: by name where [access] names them."""
+    return f"privacy officer ({', '.join(house.project.access.privacy_officer) or house.project.project.controller})"
 
 
 @final
@@ -506,7 +512,7 @@ def drill(house: House) -> dict[str, Any]:
     shutil.rmtree(frozen.path)
     left = remains(house, [secret, subject, *(row["text"] for row in rows)])
     if left:
-        raise ErasureIncomplete("no byte of the planted person to be left", value=f"{', '.join(left)}; responsible: privacy officer")
+        raise ErasureIncomplete("no byte of the planted person to be left", value=f"{', '.join(left)}; responsible: {_responsible(house)}")
     return {"certificate": outcome["certificate"], "stores": outcome["stores"], "seconds": round(time.monotonic() - began, 2), "left": []}
 
 
