@@ -189,6 +189,24 @@ def test_a_model_without_privacy_for_this_unit_is_withdrawn_with_all_that_came_f
         assert not lineage.is_known(tx, MERGED)
 
 
+def test_somebody_in_two_populations_is_erased_from_both(ward):
+    """Two sources, two snapshots, a model of each: one request reaches all, and leaves the others of both."""
+    house, other = ward.house, Digest("sha256:" + "3" * 64)
+    ward.model(MODEL, ward.snapshot.root)
+    wing = [{"id": "w1", "patient": "P-1", "text": "Seen in the other wing."}, {"id": "w2", "patient": "P-9", "text": "A sprain."}]
+    records = house.catalog.collect(house.catalog.register(*house.notes(wing, name="wing", path="wing.jsonl")))
+    house.consent.admit_all(records, PURPOSE)
+    assert records[0].subject == ward.subject
+    second = freeze(house, records, name="wing")
+    ward.model(other, second.root, protects="")
+    ward.erasure.execute(ward.subject, identity=VOUCHED)
+    decided = house.log.select(Predicate.ERASED)[0].fields["decisions"]
+    assert decided == {ward.snapshot.root: Decision.PURGED, second.root: Decision.PURGED, MODEL: Decision.KEPT, other: Decision.WITHDRAWN}
+    for root, left in ((ward.snapshot.root, ward.records[2].subject), (second.root, records[1].subject)):
+        assert set(corpus.open_snapshot(root, keyring=house.keyring, folder=house.root / "corpus").units.reveal()) == {left}
+    assert house.catalog.holds(ward.subject) == []
+
+
 def test_the_decision_follows_the_transcript():
     rules = {"unit": "patient", "num_records": 3, "max_epsilon": 8.0}
     by_record = Transcript(unit="record", epsilon=1, delta=1e-5, sampling_probability=0.01, noise_multiplier=2.0, steps=50)
