@@ -110,7 +110,14 @@ def test_every_module_that_writes_is_a_store_of_the_erasure_or_says_why_not():
 
     names = {path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."): path.read_text() for path in SOURCE.rglob("*.py")}
     writing = {name for name, text in names.items() if WRITES.search(text)}
-    for line in ('path.open("wb")', "open(path, 'a')", "np.savez(out, ids)", "shutil.copy(a, b)", "frame.to_parquet(out)", 'Table("chunks", metadata)'):
+    for line in (
+        'path.open("wb")',
+        "open(path, 'a')",
+        "np.savez(out, ids)",
+        "shutil.copy(a, b)",
+        "frame.to_parquet(out)",
+        'Table("chunks", metadata)',
+    ):
         assert WRITES.search(line), line
     assert not WRITES.search('path.open("rb")')
     assert writing - STORES.keys() - pipeline.NO_SUBJECTS.keys() == set()

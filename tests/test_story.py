@@ -268,6 +268,26 @@ def test_a_withdrawal_stops_the_training_that_is_under_way(project: Path, monkey
         assert subject not in pipeline.ingest(house, Silent()).snapshot.units.reveal()
 
 
+def test_a_withdrawn_public_record_stops_the_track_that_learns_from_it(project: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training, "CONSENT_S", 0.0)
+    settings = project / "discreet.toml"
+    settings.write_text(settings.read_text().replace("public_steps = 0", "public_steps = 2"))
+    row = json.loads((project / "public_train.jsonl").read_text().splitlines()[3])
+    with pipeline.open_house(project) as house:
+
+        class Withdraws(Silent):
+            def progress(self, task: str, done: int, total: int, figures: Mapping[str, object]) -> None:
+                if (task, done) == ("public track", 1):
+                    house.consent.withdraw(pipeline.may_record_consent(house, row["id"], source="public"), house.project.purpose)
+
+        with pytest.raises(NotAdmitted, match="until the run ends"):
+            pipeline.train(house, Withdraws())
+        assert house.ledger.budgets()[0].remaining_epsilon == house.project.budget.epsilon, "nothing was spent"
+        before = len(weights.frozen_public(house, "public"))
+        pipeline.ingest(house, Silent())
+        assert len(weights.frozen_public(house, "public")) == before - 1
+
+
 def test_a_state_on_disk_is_a_node_below_its_run_until_it_goes(project: Path, monkeypatch: pytest.MonkeyPatch):
     """A run is killed in mid-air, then while a state takes the place of another; each file that lies there has its node, and no node outlives what an erasure destroys."""
     seen: list[list[Digest]] = []
@@ -652,6 +672,9 @@ def test_an_erased_person_is_gone_and_stays_gone(copied: House):
     subject = pipeline.subject_of(copied, unit)
     certificate = pipeline.erase(copied, unit)
     assert certificate["failed"] == []
+    trained = needed_result(copied, "train")
+    promised = f"epsilon {trained['guarantee']['epsilon']:.3g}, delta {trained['guarantee']['delta']:.2g}"
+    assert [said for said in certificate["models"] if said.startswith(f"{trained['adapter']}: kept: ") and promised in said] == certificate["models"]
     with pytest.raises(Forgotten):
         copied.keyring.subject(subject)
     again = copied.catalog.collect(copied.catalog.register(copied.project, copied.project.source[0]))

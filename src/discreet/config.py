@@ -101,7 +101,8 @@ class ErasureSection(_Section):
         description="what happens to the subject's rows in the source files: rewrite removes them; retain leaves them to the owner's own legal ground, and the certificate says so",
     )
     retain: tuple[str, ...] = Field(
-        (), description="names of sources whose rows stay with their owner while the others are rewritten: databases and object stores, which cannot be rewritten from here"
+        (),
+        description="names of sources whose rows stay with their owner while the others are rewritten: databases and object stores, which cannot be rewritten from here",
     )
     backup_days: Annotated[int, Field(ge=0)] = Field(30, description="after so many days no backup holds anybody who is erased today")
     answer_seconds: Annotated[float, Field(ge=0)] = Field(

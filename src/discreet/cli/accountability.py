@@ -13,6 +13,7 @@ from discreet.cli.shared import HERE, Folder, Json, flat, say
 from discreet.errors import NotFound, RequestInvalid
 
 commands = typer.Typer()
+PublicSource = Annotated[str, typer.Option("--source", help="A public source, when SUBJECT is one of its records.")]
 
 
 budget = typer.Typer(no_args_is_help=True, help="Privacy budgets: open, show, reserve.")
@@ -42,7 +43,7 @@ def erase(
     subject: Annotated[str | None, typer.Argument(help="The privacy unit as the source names it, e.g. the patient number.")] = None,
     request: Annotated[bool, typer.Option("--request", help="Only receive the request, and print the code for the address on file.")] = False,
     code: Annotated[str, typer.Option("--code", help="The code that the subject sends back: proves who asks.")] = "",
-    source: Annotated[str, typer.Option("--source", help="A public source, when SUBJECT is one of its records.")] = "",
+    source: PublicSource = "",
     resume: Annotated[bool, typer.Option("--resume", help="Finish what was killed, and whoever a restored backup brought back.")] = False,
     drill: Annotated[bool, typer.Option("--drill", help="Plant a generated person, erase them and search every byte; run it weekly.")] = False,
     project: Folder = HERE,
@@ -64,7 +65,9 @@ def erase(
             done = pipeline.confirm_erasure(house, subject, code, source=source)
         else:
             done = pipeline.erase(house, subject, source=source)
-    say(as_json, done, [f"{name}: {value}" for name, value in flat(done) if name not in ("statement", "proof")])
+    lines = [f"{name}: {value}" for name, value in flat(done) if name not in ("statement", "proof")]
+    lines += [f"{name}: {', '.join(done[name])}" for name in ("stores",) if name in done] + [f"model {said}" for said in done.get("models", [])]
+    say(as_json, done, lines)
 
 
 @commands.command()
@@ -260,36 +263,34 @@ def budget_plan(
 
 
 @consent.command("withdraw")
-def consent_withdraw(subject: str, project: Folder = HERE, as_json: Json = False) -> None:
+def consent_withdraw(subject: str, source: PublicSource = "", project: Folder = HERE, as_json: Json = False) -> None:
     """Records that a person withdrew: none of their records is admitted from now on."""
     from discreet import pipeline
 
     with pipeline.open_house(project, exclusive=False) as house:  # a training run asks for it every half minute
-        who = pipeline.may_record_consent(house, subject)
+        who = pipeline.may_record_consent(house, subject, source=source)
         house.consent.withdraw(who, house.project.purpose)
     say(as_json, {"subject": who, "purpose": house.project.purpose.name, "state": "withdrawn"}, ["withdrawn"])
 
 
 @consent.command("grant")
-def consent_grant(subject: str, project: Folder = HERE, as_json: Json = False) -> None:
+def consent_grant(subject: str, source: PublicSource = "", project: Folder = HERE, as_json: Json = False) -> None:
     """Records a person's consent for the project's purpose."""
     from discreet import pipeline
 
     with pipeline.open_house(project, exclusive=False) as house:
-        who = pipeline.may_record_consent(house, subject)
+        who = pipeline.may_record_consent(house, subject, source=source)
         house.consent.grant(who, house.project.purpose)
     say(as_json, {"subject": who, "purpose": house.project.purpose.name, "state": "granted"}, ["granted"])
 
 
 @consent.command("history")
-def consent_history(subject: str, project: Folder = HERE, as_json: Json = False) -> None:
+def consent_history(subject: str, source: PublicSource = "", project: Folder = HERE, as_json: Json = False) -> None:
     """Shows everything a person said about their data, oldest first."""
-    from discreet import duties, pipeline
-    from discreet.governance.access import Action
+    from discreet import pipeline
 
     with pipeline.open_house(project, exclusive=False) as house:
-        duties.ask(house, Action.CONSENT)
-        words = house.consent.history(pipeline.subject_of(house, subject))
+        words = house.consent.history(pipeline.may_record_consent(house, subject, source=source))
     said = [
         {"purpose": w.purpose, "state": "granted" if w.basis else "withdrawn", "basis": w.basis.value if w.basis else None, "at": w.at} for w in words
     ]

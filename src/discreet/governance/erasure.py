@@ -86,6 +86,7 @@ _SECONDS_A_DAY = 86_400
 RESPONSE_DAYS = 30
 """GDPR Art. 12(3): one month."""
 
+
 class State(StrEnum):
     """How far a request is. The order is the order of the steps."""
 

@@ -429,8 +429,16 @@ def _erase(house: House, subject: SubjectId, *, identity: Identity | None, reaso
 def _rules(house: House) -> list[str]:
     """What would be decided about each model, whoever asks: the same list for everybody, or it would say who is in."""
     trained = [entry for entry in house.log.select(Predicate.TRAINED) if entry.fields["adapter"]]
-    kept = {e.subjects[0]: _transcript(e.fields["guarantee"]).unit == house.project.privacy.unit for e in trained}
-    return [f"{digest}: {Decision.KEPT if private else Decision.WITHDRAWN}" for digest, private in sorted(kept.items())]
+    told = {e.subjects[0]: _explained(_transcript(e.fields["guarantee"]), unit=house.project.privacy.unit) for e in trained}
+    return [f"{digest}: {said}" for digest, said in sorted(told.items())]
+
+
+def _explained(transcript: Transcript, *, unit: str) -> str:
+    """The decision about a model of this transcript, with the figures that it follows from."""
+    if transcript.unit != unit or transcript.relation != "add_remove":
+        return Decision.WITHDRAWN.value
+    said = f"adding or leaving out one {unit} changes what it could have become by at most epsilon {transcript.epsilon:.3g}, delta {transcript.delta:.2g}"
+    return f"{Decision.KEPT.value} ({said})"
 
 
 def request_erasure(house: House, unit: str, *, source: str = "") -> str:

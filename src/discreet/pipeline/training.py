@@ -28,6 +28,7 @@ from discreet.pipeline.weights import (
     PUBLIC_ADAPTER,
     adapter_digest_of,
     all_texts,
+    last_frozen,
     last_public,
     load_base,
     public_roots,
@@ -255,6 +256,7 @@ def _public_track(house: House, base: Base, public: PublicText | None, held_out:
             register_base(house, tx, base.digest)
             parents = [base.digest, *public_roots(house, tx)]  # without privacy: whoever is in the text can only be taken out by training again
         checkpoints = checkpoints_of(house, folder.name, track=PUBLIC, parents=parents)
+        shown, snapshot = shown_to(observer, "public track"), last_frozen(house, "public")
         fitted = loop.fit(
             public,
             setup=setup_of(house, base, held_out=held_out),
@@ -262,7 +264,7 @@ def _public_track(house: House, base: Base, public: PublicText | None, held_out:
             batch=house.project.privacy.expected_batch,
             order=house.keyring.purpose("public order").stream(folder.name),
             checkpoints=checkpoints,
-            on_step=shown_to(observer, "public track"),
+            on_step=_while_admitted(house, snapshot, shown) if snapshot is not None else shown,
         )
         digest = model.save_adapter(fitted.module, adapter)
         fields = {
