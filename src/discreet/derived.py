@@ -140,7 +140,7 @@ def synthesize(house: House, *, count: int, out: Path, max_tokens: int = 96, tem
     if not 1 <= count <= 100_000 or max_tokens < 1 or not temperature > 0:
         raise RequestInvalid("1 to 100,000 texts of at least one token at a temperature > 0", value=f"{count}, {max_tokens}, {temperature}")
     released, base, folder = _released(house)
-    module = model.load_adapter(base, folder)
+    module = model.load_adapter(base, folder, digest=released.adapter)
     module.eval()
     stream = Key.random().stream("synthetic")
     texts = sample.texts(module, base.tokenizer, count=count, max_tokens=max_tokens, temperature=temperature, prompt=prompt, stream=stream)
@@ -192,7 +192,7 @@ def child(house: House, *, file: Path, kind: str = "") -> dict[str, Any]:
     released, base, folder = _released(house)
     named = kind or (MERGED if file.is_dir() else "gguf")
     with pipeline.unplaced(house) as own:
-        made, merge = _written_child(base, folder, own, kind=kind) if kind else (file, None)
+        made, merge = _written_child(released, base, folder, own, kind=kind) if kind else (file, None)
         module, digest = model.read_child(base, made, scratch=own)
         earlier = [e for e in house.log.entries(digest) if e.predicate is Predicate.CHILD_AUDITED and e.fields["adapter"] == released.adapter]
         told = dict(earlier[-1].fields) if earlier else _audited(house, released, base, folder, module, kind=named)
@@ -220,9 +220,9 @@ def child(house: House, *, file: Path, kind: str = "") -> dict[str, Any]:
     }
 
 
-def _written_child(base: Base, adapter: Path, own: Path, *, kind: str) -> tuple[Path, Digest]:
+def _written_child(released: Release, base: Base, adapter: Path, own: Path, *, kind: str) -> tuple[Path, Digest]:
     """Merges the release and writes it; returns where, and the digest of the merge, which every kind is made of."""
-    module, folder = model.merged(model.load_adapter(base, adapter)), own / MERGED
+    module, folder = model.merged(model.load_adapter(base, adapter, digest=released.adapter)), own / MERGED
     merge = model.write_merged(module, base.tokenizer, folder)
     if kind == MERGED:
         return folder, merge
