@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -58,7 +58,7 @@ def erase(
         if subject is not None and not request and (seconds := house.project.erasure.answer_seconds):
             typer.echo(f"answered a multiple of {seconds:g} s after the identity was verified; killed meanwhile, the same command goes on", err=True)
         if subject is None:
-            done = pipeline.drill(house) if drill else {"resumed": pipeline.resume_erasures(house)}
+            done: dict[str, Any] = pipeline.drill(house) if drill else {"resumed": pipeline.resume_erasures(house)}
         elif request:
             done = {"state": "received", "code": pipeline.request_erasure(house, subject, source=source)}
         elif code:
@@ -66,7 +66,8 @@ def erase(
         else:
             done = pipeline.erase(house, subject, source=source)
     lines = [f"{name}: {value}" for name, value in flat(done) if name not in ("statement", "proof")]
-    lines += [f"{name}: {', '.join(done[name])}" for name in ("stores",) if name in done] + [f"model {said}" for said in done.get("models", [])]
+    lines += [f"stores: {', '.join(done['stores'])}"] if "stores" in done else []
+    lines += [f"model {said}" for said in done.get("models", [])]
     say(as_json, done, lines)
 
 
