@@ -707,7 +707,6 @@ def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House
     np.savez_compressed(copied.project.state / "cache.npz", ids=np.array(ids[0], dtype=np.int32))
     assert any("token ids" in place for place in pipeline.remains(copied, [], tokens=ids)), "and their tokens in an archive"
     (copied.project.state / "cache.npz").unlink()
-    (copied.project.root / "gold.jsonl").unlink()  # the answers of the detector's test: no store, and never read by the pipeline
     bundle, key = pipeline.export_evidence(copied, tmp_path / "officer" / "bundle", public=False)
     dossier.write(copied.log, copied.store, tmp_path / "officer" / "dossier", public=False, namespace=copied.log.origin)
     report.write(copied.log, tmp_path / "officer")
