@@ -106,7 +106,7 @@ class ErasureSection(_Section):
     )
     backup_days: Annotated[int, Field(ge=0)] = Field(30, description="after so many days no backup holds anybody who is erased today")
     answer_seconds: Annotated[float, Field(ge=0)] = Field(
-        60.0,
+        300.0,
         description="a request is answered a full multiple of so many seconds after its identity was verified, so that the time does not tell who is in; more than the longest erasure takes, 0 for at once",
     )
     journal: str = Field(
