@@ -304,12 +304,17 @@ def test_sigkill_in_every_state_is_finished_by_the_next_call(ward, state, moment
     restricted = erasure.state(ward.subject).reached(State.RESTRICTED)
     with house.store.transaction() as tx:
         assert bool(erased(tx, house.keyring, [ward.subject])) is restricted
+    certified = state is State.VERIFIED and moment == "after"
     if state is State.RECEIVED and moment == "before":
+        assert unfinished(house.store, house.keyring) == [], "nobody was verified"
         with pytest.raises(AccessDenied):
             erasure.execute(ward.subject)
+    else:
+        assert unfinished(house.store, house.keyring) == ([] if certified else [ward.subject]), "found also when nothing else knows them any more"
     erasure.execute(ward.subject, identity=VOUCHED)
     [first, last, *again] = house.log.select(Predicate.ERASED)
-    assert len(again) == 2 * (state is State.VERIFIED and moment == "after"), "what was certified already was asked again"
+    assert unfinished(house.store, house.keyring) == []
+    assert len(again) == 2 * certified, "what was certified already was asked again"
     assert set(first.subjects[1:]) == {ward.snapshot.root, MODEL}
     assert last.subjects == first.subjects[:1]
 

@@ -126,6 +126,9 @@ class Reason(StrEnum):
     RESTORED = "restored"
 
 
+_TIMERS = (Reason.RETENTION, Reason.DRILL)
+
+
 class Store(Protocol):
     """Anything that keeps something of a subject. Every store implements this in its own file; `purge` is idempotent."""
 
@@ -288,7 +291,8 @@ class Progress:
 @final
 @dataclass(slots=True)
 class _Scope:
-    """What a request has found so far; written down before anything is destroyed, and emptied by the certificate. `since` is when the identity was verified, `due` when the
+    """What a request has found so far; written down before anything is destroyed, and emptied by the certificate. `subject` is whose it is, so that a killed request can be finished
+    after their key is gone, when nothing else knows them any more; `since` is when the identity was verified, `due` when the
     certificate is, in seconds since 1970."""
 
     artifacts: dict[Digest, Kind] = field(default_factory=dict)
@@ -296,11 +300,13 @@ class _Scope:
     records: set[Digest] = field(default_factory=set)
     decisions: dict[Digest, Decision] = field(default_factory=dict)
     findings: dict[Digest, Finding] = field(default_factory=dict)
+    subject: SubjectId | None = None
     since: float | None = None
     due: float | None = None
 
     def to_json(self) -> str:
-        fields = {"artifacts": self.artifacts, "protects": self.protects, "records": sorted(self.records), "since": self.since, "due": self.due}
+        fields = {"artifacts": self.artifacts, "protects": self.protects, "records": sorted(self.records)}
+        fields |= {"subject": self.subject, "since": self.since, "due": self.due}
         decided = {digest: decision.name for digest, decision in self.decisions.items()}
         return json.dumps({**fields, "decisions": decided, "findings": {digest: found.name for digest, found in self.findings.items()}})
 
@@ -313,6 +319,7 @@ class _Scope:
             records={Digest(d) for d in value.get("records", [])},
             decisions={Digest(d): Decision[name] for d, name in value.get("decisions", {}).items()},
             findings={Digest(d): Finding[name] for d, name in value.get("findings", {}).items()},
+            subject=value.get("subject"),
             since=value.get("since"),
             due=value.get("due"),
         )
@@ -374,7 +381,8 @@ class Erasure:
             if row is None:
                 tx.execute(insert(_erasures).values(token=key, reason=reason.value, received_at=now(tx), **_FRESH))
             elif row.state in _FINISHED and row.certified_at < asked:  # asked again after the certificate: everything is looked through again
-                again = {"state": State.RESTRICTED.value, "reason": reason.value, "received_at": now(tx), "scope": _Scope(since=now(tx)).to_json()}
+                scope = _Scope(subject=subject, since=now(tx)).to_json()
+                again = {"state": State.RESTRICTED.value, "reason": reason.value, "received_at": now(tx), "scope": scope}
                 tx.execute(update(_erasures).where(_erasures.c.token == key).values(again))
         return self.state(subject)
 
@@ -445,8 +453,8 @@ class Erasure:
             while not (state := self.state(subject)).reached(State.CERTIFIED):
                 if state is State.RECEIVED:
                     raise AccessDenied("a verified identity", remedy="Send the code of `discreet erase --request` to the address on file, or vouch.")
-                if state is State.VERIFIED and reason is not Reason.DRILL and reason is not Reason.RETENTION:
-                    self._wait(subject)
+                if state is State.VERIFIED:
+                    self._wait(subject, reason)
                 self._step(subject, state)
             return self._certificate(subject)
 
@@ -477,7 +485,7 @@ class Erasure:
 
     def _identify(self, subject: SubjectId, identity: Identity) -> None:
         with self._database.transaction() as tx:
-            scope = _Scope(since=now(tx)).to_json()
+            scope = _Scope(subject=subject, since=now(tx)).to_json()
             self._advance(tx, subject, State.RECEIVED, method=f"{identity.method} ({identity.by})"[:80], nonce="", scope=scope)
 
     def _scope(self, subject: SubjectId) -> None:
@@ -555,8 +563,12 @@ class Erasure:
             return at
         return scope.since + max(1, math.ceil((at - scope.since) / self._answer_seconds)) * self._answer_seconds
 
-    def _wait(self, subject: SubjectId) -> None:
-        """Sleeps until the certificate is due, by the clock: whoever is killed here goes on here."""
+    def _wait(self, subject: SubjectId, reason: Reason) -> None:
+        """Sleeps until the certificate is due, by the clock: whoever is killed here goes on here. Retention and drills answer nobody, but for who asks meanwhile."""
+        with self._database.transaction() as tx:
+            begun = _row(tx, token(self._keyring, subject)).reason
+        if reason is not Reason.REQUEST and (reason in _TIMERS or begun in _TIMERS):
+            return
         due = self._read(subject).due or 0.0
         while (left := due - time.time()) > 0:
             time.sleep(min(left, 1.0))
@@ -718,11 +730,13 @@ def erased(tx: Connection, keyring: Keyring, subjects: Sequence[SubjectId]) -> s
 
 
 def unfinished(database: Database, keyring: Keyring) -> list[SubjectId]:
-    """Returns the subjects that this project knows and that are restricted without a certificate: killed erasures, and people whom a restored database brought back."""
+    """Returns the subjects whose erasure was begun, with a verified identity, and has no certificate: killed erasures, and people whom a restored database brought back."""
     with database.transaction() as tx:
-        begun = _erasures.c.state.not_in((*_NOT_YET_RESTRICTED, *_FINISHED))
-        open_tokens = set(tx.execute(select(_erasures.c.token).where(begun)).scalars())
-    return [subject for subject in keyring.known_subjects() if token(keyring, subject) in open_tokens] if open_tokens else []
+        begun = _erasures.c.state.not_in((State.RECEIVED.value, *_FINISHED))
+        scopes = {row.token: _Scope.from_json(row.scope) for row in tx.execute(select(_erasures.c.token, _erasures.c.scope).where(begun))}
+    told = [scope.subject for scope in scopes.values() if scope.subject is not None]
+    nameless = {each for each, scope in scopes.items() if scope.subject is None}  # what the journal brought back, and what an older version began
+    return told + ([subject for subject in keyring.known_subjects() if token(keyring, subject) in nameless] if nameless else [])
 
 
 def recomputed(tx: Connection, artifacts: Iterable[Digest]) -> set[Digest]:
