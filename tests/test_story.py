@@ -670,8 +670,9 @@ def test_a_failed_gate_withholds_the_model(copied: House):
 def test_an_erased_person_is_gone_and_stays_gone(copied: House):
     unit = json.loads((copied.project.root / "notes.jsonl").read_text().splitlines()[0])["patient"]
     subject = pipeline.subject_of(copied, unit)
+    size = _log_size(copied)
     certificate = pipeline.erase(copied, unit)
-    assert certificate["failed"] == []
+    assert (certificate["failed"], certificate["certificate"]) == ([], size + 1)
     trained = needed_result(copied, "train")
     promised = f"epsilon {trained['guarantee']['epsilon']:.3g}, delta {trained['guarantee']['delta']:.2g}"
     assert [said for said in certificate["models"] if said.startswith(f"{trained['adapter']}: kept: ") and promised in said] == certificate["models"]
@@ -679,7 +680,9 @@ def test_an_erased_person_is_gone_and_stays_gone(copied: House):
         copied.keyring.subject(subject)
     again = copied.catalog.collect(copied.catalog.register(copied.project, copied.project.source[0]))
     assert subject not in {record.subject for record in again}
+    size = _log_size(copied)
     unknown = pipeline.erase(copied, "nobody at all")
+    assert unknown["certificate"] == size + 1, "the same place in the log, whoever asks"
     assert unknown.keys() == certificate.keys()
     of_the_log = ("subject", "certificate", "statement", "proof")
     assert {k: v for k, v in unknown.items() if k not in of_the_log} == {k: v for k, v in certificate.items() if k not in of_the_log}
@@ -687,6 +690,10 @@ def test_an_erased_person_is_gone_and_stays_gone(copied: House):
     assert entry.predicate is Predicate.ERASED
     assert entry.subjects == (certificate["subject"],)
     assert subject not in certificate["statement"]
+
+
+def _log_size(house: House) -> int:
+    return int(house.log.checkpoint().split(b"\n")[1])
 
 
 def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House, tmp_path: Path):
