@@ -85,6 +85,8 @@ expected_batch = 8
 steps = 2
 [audit]
 canaries = 20
+[erasure]
+answer_seconds = 0.3
 """
     for old, new in changes.items():
         toml = toml.replace(old.replace("_", " "), new) if old.replace("_", " ") in toml else toml + new
@@ -185,6 +187,9 @@ def test_ingest_trace_and_erase(run: Run, project: Path):
     code, out, err = run("erase", "p4", "-C", str(project), "--json")
     assert code == 0, err
     document("erase", out)
+    assert "multiple of 0.3 s" in err
+    code, out, _ = run("erase", "p5", "-C", str(project))
+    assert "stores: open runs, sources, consent, catalog, corpus, checkpoints, unfinished weights" in " ".join(out.split())
     code, out, _ = run("trace", "sha256:" + "0" * 64, "-C", str(project), "--json")
     assert code == 2
     assert SECRET not in out + err

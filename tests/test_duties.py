@@ -31,6 +31,8 @@ engineer = ["emil"]
 privacy_officer = ["petra"]
 auditor = ["axel"]
 product = ["pia"]
+[erasure]
+answer_seconds = 0
 [[source]]
 name = "held-out"
 path = "held.jsonl"
@@ -178,7 +180,7 @@ def test_a_certificate_is_checked_with_the_key_alone(acting: As, folder: Path, t
     verify_certificate(path, public_key=(tmp_path / "log.pub").read_text())
     verify_bundle(bundle, public_key=key)
     for broken in (
-        json.dumps(done | {"proof": done["proof"].replace("index 0", "index 1")}),
+        json.dumps(done | {"proof": done["proof"].replace(f"index {done['certificate']}", "index 0")}),
         json.dumps(done | {"statement": done["statement"].replace("A", "B", 1)}),
         json.dumps(done)[:-1] + ', "proof": ""}',
         "[]",

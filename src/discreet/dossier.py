@@ -359,7 +359,7 @@ def _spend(entry: Logged) -> dict[str, Any]:
 
 
 def _registers(entries: Sequence[Logged], origins: Sequence[Mapping[str, Any]]) -> tuple[Section, ...]:
-    erased = [{"time": e.time, "reason": e.fields.get("reason")} for e in entries if e.predicate == "erased"]
+    erased = [{"time": e.time, "reason": e.fields.get("reason")} for e in entries if e.predicate == "erased" and "identity" in e.fields]
     changes = sum(e.predicate == "consent_changed" for e in entries)
     register = Fact(name="register", title="Erasures, oldest first", value=erased, exposure=Exposure.INTERNAL)
     consent = Fact(name="consent_changes", title="Statements of changed consent", value=changes, exposure=Exposure.INTERNAL)

@@ -395,7 +395,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         StorageFull: when the disk is full; the earlier file is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_of(path)
     try:
         with partial.open("wb") as file:
             file.write(content)
@@ -407,6 +407,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         if error.errno == errno.ENOSPC:
             raise storage_full() from None
         raise
+
+
+def partial_of(path: Path) -> Path:
+    """Returns where a file lies while it is written beside its place, and where a kill leaves it."""
+    return path.with_name(path.name + ".partial")
 
 
 def sync_folder(folder: Path) -> None:
