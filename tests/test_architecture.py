@@ -98,7 +98,13 @@ def test_the_public_names_are_there():
 
 
 WRITES = re.compile(r"\bTable\(|write_atomically\(|write_bytes\(|write_text\(|os\.open\(|\.open\(\"w|mkstemp|mkdtemp|copytree\(|save_file\(")
-STORES = {"corpus": "SnapshotStore", "governance.catalog": "SourceFiles", "governance.consent": "consent", "train.checkpoint": "CheckpointStore"}
+STORES = {
+    "serve.retrieval": "IndexStore",
+    "corpus": "SnapshotStore",
+    "governance.catalog": "SourceFiles",
+    "governance.consent": "consent",
+    "train.checkpoint": "CheckpointStore",
+}
 """Home of each store in `pipeline.erasure_of`, and what it is called there."""
 
 

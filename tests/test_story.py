@@ -23,7 +23,7 @@ from sqlalchemy import text
 
 from discreet import corpus, demo, derived, dossier, federate, model, pipeline
 from discreet.cli import serving
-from discreet.config import ModelSection, load
+from discreet.config import ModelSection, RetrievalSection, load
 from discreet.deid import policy as deid
 from discreet.dp import mechanism
 from discreet.dp.selection import Search, Tries
@@ -855,6 +855,9 @@ def test_every_kind_of_statement_is_written(copied: House, tmp_path: Path):
     copied.access.break_glass(Action.READ, who=current_user(), reason="the audit cannot wait")
     copied.ledger.raise_to(copied.project.budget.name, 9.0, reason="a second year of notes")
     derived.statistics(copied, epsilon=1e-4, observer=Silent())
+    searched = _with(copied, retrieval=RetrievalSection(purposes=("note-assistant",), reads={"product": ("notes",)}))
+    pipeline.build_index(searched, Silent())
+    pipeline.search(searched, "cough")
     derived.synthesize(copied, count=1, out=tmp_path / "synthetic.jsonl", max_tokens=4)
     pipeline.confirm_sensitivity(copied, "public", by="Petra", reason="read it")
     trail, adapter = pipeline.behind(copied).trail, Digest(copied.log.select(Predicate.RELEASED)[-1].fields["adapter"])

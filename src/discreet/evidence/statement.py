@@ -80,6 +80,8 @@ class Predicate(StrEnum):
     CONSENT_CHANGED = "consent_changed"
     ERASED = "erased"
     SERVED = "served"
+    INDEXED = "indexed"
+    SEARCHED = "searched"
     MEASURED = "measured"
     SYNTHESIZED = "synthesized"
     CHILD_AUDITED = "child_audited"
@@ -171,7 +173,9 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.CONSENT_CHANGED: _internal("change"),
         Predicate.ERASED: _internal("reason"),
         Predicate.SERVED: _internal("release requests"),
-        Predicate.MEASURED: _public("what reservation epsilon values", "delta unit cap mechanism"),
+        Predicate.INDEXED: _internal("snapshot purposes"),
+        Predicate.SEARCHED: _internal("purpose by role passages"),
+        Predicate.MEASURED: _public("what reservation epsilon values", "delta unit cap mechanism", released="subject values"),
         Predicate.SYNTHESIZED: _public("adapter guarantee reservation", "texts kind"),
         Predicate.CHILD_AUDITED: _public("adapter verdict kind", "level layers", released="subject adapter verdict layers"),
     }
