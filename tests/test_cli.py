@@ -584,6 +584,13 @@ def test_search_shows_passages_or_counts_people(run: Run, project: Path, monkeyp
     assert document("search-private", out)["remaining"] == pytest.approx(7.0)
     code, said, err = run("search", "cough", *asked, "--epsilon", "1", "-C", str(project))
     assert code == 0, err
+    with (project / "notes.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "bell", "patient": "p30", "name": SECRET, "text": "A cough that \x1b[2J clears \x07 the screen."}) + "\n")
+    assert run("catalog", "register", "notes", "--again", "-C", str(project))[0] == 0
+    assert run("index", "-C", str(project))[0] == 0
+    shown = run("search", "clears the screen", "-k", "1", "-C", str(project))[1]
+    assert "clears" in shown
+    assert not {"\x1b", "\x07"} & set(shown)
     assert "within 3 of the true number of patients with probability 0.95; epsilon 1" in said
     for wrong, exit_code, error in (
         (("--private",), 2, "request.invalid"),

@@ -43,6 +43,11 @@ def test_the_margin_is_the_smallest_that_holds(epsilon: float, sensitivity: int)
     assert width == 0 or outside[1] > 0.05
 
 
+def test_the_margin_of_the_smallest_and_the_largest_epsilon() -> None:
+    assert counts.margin(1e-9, sensitivity=1) > 10**9
+    assert counts.margin(1e4, sensitivity=1) == 0
+
+
 @pytest.mark.parametrize(("epsilon", "sensitivity"), [(0.0, 1), (-1.0, 1), (math.inf, 1), (math.nan, 1), (1.0, 0), (1e-310, 1)])
 def test_figures_that_prove_nothing_are_refused(epsilon: float, sensitivity: int) -> None:
     with pytest.raises(ValueError, match="epsilon"):

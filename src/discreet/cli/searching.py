@@ -50,4 +50,10 @@ def search(
         return
     with pipeline.open_house(project, exclusive=False) as house:
         found = pipeline.search(house, words, purpose=purpose, limit=limit)
-    say(as_json, found, [f"{each['score']:.3f}  {each['source']}  {each['record']}\n{each['text']}\n" for each in found["passages"]] or ["nothing"])
+    lines = [f"{each['score']:.3f}  {each['source']}  {each['record']}\n{_plain(each['text'])}\n" for each in found["passages"]]
+    say(as_json, found, lines or ["nothing"])
+
+
+def _plain(text: str) -> str:
+    """A record's text without what would speak to the terminal."""
+    return "".join(character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text)

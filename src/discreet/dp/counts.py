@@ -47,5 +47,5 @@ def margin(epsilon: float, *, sensitivity: int, level: float = 0.05) -> int:
         >>> margin(1.0, sensitivity=1)
         3
     """
-    ratio = math.exp(-epsilon / sensitivity)  # P(|X| > t) = 2 ratio^(t + 1) / (1 + ratio)
-    return max(0, math.ceil(math.log(level * (1 + ratio) / 2) / math.log(ratio)) - 1)
+    rate = epsilon / sensitivity  # P(|X| > t) = 2 ratio^(t + 1) / (1 + ratio), ratio = exp(-rate)
+    return max(0, math.ceil(-math.log(level * (1 + math.exp(-rate)) / 2) / rate) - 1)

@@ -19,6 +19,7 @@ Does not cover: what readers do with what they may read, groups of people, and t
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from discreet.governance import lineage
 from discreet.governance.access import Action, current_user
 from discreet.ledger import Kind, Spend
 from discreet.pipeline.admission import freeze, source_documents
+from discreet.pipeline.erasing import erasure_of
 from discreet.pipeline.house import House, Observer, fact, for_log, refuse_unfinished, remember
 from discreet.pipeline.pricing import open_project_budget
 from discreet.record import Digest, Purpose
@@ -38,6 +40,7 @@ from discreet.serve import retrieval
 from discreet.serve.retrieval import Index
 
 FACT = "index"
+SNAPSHOT = "retrieval"
 MOST_PASSAGES = 100
 MOST_OPTIONS = 100
 
@@ -55,17 +58,19 @@ def build_index(house: House, observer: Observer) -> dict[str, Any]:
     refuse_unfinished(house)
     observer.stage("index")
     documents = [document for section in _sections(house) for document in source_documents(house, section, observer, purposes=purposes)[0]]
-    snapshot = freeze(house, "retrieval", documents)
+    snapshot = freeze(house, SNAPSHOT, documents)
     digest = retrieval.build(snapshot, config=_config(house), keyring=house.keyring, folder=house.indexes)
     earlier = fact(house, FACT)
     with house.store.transaction() as tx:
         lineage.derive(tx, lineage.Artifact(digest=digest, kind=lineage.Kind.INDEX), parents=[snapshot.root])
         if earlier is not None and earlier["digest"] != digest:
-            lineage.retire_all(tx, [Digest(earlier["digest"])])
+            gone = {Digest(earlier["digest"]), Digest(earlier["snapshot"])} - {snapshot.root}
+            lineage.retire_all(tx, sorted(gone))
         fields: dict[str, JSON] = {"snapshot": snapshot.root, "purposes": [purpose.name for purpose in purposes], "documents": len(documents)}
         entry = house.log.append(tx, Statement(predicate=Predicate.INDEXED, subjects=(digest,), fields=fields))
         remember(tx, FACT, {"digest": digest, "snapshot": snapshot.root, "entry": entry})
     retrieval.sweep(house.indexes, keep=digest)
+    _drop_other_snapshots(house, snapshot.root)
     observer.note(f"index {digest} of {len(documents)} records")
     return {"index": digest, "snapshot": snapshot.root, "purposes": [purpose.name for purpose in purposes], "documents": len(documents)}
 
@@ -165,6 +170,14 @@ def _purposes(house: House) -> list[Purpose]:
     return [Purpose(name) for name in named]
 
 
+def _drop_other_snapshots(house: House, root: Digest) -> None:
+    """Removes the frozen text of indexes that were replaced: nothing else was made from it."""
+    for path in house.snapshots.iterdir():
+        other = Digest(f"sha256:{path.name}")
+        if len(path.name) == 64 and other != root and corpus.open_snapshot(other, keyring=house.keyring, folder=house.snapshots).name == SNAPSHOT:
+            shutil.rmtree(path)
+
+
 def _asked(house: House, name: str) -> Purpose:
     """The purpose of a request; of a purpose that nobody named nothing is shown."""
     purposes = _purposes(house)
@@ -187,7 +200,9 @@ def _config(house: House) -> Digest:
 
 
 def _index(house: House) -> tuple[Index, Digest]:
-    """The index as it stands and the root of its snapshot: of this configuration, of everything that was collected, and of known origin."""
+    """The index as it stands and the root of its snapshot: of this configuration, of everything that was collected, and of known origin. Whoever the journal of suppressions names
+    and a restored database does not is restricted first: a search waits for no other command."""
+    erasure_of(house).reapply()
     known = fact(house, FACT)
     if known is None:
         raise NotFound("an index", remedy="Build it: `discreet index`.")

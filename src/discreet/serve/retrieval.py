@@ -16,7 +16,7 @@ What one says depends on nobody else: no document frequency, no best k. So one s
 
 Sources: Robertson & Zaragoza 2009 (BM25; the weight of a term as in Lucene, never negative).
 
-Does not cover: who may ask and what is allowed (`pipeline.searching`), synonyms and inflection, words that a passage's end parts, how long an answer takes.
+Does not cover: who may ask and what is allowed (`pipeline.searching`), synonyms and inflection, words that a passage's end parts, how long an answer takes, indexes larger than memory.
 """
 
 from __future__ import annotations
