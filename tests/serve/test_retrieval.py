@@ -92,6 +92,7 @@ NOTES = [
     for number in range(12)
 ] + [{"id": "n0b", "patient": "p0", "text": "The cough of p0 is better. Given insulin as well, and metformin still."}]
 LETTERS = [{"id": f"l{number}", "patient": f"q{number}", "text": f"Cough cough cough, cough {number}."} for number in range(8)]
+LETTERS.append({"id": "l8", "patient": "p2", "text": "Cough cough cough, and a cough of somebody who has a note as well."})
 
 
 def write_project(folder: Path, notes: Sequence[Mapping[str, str]] = NOTES) -> Path:
@@ -224,7 +225,7 @@ def _leaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_access_comes_before_the_best_are_chosen(house: House, monkeypatch: pytest.MonkeyPatch):
-    """Eight letters say little but 'cough' and beat every note: an access check after the ranking starves the answer, and so tells that they are there."""
+    """Nine letters say little but 'cough' and beat every note: an access check after the ranking starves the answer, and so tells that they are there."""
     assert len(_found(house, limit=3)) == 3
     _leaks(monkeypatch)
     assert _found(house, limit=3) == [], "the mutant is caught"
