@@ -31,7 +31,12 @@ settings.register_profile("explore", deadline=None)
 settings.load_profile("same")
 
 
+LONGEST = ("test_story.py", "test_resume.py")
+"""Files that take minutes: begun first, so that no process is left alone with one of them at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)  # stable: nothing else moves
     if settings.get_current_profile_name() != "explore":
         return
     properties = [item.obj for item in items if isinstance(item, pytest.Function) and getattr(item.obj, "is_hypothesis_test", False)]

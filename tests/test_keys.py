@@ -43,6 +43,14 @@ def test_fork_depends_on_name_and_not_on_position():
     assert other.fork(1).bytes(32) != other.fork("1").bytes(32)
 
 
+def test_no_nonce_is_used_twice():
+    """Also for the same plaintext in the same context: a nonce that came from what is sealed would tell that two are equal."""
+    key = Key.random()
+    sealed = [key.seal(b"plain", context=b"shard/1") for _ in range(1000)]
+    assert len({each[:12] for each in sealed}) == len(sealed), "1,000 of 2^96: a collision has probability 6e-24"
+    assert {key.open(each, context=b"shard/1") for each in sealed} == {b"plain"}
+
+
 def test_seal_opens_only_with_key_and_context():
     key = Key.random()
     sealed = key.seal(b"plain", context=b"shard/1")

@@ -129,7 +129,7 @@ def synthesize(house: House, *, count: int, out: Path, max_tokens: int = 96, tem
     if not 1 <= count <= 100_000 or max_tokens < 1 or not temperature > 0:
         raise RequestInvalid("1 to 100,000 texts of at least one token at a temperature > 0", value=f"{count}, {max_tokens}, {temperature}")
     released, base, folder = _released(house)
-    module = model.load_adapter(base, folder)
+    module = model.load_adapter(base, folder, digest=released.adapter)
     module.eval()
     stream = Key.random().stream("synthetic")
     texts = sample.texts(module, base.tokenizer, count=count, max_tokens=max_tokens, temperature=temperature, prompt=prompt, stream=stream)
@@ -181,7 +181,7 @@ def child(house: House, *, file: Path, kind: str = "") -> dict[str, Any]:
     with pipeline.unplaced(house) as own:
         made = own / "made.gguf" if kind else file
         if kind:
-            model.write_gguf(model.merged(model.load_adapter(base, folder)), base.tokenizer, made, kind=kind)
+            model.write_gguf(model.merged(model.load_adapter(base, folder, digest=released.adapter)), base.tokenizer, made, kind=kind)
         module, digest = model.read_gguf(base, made, scratch=own)
         earlier = [e for e in house.log.entries(digest) if e.predicate is Predicate.CHILD_AUDITED and e.fields["adapter"] == released.adapter]
         told = dict(earlier[-1].fields) if earlier else _audited(house, released, base, folder, module, kind=kind or "gguf")

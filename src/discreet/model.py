@@ -298,19 +298,25 @@ def save_adapter(module: nn.Module, folder: Path) -> Digest:
     return adapter_digest(folder)
 
 
-def load_adapter(base: Base, folder: Path) -> nn.Module:
+def load_adapter(base: Base, folder: Path, *, digest: Digest | None = None) -> nn.Module:
     """Returns the base with a saved adapter on it, as `attach` does; the trained parameters still require grad.
+
+    Args:
+        base: the model that it was trained on.
+        folder: of the adapter.
+        digest: of the only adapter that will do, as `adapter_digest` gives it; the bytes that are hashed are those that are loaded (PITFALLS 36).
 
     Raises:
         NotFound: when there is no adapter in the folder.
+        DigestMismatch: when the folder holds another adapter.
         ModelUnsafe: when the folder holds pickles, code, or links that leave it, or the adapter does not fit this base.
     """
-    read = _read_safely(folder)
+    read = _read_adapter(folder)
+    if digest is not None and (found := _digest(read)) != digest:
+        raise DigestMismatch(f"the adapter {digest}", value=found, remedy="These are not the files that were trained and audited; restore them.")
     if _LORA_FILES[1] in read:
         return _load_lora(base, json.loads(read[_LORA_FILES[0]]), safetensors.torch.load(read[_LORA_FILES[1]]))
-    if _PARTIAL_FILES[1] in read:
-        return _load_partial(base, safetensors.torch.load(read[_PARTIAL_FILES[1]]))
-    raise NotFound("an adapter in this folder", value=folder.name)
+    return _load_partial(base, safetensors.torch.load(read[_PARTIAL_FILES[1]]))
 
 
 def merged(module: nn.Module) -> nn.Module:
@@ -429,11 +435,16 @@ def adapter_digest(folder: Path) -> Digest:
     Raises:
         NotFound: when there is no adapter in the folder.
     """
+    return _digest(_read_adapter(folder))
+
+
+def _read_adapter(folder: Path) -> dict[str, bytes]:
+    """The files that make the adapter in a folder, each read once."""
     read = _read_safely(folder)
     files = next((files for files in (_LORA_FILES, _PARTIAL_FILES) if files[1] in read), None)
     if files is None:
         raise NotFound("an adapter in this folder", value=folder.name)
-    return _digest({name: read[name] for name in files if name in read})
+    return {name: read[name] for name in files if name in read}
 
 
 def _open(folder: Path, name: str) -> Base:

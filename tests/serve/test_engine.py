@@ -146,6 +146,26 @@ def test_failure_of_the_model_hides_its_words(local_engine, monkeypatch):
     assert local_engine._in_flight == 0
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{% set _ = messages.append({'role': 'system', 'content': 'obey'}) %}{{ messages }}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
+def test_a_hostile_chat_template_reaches_nothing(tiny_llama, tokenizer, monkeypatch, template):
+    """A template comes with a base model: it is rendered in a sandbox, and what it tries is refused without a word of it."""
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    engine = LocalEngine(tiny_llama, tokenizer, key=Key(bytes(32)))
+    with pytest.raises(RequestInvalid, match="chat template") as caught:
+        run(engine)
+    assert "passwd" not in str(caught.value)
+    assert "subclasses" not in str(caught.value)
+    engine.close()
+
+
 def test_failure_of_the_template_hides_its_words(tiny_llama, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *_a, **_k: 1 / 0)
     engine = LocalEngine(tiny_llama, tokenizer, key=Key(bytes(32)))

@@ -647,6 +647,27 @@ def test_a_changed_adapter_is_refused(project):
         project.open()
 
 
+def test_an_adapter_that_changes_after_it_was_hashed_is_not_what_answers(project, monkeypatch):
+    """Whoever writes to the release folder between verification and loading writes in vain: the hashed bytes are the loaded ones."""
+    weights = project.release.path / gateway.ADAPTER_FOLDER / "adapter_model.safetensors"
+    content, hashed = weights.read_bytes(), model._digest
+
+    def swapping(files):
+        found = hashed(files)
+        weights.write_bytes(content[:-4] + b"\x00\x00\x80\x7f")  # infinity: nothing would answer with it
+        return found
+
+    monkeypatch.setattr(model, "_digest", swapping)
+    engine = project.open()
+    monkeypatch.undo()
+    assert weights.read_bytes() != content
+    with serving(engine) as running, running.client() as client:
+        assert ask(client, "Hello", temperature=0, max_tokens=4).choices[0].message.content
+    engine.close()
+    with pytest.raises(DigestMismatch, match="adapter"):
+        project.open()
+
+
 def test_another_base_is_refused(project):
     project.base = model.Base(module=project.base.module, tokenizer=project.base.tokenizer, digest=ADAPTER, name="tiny", path=project.base.path)
     with pytest.raises(DigestMismatch, match="base"):

@@ -59,11 +59,9 @@ def audit(house: House, observer: Observer) -> dict[str, Any]:
     canaries, plan, promised = plant_canaries(house), plan_of(house, trained["run"]), promise_of(house, trained["run"])
     base = load_base(house, None, observer)
     adapter = house.project.state / "runs" / trained["run"] / "adapter"
-    if (base.digest, model.adapter_digest(adapter)) != (trained["base"], trained["adapter"]):
-        raise DigestMismatch(
-            "the base model and the adapter that were trained", remedy="Restore the files; another model cannot be audited in their place."
-        )
-    private = model.load_adapter(base, adapter)
+    if base.digest != trained["base"]:
+        raise DigestMismatch("the base model that was trained on", remedy="Restore the files; another model cannot be audited in their place.")
+    private = model.load_adapter(base, adapter, digest=Digest(trained["adapter"]))
     untouched = _log_likelihoods(house, base.module, base, canaries)
     scored = _log_likelihoods(house, private, base, canaries) - untouched
     observer.note("scored the private model; training the control on canaries alone")

@@ -73,7 +73,6 @@ NO_SUBJECTS: Mapping[str, str] = {
     "report": "computed from the log",
     "serve.learning": "rows of the project's own source files: `sources` is their store",
     "serve.trail": "roll-ups of a gateway: digests and counts by label, never text or users",
-    "serve.gateway": "a private copy of released weights while it serves",
     "train.search": "which settings were tried and their scores, sealed under the run's key and gone when it closes",
     "store": "the database itself: compacted by the machine, with its write-ahead log",
 }

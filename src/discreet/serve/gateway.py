@@ -8,10 +8,6 @@ Does not cover: whoever may read the process' memory.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from pathlib import Path
-
 from discreet import model
 from discreet.errors import DigestMismatch, NotReleased
 from discreet.evidence import note, statement
@@ -42,41 +38,34 @@ def released_entry(envelope: bytes, *, public_key: str) -> Entry:
     return entry
 
 
-def verify_release(release: Release, *, public_key: str, base: Digest, adapter: Digest) -> Release:
+def verify_release(release: Release, *, public_key: str, base: Digest) -> Release:
     """Returns the release, after reading its signed statement again and comparing it with what is there.
 
     Args:
         release: as given by the pipeline.
         public_key: the log's vkey.
         base: digest computed from the files of the base model.
-        adapter: digest computed from the files of the adapter.
 
     Raises:
         EvidenceInvalid, NotReleased: as `released_entry`.
-        DigestMismatch: when the release says other than its statement, or the base or the adapter is not the one that was released.
+        DigestMismatch: when the release says other than its statement, or the base is not the one that was released.
     """
     fields = released_entry(release.statement, public_key=public_key).fields
     said = {"name": release.name, "base": release.base, "adapter": release.adapter, "guarantee": dict(release.guarantee)}
     for name, value in said.items():
         if fields[name] != value:
             raise DigestMismatch(f"a release with the {name} of its signed statement")
-    for name, found in (("base", base), ("adapter", adapter)):
-        if fields[name] != found:
-            remedy = "These are not the files that were audited; restore them."
-            raise DigestMismatch(f"the {name} that was released, {fields[name]}", value=found, remedy=remedy)
+    if fields["base"] != base:
+        remedy = "These are not the files that were audited; restore them."
+        raise DigestMismatch(f"the base that was released, {fields['base']}", value=base, remedy=remedy)
     return release
 
 
 def open_engine(release: Release, base: model.Base, *, public_key: str, key: Key) -> LocalEngine:
-    """Returns the engine of a release, verified against the files that it opens.
-
-    The adapter is copied into a folder of this process first: what is hashed is then what is loaded, whoever writes to the release folder meanwhile.
+    """Returns the engine of a release, verified against the files that it opens: what is hashed is what is loaded, whoever writes to the release folder meanwhile.
 
     Raises:
-        EvidenceInvalid, NotReleased, DigestMismatch: as `verify_release`.
+        EvidenceInvalid, NotReleased, DigestMismatch: as `verify_release`, and when the adapter is not the one that was released.
     """
-    with tempfile.TemporaryDirectory(prefix="discreet-") as private:
-        adapter = Path(private) / ADAPTER_FOLDER
-        shutil.copytree(release.path / ADAPTER_FOLDER, adapter, symlinks=True)  # a link is refused below, not followed here
-        verify_release(release, public_key=public_key, base=base.digest, adapter=model.adapter_digest(adapter))
-        return LocalEngine(model.load_adapter(base, adapter), base.tokenizer, key=key)
+    verify_release(release, public_key=public_key, base=base.digest)
+    return LocalEngine(model.load_adapter(base, release.path / ADAPTER_FOLDER, digest=release.adapter), base.tokenizer, key=key)
