@@ -714,6 +714,19 @@ def test_public_bundles_of_two_corpora_that_differ_in_one_person_differ_only_in_
     assert counted != counted_without
 
 
+def test_the_same_on_postgresql(postgres: str, tmp_path: Path):
+    pytest.importorskip("opendp")
+    folder = write_project(tmp_path / "ward")
+    (folder / "discreet.toml").write_text(f'{TOML}[store]\nurl = "{postgres}"\n')
+    with pipeline.open_house(folder) as house:
+        pipeline.build_index(house, Silent())
+        assert len(_found(house)) == 13
+        assert pipeline.ask(house, "cough", options=list(DRUGS), epsilon=0.5)["remaining"] == pytest.approx(2.5)
+        house.consent.withdraw(pipeline.subject_of(house, "p1"))
+        assert pipeline.erase(house, "p0")["failed"] == []
+        assert len(_found(house)) == 10
+
+
 # Where results may not go
 
 
@@ -731,7 +744,7 @@ def test_no_answer_of_a_model_sees_a_passage():
 
 
 def test_consent_of_a_person_without_basis_is_what_admits_them(house: House):
-    """The letters are for care alone; one person grants the other purpose, and is found for it once the index is built again."""
+    """The letters are for care alone; one person grants the other purpose, and is found for it."""
     letters = _with(house, retrieval=house.project.retrieval.model_copy(update={"reads": {"product": ("letters",)}}))
     assert pipeline.search(letters, "cough", purpose="note-assistant")["passages"] == []
     house.consent.grant(pipeline.subject_of(house, "q1"), Purpose("note-assistant"), basis=Basis.CONSENT)

@@ -5,7 +5,8 @@
     ask           how many people's text says what, as noised counts: for everybody who may ask, and for whatever leaves
 
 Access comes before ranking: role, sources of the role, purpose, and then the consent, erasure and retention of every single record as they stand at that moment. Only what is left is opened and
-ranked. A withdrawal, or the beginning of an erasure, counts from the next search on, whatever the index was built from; a grant counts when the index is built again.
+ranked. A withdrawal, or the beginning of an erasure, counts from the next search on, whatever the index was built from; a grant counts at once for whoever is in
+the index for another purpose, else when it is built again.
 
 A private answer is charged before anything is counted, to everybody in the snapshot. Whoever withdrew since is charged and not counted. That is sound: the mechanism is the same, a withdrawal changes the
 data it sees by one unit, and two answers around it differ, for that one unit, by what both were charged for. It also keeps the refusal from saying who withdrew. Access, the figures, the index and the
