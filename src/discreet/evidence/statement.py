@@ -61,6 +61,8 @@ class Predicate(StrEnum):
     REFUSED = "refused"
     DEIDENTIFIED = "deidentified"
     FROZEN = "frozen"
+    INDEXED = "indexed"
+    SEARCHED = "searched"
     COMMITTED = "committed"
     BUDGET_OPENED = "budget_opened"
     BUDGET_RAISED = "budget_raised"
@@ -80,8 +82,6 @@ class Predicate(StrEnum):
     CONSENT_CHANGED = "consent_changed"
     ERASED = "erased"
     SERVED = "served"
-    INDEXED = "indexed"
-    SEARCHED = "searched"
     MEASURED = "measured"
     SYNTHESIZED = "synthesized"
     CHILD_AUDITED = "child_audited"
@@ -142,6 +142,8 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.REFUSED: _internal("purpose reason"),
         Predicate.DEIDENTIFIED: _internal("policy counts"),
         Predicate.FROZEN: _internal("name"),
+        Predicate.INDEXED: _internal("snapshot purposes"),
+        Predicate.SEARCHED: _internal("purpose by role passages"),
         Predicate.COMMITTED: _public("commitment", "scheme run canaries kind"),
         Predicate.BUDGET_OPENED: _public("budget epsilon delta unit", "accountant orders relation query_delta period"),
         Predicate.BUDGET_RAISED: _public("budget epsilon earlier reason"),
@@ -173,8 +175,6 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.CONSENT_CHANGED: _internal("change"),
         Predicate.ERASED: _internal("reason"),
         Predicate.SERVED: _internal("release requests"),
-        Predicate.INDEXED: _internal("snapshot purposes"),
-        Predicate.SEARCHED: _internal("purpose by role passages"),
         Predicate.MEASURED: _public("what reservation epsilon values", "delta unit cap mechanism", released="subject values"),
         Predicate.SYNTHESIZED: _public("adapter guarantee reservation", "texts kind"),
         Predicate.CHILD_AUDITED: _public("adapter verdict kind", "level layers", released="subject adapter verdict layers"),
