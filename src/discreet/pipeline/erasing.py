@@ -95,8 +95,8 @@ def erasure_of(house: House) -> Erasure:
         ),
         derived=(
             CheckpointStore(project.state / "runs", house.keyring, snapshots=corpus.SnapshotStore(house.snapshots, house.keyring)),
-            IndexStore(house.indexes, house.keyring),
             _UnfinishedWeights(house),
+            IndexStore(house.indexes, house.keyring),
         ),
         models=_ProjectModels(house),
         unit=project.privacy.unit,
