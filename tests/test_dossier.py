@@ -146,7 +146,7 @@ def test_statistics_and_queries_are_in_the_composition(claim: dict[str, Any]) ->
     ]
     rows = statements(claim, people=5)
     found = facts(compiled([*more, *rows]))
-    assert [(each["kind"], each["epsilon"]) for each in found["dp_statement.composition"][0]] == [("statistics", 0.1), ("training", claim["epsilon"])]
+    assert [(each["kind"], each["epsilon"]) for each in found["dp_statement.composition"][0]] == [("query", 0.1), ("training", claim["epsilon"])]
     value, exposure = found["dp_statement.queries"]
     assert exposure is Exposure.INTERNAL
     assert [(each["kind"], each["charges"], each["sum_of_epsilon"], each["sum_of_delta"]) for each in value] == [

@@ -46,7 +46,7 @@ from discreet.errors import (
     StorageFull,
     TrackRefused,
 )
-from discreet.evidence.log import verify_bundle, verify_proof
+from discreet.evidence.log import verify_proof
 from discreet.evidence.statement import Exposure, Predicate, Statement, exposure
 from discreet.governance import lineage, residue
 from discreet.governance.access import Access, Action, current_user

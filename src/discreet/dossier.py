@@ -354,7 +354,7 @@ def _queries(entries: Sequence[Logged]) -> list[dict[str, Any]]:
 
 
 def _spend(entry: Logged) -> dict[str, Any]:
-    fields = {"kind": "statistics", **entry.fields} if entry.predicate == "measured" else entry.fields
+    fields = {"kind": "query", **entry.fields} if entry.predicate == "measured" else entry.fields
     return {name: fields.get(name) for name in ("budget", "kind", "unit", "epsilon", "delta", "filter_epsilon", "accountant")}
 
 
