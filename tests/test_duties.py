@@ -69,6 +69,11 @@ def budget(house: House, name: str = "queries", epsilon: float = 1.0) -> None:
     duties.open_budget(house, name, epsilon=epsilon, delta=1e-6, unit="patient", query_delta=0.0, period=None)
 
 
+def pairs(folder: Path) -> Path:
+    (folder / "pairs.csv").write_text("subject,same_as\nS-2,S-1\n")
+    return folder / "pairs.csv"
+
+
 DUTIES: dict[str, tuple[Callable[[House, Path], object], set[str]]] = {
     "open": (lambda house, _: budget(house, "other"), {"olga"}),
     "reserve": (lambda house, _: duties.reserve(house, "queries", epsilon=0.01, delta=0.0, kind=Kind.STATISTICS), {"emil"}),
@@ -77,6 +82,8 @@ DUTIES: dict[str, tuple[Callable[[House, Path], object], set[str]]] = {
     "rotate": (lambda house, out: duties.rotate_key(house, out / "log.pub"), {"olga"}),
     "tiles": (lambda house, out: duties.tiles(house, out / "tiles"), {"olga", "emil", "petra", "axel"}),
     "export": (lambda house, out: pipeline.export_evidence(house, out / "bundle", public=True), {"olga", "emil", "petra", "axel"}),
+    "evidence": (lambda house, out: duties.export_evidence(house, out / "evidence", public=True), {"olga", "emil", "petra", "axel"}),
+    "same person": (lambda house, out: duties.same_person(house, pairs(out)), {"petra"}),
     "erase": (lambda house, _: pipeline.erase(house, "nobody"), {"petra"}),
 }
 

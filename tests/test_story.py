@@ -46,7 +46,7 @@ from discreet.errors import (
     StorageFull,
     TrackRefused,
 )
-from discreet.evidence.log import verify_bundle, verify_proof
+from discreet.evidence.log import verify_proof
 from discreet.evidence.statement import Exposure, Predicate, Statement, exposure
 from discreet.governance import lineage, residue
 from discreet.governance.access import Access, Action, current_user
@@ -148,7 +148,7 @@ def test_identifiers_of_the_source_reach_no_store_log_report_bundle_prompt_or_si
     needles = sorted({row[column] for row in rows for column in ("mrn", "phone", "email", "name")})
     assert pipeline.remains(copied, needles) == [], "state, database and decoded snapshots"
     for public in (True, False):
-        pipeline.export_evidence(copied, tmp_path / "told" / str(public), public=public)
+        dossier.export(copied.log, copied.store, tmp_path / "told" / str(public), public=public)
     report.write(copied.log, tmp_path / "told")
     written = [path.read_text(errors="replace") for path in (tmp_path / "told").rglob("*") if path.is_file()]
     told = [json.dumps(pipeline.trace(copied, _one(copied).record.digest)), *written]
@@ -211,16 +211,23 @@ def test_no_byte_of_a_finished_run_regenerates_its_noise(house: House):
 
 
 def test_evidence_verifies_offline_and_breaks_on_any_flip(house: House, tmp_path: Path):
-    bundle, key = pipeline.export_evidence(house, tmp_path / "evidence", public=False)
+    folder, key = dossier.export(house.log, house.store, tmp_path / "evidence", public=False)
     public_key = key.read_text()
-    assert len(verify_bundle(bundle, public_key=public_key).entries) > 10
-    for file in sorted(bundle.iterdir()):
+    assert len(dossier.verify(folder, public_key=public_key).entries) > 10
+    told = json.loads((folder / "dossier.json").read_text())["sections"]
+    [sheet] = [each for each in told["data_sheet"]["sources"]["value"] if each["source"] == "notes"]
+    assert (sheet["sensitivity"], sheet["unit"], told["purpose"]["controller"]["value"]) == (
+        "special",
+        "patient",
+        ["Riverside General Hospital (generated)"],
+    )
+    assert told["deidentification"]["precision"]["value"] > 0.5 < told["deidentification"]["recall"]["value"]
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-        with pytest.raises(EvidenceInvalid) as caught:
-            verify_bundle(bundle, public_key=public_key)
-        assert caught.value.failed
+        with pytest.raises(EvidenceInvalid):
+            dossier.verify(folder, public_key=public_key)
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
 
@@ -698,7 +705,7 @@ def _log_size(house: House) -> int:
 
 def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House, tmp_path: Path):
     """Every file of the folder, raw; the database with its write-ahead log and free pages; every living document decoded, as text and as tokens; weights as bytes; and what an officer
-    exported while the person was in: bundle, dossier and report, which still verify."""
+    exported while the person was in: evidence and report, which still verify."""
     rows = [json.loads(line) for line in (copied.project.root / "notes.jsonl").read_text().splitlines()]
     opted_out = set((copied.project.root / "opt_outs.txt").read_text().split())
     unit = next(row["patient"] for row in rows if row["patient"] not in opted_out)
@@ -714,13 +721,12 @@ def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House
     np.savez_compressed(copied.project.state / "cache.npz", ids=np.array(ids[0], dtype=np.int32))
     assert any("token ids" in place for place in pipeline.remains(copied, [], tokens=ids)), "and their tokens in an archive"
     (copied.project.state / "cache.npz").unlink()
-    bundle, key = pipeline.export_evidence(copied, tmp_path / "officer" / "bundle", public=False)
-    dossier.write(copied.log, copied.store, tmp_path / "officer" / "dossier", public=False, namespace=copied.log.origin)
+    evidence, key = dossier.export(copied.log, copied.store, tmp_path / "officer" / "evidence", public=False)
     report.write(copied.log, tmp_path / "officer")
     done = pipeline.erase(copied, unit)
     assert done["failed"] == []
     assert residue.find(tmp_path / "officer", needles, tokens=ids) == []
-    collected = [e for e in verify_bundle(bundle, public_key=key.read_text()).entries if e.predicate is Predicate.COLLECTED]
+    collected = [e for e in dossier.verify(evidence, public_key=key.read_text()).entries if e.predicate is Predicate.COLLECTED]
     assert collected, "and their digests, which nobody can tell from others any more"
     copied.store.close()
     assert residue.find(copied.project.root, needles, tokens=ids) == []
@@ -994,11 +1000,16 @@ def test_a_sensitive_source_never_reaches_a_track_without_privacy(copied: House)
 
 
 def _shown(folder: Path, out: Path) -> list[tuple[str, dict[str, Any]]]:
-    """What the public bundle of a project says, without what is DP-released, and without the commitment to the canaries, whose salt is fresh in each project."""
+    """What the public evidence of a project says, statements and answers, without what is DP-released, and without the log's key and the commitment to the canaries, which are fresh in each project."""
     with pipeline.open_house(folder) as opened:
-        bundle, key = pipeline.export_evidence(opened, out, public=True)
-    said = []
-    for entry in verify_bundle(bundle, public_key=key.read_text()).entries:
+        written, key = dossier.export(opened.log, opened.store, out, public=True)
+    answers = json.loads((written / "dossier.json").read_text())
+    assert {fact["exposure"] for section in answers["sections"].values() for fact in section.values()} == {"public", "dp-released"}
+    said = [
+        (name, {fact: each["value"] for fact, each in section.items() if each["exposure"] == "public" and fact != "public_key"})
+        for name, section in answers["sections"].items()
+    ]
+    for entry in dossier.verify(written, public_key=key.read_text()).entries:
         plain = {name: value for name, value in entry.fields.items() if exposure(entry.predicate, name) is Exposure.PUBLIC}
         fresh = plain.pop("commitment", None)
         about = {} if fresh or exposure(entry.predicate, "subject") is Exposure.DP_RELEASED else {"subject": entry.subjects}
@@ -1019,9 +1030,10 @@ def test_public_bundles_of_two_corpora_that_differ_in_one_person_differ_only_in_
     with pipeline.open_house(without) as opened:
         pipeline.run(opened, until=None, observer=Silent())
     one, other = _shown(told, tmp_path / "one"), _shown(without, tmp_path / "other")
-    assert [kind for kind, _ in one][:6] == [kind for kind, _ in other][:6]
+    assert [kind for kind, _ in one] == [kind for kind, _ in other]
     assert one == other
-    assert (tmp_path / "one" / "entries.jsonl").read_bytes() != (tmp_path / "other" / "entries.jsonl").read_bytes()
+    for name in ("dossier.json", "log/entries.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() != (tmp_path / "other" / name).read_bytes(), "the test looks at something"
 
 
 class _Heard(Silent):
@@ -1106,6 +1118,7 @@ def test_an_update_goes_on_from_the_last_release_and_counts_both_runs(copied: Ho
     said = json.loads((answers / "dossier.json").read_text())["sections"]
     assert said["dp_statement"]["recomputed_epsilon"]["value"] == pytest.approx(claim["epsilon"], rel=1e-4)
     assert first.fields["run"] in said["guarantee"]["continues"]["value"]
+    assert "data_sheet" not in said
     transcript = pipeline.erasure_of(house)._models.transcript(Digest(second.fields["adapter"]))
     assert (transcript.unit, transcript.noise_multiplier) == ("patient", 0.0), "kept for the unit; for a group no bound is claimed"
     _add_a_note(house)

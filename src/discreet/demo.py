@@ -32,10 +32,9 @@ from typing import Any, final
 
 from faker import Faker
 
-from discreet import pipeline, report
+from discreet import dossier, pipeline, report
 from discreet.config import FILE_NAME
 from discreet.errors import ConfigInvalid, NotFound, NotReleased, TrackRefused
-from discreet.evidence.log import verify_bundle
 from discreet.evidence.statement import Predicate
 from discreet.keys import Stream
 from discreet.pipeline import House, Observer
@@ -688,6 +687,6 @@ def _utility(house: House, trained: Mapping[str, Any], facts: CorpusFacts, obser
 
 def _verified_offline(house: House) -> dict[str, Any]:
     """Exports the evidence and verifies it as a stranger would: from the bundle and the public key alone."""
-    bundle, key = pipeline.export_evidence(house, house.project.root / "evidence", public=False)
-    verified = verify_bundle(bundle, public_key=key.read_text().strip())
+    bundle, key = dossier.export(house.log, house.store, house.project.root / "evidence", public=False)
+    verified = dossier.verify(bundle, public_key=key.read_text())
     return {"valid": True, "failed": [], "statements": len(verified.entries), "bundle": str(bundle), "key": str(key)}

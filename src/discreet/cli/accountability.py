@@ -312,6 +312,22 @@ def consent_import(
     say(as_json, {"changed": changed}, [f"changed: {changed}"])
 
 
+@consent.command("same-person")
+def consent_same_person(
+    file: Annotated[
+        Path, typer.Argument(help="CSV with the columns subject and same_as: a second identifier, and the first one of the same person.")
+    ],
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Declares which identifiers are one person, before the second is collected: one budget, one consent, one erasure. All or none."""
+    from discreet import duties, pipeline
+
+    with pipeline.open_house(project) as house:
+        declared = duties.same_person(house, file)
+    say(as_json, {"declared": declared}, [f"declared: {declared}"])
+
+
 @catalog.command("confirm")
 def catalog_confirm(
     name: str,

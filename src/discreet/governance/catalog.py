@@ -492,7 +492,16 @@ def _rewrite_opt_outs(source: RegisteredSource, subject: SubjectId, keyring: Key
 
 def subject_id(keyring: Keyring, *, unit: str, value: str) -> SubjectId:
     """Returns the pseudonym of the privacy unit `value` ("MRN-12") of the scheme `unit` ("patient"), as every source of that scheme derives it."""
-    return keyring.pseudonym(f"{unit}:{unicodedata.normalize('NFC', value).strip()}")
+    return keyring.pseudonym(_scheme(unit, value))
+
+
+def declare_same(keyring: Keyring, *, unit: str, pairs: Sequence[tuple[str, str]]) -> int:
+    """Makes second identifiers of a scheme one person with the first. Arguments and errors as `Keyring.declare_same`."""
+    return keyring.declare_same([(_scheme(unit, second), _scheme(unit, first)) for second, first in pairs])
+
+
+def _scheme(unit: str, value: str) -> str:
+    return f"{unit}:{unicodedata.normalize('NFC', value).strip()}"
 
 
 def digests_of(tx: Connection, subject: SubjectId) -> list[Digest]:

@@ -72,8 +72,10 @@ def _decide(house: House, trained: Mapping[str, Any], audited: Mapping[str, Any]
         "gates": gates,
         "run": trained["run"],
     }
+    declared = house.project.project
     fields = common | (
-        {"base": trained["base"], "guarantee": trained["guarantee"], "purpose": house.project.purpose.name, "verdict": audited["verdict"]}
+        {"base": trained["base"], "guarantee": trained["guarantee"], "purpose": house.project.purpose.name, "controller": declared.controller}
+        | {"verdict": audited["verdict"]}
         if holds
         else {"reasons": [gate["gate"] for gate in gates if not gate["holds"]], "verdict": audited["verdict"]}
     )
