@@ -101,7 +101,13 @@ WRITES = re.compile(
     r"\bTable\(|write_(?:atomically|bytes|text|table)\(|os\.open\(|open\((?:[^()]*, )?[\"'][wax]b?\+?[\"']|mkstemp|mkdtemp|TemporaryDirectory\(|NamedTemporaryFile\("
     r"|copytree\(|copyfile(?:obj)?\(|shutil\.(?:copy2?|move)\(|save_file\(|save_pretrained\(|np\.savez?|to_(?:csv|parquet)\(|savefig\(|GGUFWriter\("
 )
-STORES = {"corpus": "SnapshotStore", "governance.catalog": "SourceFiles", "governance.consent": "consent", "train.checkpoint": "CheckpointStore"}
+STORES = {
+    "serve.retrieval": "IndexStore",
+    "corpus": "SnapshotStore",
+    "governance.catalog": "SourceFiles",
+    "governance.consent": "consent",
+    "train.checkpoint": "CheckpointStore",
+}
 """Home of each store in `pipeline.erasure_of`, and what it is called there."""
 
 

@@ -631,3 +631,54 @@ def test_reasons_are_logged_without_identifiers(run: Run, project: Path):
     with pipeline.open_house(project) as house:
         (reason,) = [e.fields["reason"] for e in house.log.select(Predicate.ACCESS_GRANTED) if e.fields.get("kind") == "break-glass"]
     assert reason == "Dr. [REDACTED] called from [REDACTED] about a fire"
+
+
+def test_search_shows_passages_or_counts_people(run: Run, project: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("opendp")
+    where = ("-C", str(project), "--json")
+    code, out, _ = run("search", "cough", *where)
+    assert (code, document("error", out)["error"]["code"]) == (2, "config.invalid")
+    toml = project / "discreet.toml"
+    toml.write_text(toml.read_text() + '[retrieval]\npurposes = ["note-assistant"]\nreads = { product = ["notes"] }\n')
+    code, out, _ = run("search", "cough", *where)
+    assert (code, document("error", out)["error"]["code"]) == (2, "not_found")
+    code, out, err = run("index", *where)
+    assert code == 0, err
+    assert document("index", out)["documents"] == 30
+    code, out, err = run("search", "-", "-k", "3", *where, stdin=b"cough for 7 days")
+    assert code == 0, err
+    found = document("search", out)["passages"]
+    assert len(found) == 3
+    assert "7 days" in found[0]["text"]
+    code, said, err = run("search", "cough for 7 days", "-k", "1", "-C", str(project))
+    assert (code, said.splitlines()[1]) == (0, found[0]["text"])
+    asked = ("--private", "--option", "for 7 days", "--option", "fever")
+    code, out, err = run("search", "cough", *asked, "--epsilon", "1", *where)
+    assert code == 0, err
+    assert document("search-private", out)["remaining"] == pytest.approx(7.0)
+    code, said, err = run("search", "cough", *asked, "--epsilon", "1", "-C", str(project))
+    assert code == 0, err
+    with (project / "notes.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "bell", "patient": "p30", "name": SECRET, "text": "A cough that \x1b[2J clears \x07 the screen."}) + "\n")
+    assert run("catalog", "register", "notes", "--again", "-C", str(project))[0] == 0
+    assert run("index", "-C", str(project))[0] == 0
+    shown = run("search", "clears the screen", "-k", "1", "-C", str(project))[1]
+    assert "clears" in shown
+    assert not {"\x1b", "\x07"} & set(shown)
+    assert "within 3 of the true number of patients with probability 0.95; epsilon 1" in said
+    for wrong, exit_code, error in (
+        (("--private",), 2, "request.invalid"),
+        (("--epsilon", "1"), 2, "request.invalid"),
+        (("--option", "fever"), 2, "request.invalid"),
+        (("-k", "0"), 2, "request.invalid"),
+        ((*asked, "--epsilon", "0"), 2, "plan.invalid"),
+        ((*asked, "--epsilon", "9"), 3, "budget.exhausted"),
+        (("--purpose", "marketing"), 3, "consent.not_admitted"),
+    ):
+        code, out, _ = run("search", "cough", *wrong, *where)
+        assert (code, document("error", out)["error"]["code"]) == (exit_code, error), wrong
+    (index,) = (project / ".discreet" / "indexes").iterdir()
+    index.write_bytes(index.read_bytes()[:-1])
+    code, out, err = run("search", "cough", *where)
+    assert (code, document("error", out)["error"]["code"]) == (4, "digest.mismatch")
+    assert SECRET not in out + said + err + json.dumps(found)

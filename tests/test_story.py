@@ -21,9 +21,9 @@ import pyarrow.parquet
 import pytest
 from sqlalchemy import text
 
-from discreet import corpus, demo, derived, dossier, federate, model, pipeline, report
+from discreet import corpus, demo, derived, dossier, duties, federate, model, pipeline, report
 from discreet.cli import serving
-from discreet.config import ModelSection, load
+from discreet.config import ModelSection, RetrievalSection, load
 from discreet.deid import policy as deid
 from discreet.dp import mechanism
 from discreet.dp.selection import Search, Tries
@@ -721,7 +721,8 @@ def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House
     np.savez_compressed(copied.project.state / "cache.npz", ids=np.array(ids[0], dtype=np.int32))
     assert any("token ids" in place for place in pipeline.remains(copied, [], tokens=ids)), "and their tokens in an archive"
     (copied.project.state / "cache.npz").unlink()
-    evidence, key = dossier.export(copied.log, copied.store, tmp_path / "officer" / "evidence", public=False)
+    (tmp_path / "officer").mkdir()
+    evidence, key = duties.export_evidence(copied, tmp_path / "officer" / "evidence", public=False)
     report.write(copied.log, tmp_path / "officer")
     done = pipeline.erase(copied, unit)
     assert done["failed"] == []
@@ -962,6 +963,9 @@ def test_every_kind_of_statement_is_written(copied: House, tmp_path: Path):
     copied.access.break_glass(Action.READ, who=current_user(), reason="the audit cannot wait")
     copied.ledger.raise_to(copied.project.budget.name, 9.0, reason="a second year of notes")
     derived.statistics(copied, epsilon=1e-4, observer=Silent())
+    searched = _with(copied, retrieval=RetrievalSection(purposes=("note-assistant",), reads={"product": ("notes",)}))
+    pipeline.build_index(searched, Silent())
+    pipeline.search(searched, "cough")
     derived.synthesize(copied, count=1, out=tmp_path / "synthetic.jsonl", max_tokens=4)
     pipeline.confirm_sensitivity(copied, "public", by="Petra", reason="read it")
     trail, adapter = pipeline.behind(copied).trail, Digest(copied.log.select(Predicate.RELEASED)[-1].fields["adapter"])

@@ -41,6 +41,9 @@ expected_batch = 8
 steps = 2
 [audit]
 canaries = 20
+[retrieval]
+purposes = ["note-assistant"]
+reads = { product = ["notes"] }
 """
 
 

@@ -120,10 +120,10 @@ class AccessSection(_Section):
     """Who may do what. While every list is empty, whoever runs the command holds all roles, and the report says so."""
 
     owner: tuple[str, ...] = Field((), description="user names of the operating system: open budgets, register sources")
-    engineer: tuple[str, ...] = Field((), description="run, train, audit, update, propose a release")
-    privacy_officer: tuple[str, ...] = Field((), description="erase, consent, retention, access exports, approve")
+    engineer: tuple[str, ...] = Field((), description="run, train, audit, update, propose a release, search, ask for private answers")
+    privacy_officer: tuple[str, ...] = Field((), description="erase, consent, retention, access exports, approve, search")
     auditor: tuple[str, ...] = Field((), description="read the log, the report, the lineage and the evidence")
-    product: tuple[str, ...] = Field((), description="serve what was released, read the public report")
+    product: tuple[str, ...] = Field((), description="serve what was released, read the public report, search, ask for private answers")
 
 
 @final
@@ -298,6 +298,19 @@ class ServeSection(_Section):
 
 
 @final
+class RetrievalSection(_Section):
+    """Search over the de-identified text of the sources with role = "train". Without a purpose there is none."""
+
+    purposes: tuple[Name, ...] = Field(
+        (), description="for what may be searched; a record is found for those that its basis covers; none: there is no retrieval"
+    )
+    reads: dict[Literal["owner", "engineer", "privacy_officer", "auditor", "product"], tuple[Name, ...]] = Field(
+        default_factory=dict,
+        description="role -> sources whose passages it may read; a role that is not named reads none. Private answers ask for none",
+    )
+
+
+@final
 class RunSection(_Section):
     """How fast, never what."""
 
@@ -333,6 +346,7 @@ class Project(_Section):
     audit: AuditSection = AuditSection()
     release: ReleaseSection = ReleaseSection()
     serve: ServeSection = ServeSection()
+    retrieval: RetrievalSection = RetrievalSection()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
@@ -341,9 +355,11 @@ class Project(_Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"Expected every [[source]] to have its own name, got '{name}' twice.")
-        unknown = [name for name in self.erasure.retain if name not in names]
-        if unknown:
-            raise ValueError(f"Expected [erasure] retain to name sources, got '{unknown[0]}'.")
+        readable = [name for sources in self.retrieval.reads.values() for name in sources]
+        for key, named in (("[erasure] retain", self.erasure.retain), ("[retrieval] reads", readable)):
+            unknown = sorted(set(named) - set(names))
+            if unknown:
+                raise ValueError(f"Expected {key} to name sources, got {', '.join(unknown)}.")
         if any(source.role == "canary" for source in self.source):
             raise ValueError("Expected no [[source]] with role = 'canary': the audit plants its own.")
         return self

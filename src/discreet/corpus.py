@@ -164,6 +164,11 @@ def digests(snapshot: Snapshot, keyring: Keyring) -> list[Digest]:
     return [document.digest for document in _read_manifest(snapshot.path, snapshot.root, keyring.purpose("shards")).documents]
 
 
+def sources(snapshot: Snapshot, keyring: Keyring) -> list[str]:
+    """Returns the source of the document at each position, erased ones included. Internal (PITFALLS 41)."""
+    return [document.source for document in _read_manifest(snapshot.path, snapshot.root, keyring.purpose("shards")).documents]
+
+
 @final
 class SnapshotStore:
     """What the snapshots hold of a subject, for `governance.erasure`."""

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from discreet import corpus, model, pipeline
 from discreet.audit.bounds import Verdict
 from discreet.config import digest_of
-from discreet.errors import DigestMismatch, MissingExtra, NotReleased, PlanInvalid, RequestInvalid
+from discreet.dp import counts
+from discreet.errors import DigestMismatch, NotReleased, PlanInvalid, RequestInvalid
 from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.evidence.statement import digest_of as digest_of_bytes
 from discreet.governance import lineage
@@ -75,7 +76,7 @@ def statistics(house: House, *, epsilon: float, observer: Observer) -> dict[str,
     units = frozen.snapshot.units.reveal()
     lengths = _lengths(house, units, frozen.snapshot, cap=privacy.cap)
     values = {
-        "units": max(0, count(len(units))),
+        "units": max(0, *count([len(units)])),
         "documents_by_length": [[bound, max(0, noised)] for bound, noised in zip([*BOUNDS, None], histogram(binned(lengths)), strict=True)],
     }
     result: dict[str, Any] = {"reservation": paid.id, "epsilon": epsilon, "delta": 0.0, "unit": privacy.unit, "cap": privacy.cap, "values": values}
@@ -99,18 +100,11 @@ def binned(lengths: Sequence[int]) -> list[int]:
 
 
 def _measurements(epsilon: float, *, cap: int) -> tuple[Any, Any]:
-    """OpenDP's measurements of a count of units (a unit changes it by 1) and of a histogram of documents (by `cap`), each half of epsilon by its own proof."""
+    """Measurements of a count of units (a unit changes it by 1) and of a histogram of documents (by `cap`), each half of epsilon by its own proof."""
     try:
-        import opendp.prelude as opendp
-    except ImportError:
-        raise MissingExtra("OpenDP", remedy="pip install 'discreet[statistics]'") from None
-    dp: Any = opendp
-    dp.enable_features("contrib")
-    count = dp.m.make_laplace(dp.atom_domain(T=int), dp.absolute_distance(T=int), scale=2 / epsilon)
-    histogram = dp.m.make_laplace(dp.vector_domain(dp.atom_domain(T=int)), dp.l1_distance(T=int), scale=2 * cap / epsilon)
-    if not count.map(1) + histogram.map(cap) <= epsilon * (1 + 1e-9):
-        raise PlanInvalid("a query whose proof of privacy is within its charge", value=epsilon)
-    return count, histogram
+        return counts.laplace(epsilon / 2, sensitivity=1), counts.laplace(epsilon / 2, sensitivity=cap)
+    except ValueError as error:
+        raise PlanInvalid.of(error) from None
 
 
 def _lengths(house: House, units: Mapping[SubjectId, tuple[int, ...]], snapshot: Snapshot, *, cap: int) -> list[int]:

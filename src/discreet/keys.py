@@ -213,9 +213,17 @@ class Keyring:
 
     def existing(self, subjects: Sequence[SubjectId]) -> dict[SubjectId, Key]:
         """Returns the keys of those subjects who have one, and makes none. Raises like `subject`."""
+        wanted = list(dict.fromkeys(subjects))
+        tombstones = [digest.hex() for digest in self.hmacs("tombstone", [f"subject/{subject}".encode() for subject in wanted])]
+        found: dict[str, bytes] = {}
         with self._store.transaction() as tx:
-            found = {subject: self._find(tx, "subject", subject) for subject in dict.fromkeys(subjects)}
-        return {subject: key for subject, key in found.items() if key is not None}
+            for start in range(0, len(wanted), _IN_ONE_QUERY):
+                names = wanted[start : start + _IN_ONE_QUERY] + tombstones[start : start + _IN_ONE_QUERY]
+                rows = tx.execute(select(_keys.c.name, _keys.c.wrapped).where(_keys.c.kind == "subject", _keys.c.name.in_(names)))
+                found |= {row.name: row.wrapped for row in rows}
+        if _DESTROYED in found.values():
+            raise _forgotten("subject")
+        return {s: Key(self._wrap.open(found[s], context=f"subject/{s}".encode())) for s in wanted if s in found}
 
     def purpose(self, name: str) -> Key:
         """Returns the project's key for one purpose ("shards", "checkpoint"), created at the first call."""
@@ -288,7 +296,7 @@ class Keyring:
         rows = tx.execute(select(_keys.c.wrapped).where(_keys.c.kind == kind, _keys.c.name.in_((name, self._tombstone(kind, name))))).scalars().all()
         wrapped = max(rows, key=lambda stored: stored == _DESTROYED, default=None)
         if wrapped == _DESTROYED:
-            raise Forgotten(f"a {kind} whose key still exists", remedy="It was erased or closed; this cannot be undone.")
+            raise _forgotten(kind)
         return None if wrapped is None else Key(self._wrap.open(wrapped, context=f"{kind}/{name}".encode()))
 
     def _destroy(self, kind: str, name: str) -> None:
@@ -308,6 +316,11 @@ _SAME = "same person"
 
 _DESTROYED = b""
 """The tombstone in place of a wrapped key: a destroyed key is not silently made anew."""
+_IN_ONE_QUERY = 500
+
+
+def _forgotten(kind: str) -> Forgotten:
+    return Forgotten(f"a {kind} whose key still exists", remedy="It was erased or closed; this cannot be undone.")
 
 
 def open_master(location: str) -> Key:

@@ -114,6 +114,8 @@ def test_what_depends_on_private_data_is_internal() -> None:
         Predicate.CONSENT_CHANGED,
         Predicate.ERASED,
         Predicate.SERVED,
+        Predicate.INDEXED,
+        Predicate.SEARCHED,
     }
     for predicate in set(Predicate) - internal:
         row = PREDICATES[predicate]

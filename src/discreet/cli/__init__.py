@@ -18,14 +18,14 @@ import typer
 from typer.exceptions import TyperException
 
 from discreet import __version__
-from discreet.cli import accountability, evidence, federate, privacy, redacting, serving, story
+from discreet.cli import accountability, evidence, federate, privacy, redacting, searching, serving, story
 from discreet.cli.shared import stderr
 from discreet.errors import DiscreetError
 
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help="Sensitive text to a language model that keeps it, with proof."
 )
-for group in (story.commands, accountability.commands, serving.commands):
+for group in (story.commands, accountability.commands, searching.commands, serving.commands):
     app.add_typer(group)
 for name, group in (
     ("redact", redacting.redacting),

@@ -293,9 +293,9 @@ class Log:
         query = select(_entries).join(_subjects, _subjects.c.position == _entries.c.position).where(_subjects.c.digest == digest)
         return self._read(query, tx)
 
-    def select(self, predicate: Predicate, *, tx: Connection | None = None) -> list[Entry]:
-        """Returns the entries of one kind, oldest first, each verified. Arguments and errors as `entries`."""
-        return self._read(select(_entries).where(_entries.c.predicate == predicate.value), tx)
+    def select(self, predicate: Predicate, *, after: int = -1, tx: Connection | None = None) -> list[Entry]:
+        """Returns the entries of one kind behind an index, oldest first, each verified. Other arguments and errors as `entries`."""
+        return self._read(select(_entries).where(_entries.c.predicate == predicate.value, _entries.c.position > after), tx)
 
     def checkpoint(self) -> bytes:
         """Signs, stores and returns the C2SP note over all entries; the stored one when nothing was appended since.

@@ -61,6 +61,8 @@ class Predicate(StrEnum):
     REFUSED = "refused"
     DEIDENTIFIED = "deidentified"
     FROZEN = "frozen"
+    INDEXED = "indexed"
+    SEARCHED = "searched"
     COMMITTED = "committed"
     BUDGET_OPENED = "budget_opened"
     BUDGET_RAISED = "budget_raised"
@@ -140,6 +142,8 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.REFUSED: _internal("purpose reason"),
         Predicate.DEIDENTIFIED: _internal("policy counts"),
         Predicate.FROZEN: _internal("name"),
+        Predicate.INDEXED: _internal("snapshot purposes"),
+        Predicate.SEARCHED: _internal("purpose by role passages"),
         Predicate.COMMITTED: _public("commitment", "scheme run canaries kind"),
         Predicate.BUDGET_OPENED: _public("budget epsilon delta unit", "accountant orders relation query_delta period"),
         Predicate.BUDGET_RAISED: _public("budget epsilon earlier reason"),

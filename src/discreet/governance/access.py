@@ -1,10 +1,12 @@
 """Who may do what: roles and actions as Cedar policies, deny by default, two pairs of eyes where one pair could cheat.
 
     owner            opens and raises budgets, registers sources, rotates the log's key
-    engineer         runs the pipeline and proposes what two people have to want
-    privacy officer  erases, records consent, exports what a subject may see, approves
+    engineer         runs the pipeline and proposes what two people have to want; searches, and asks for private answers
+    privacy officer  erases, records consent, exports what a subject may see, approves; searches
     auditor          reads log, report, lineage and evidence, and changes nothing
-    product          serves what was released
+    product          serves what was released; searches, and asks for private answers
+
+Whose passages a search shows is not for the role alone to say: [retrieval] reads names the sources of each role, also behind broken glass.
 
 A release, a raised budget and a re-identification need an approval: proposed by one person, approved by another whose role may, each bound to exactly that act and used once.
 In an emergency `break_glass` opens one action for one person for an hour, with a reason, and says so in the log before it opens.
@@ -78,6 +80,8 @@ class Action(StrEnum):
     ERASE = "erase"
     CONSENT = "consent"
     ACCESS_EXPORT = "access_export"
+    SEARCH = "search"
+    ASK = "ask"
     REIDENTIFY = "reidentify"
     APPROVE = "approve"
     READ = "read"
@@ -88,10 +92,10 @@ TWO_PEOPLE = frozenset({Action.RAISE_BUDGET, Action.RELEASE, Action.REIDENTIFY})
 
 POLICIES = """
 permit(principal in Role::"owner", action in [Action::"register_source", Action::"open_budget", Action::"raise_budget", Action::"rotate_key", Action::"read"], resource);
-permit(principal in Role::"engineer", action in [Action::"run", Action::"release", Action::"reidentify", Action::"read"], resource);
-permit(principal in Role::"privacy_officer", action in [Action::"erase", Action::"consent", Action::"access_export", Action::"approve", Action::"read"], resource);
+permit(principal in Role::"engineer", action in [Action::"run", Action::"release", Action::"reidentify", Action::"search", Action::"ask", Action::"read"], resource);
+permit(principal in Role::"privacy_officer", action in [Action::"erase", Action::"consent", Action::"access_export", Action::"approve", Action::"search", Action::"read"], resource);
 permit(principal in Role::"auditor", action == Action::"read", resource);
-permit(principal in Role::"product", action in [Action::"serve"], resource);
+permit(principal in Role::"product", action in [Action::"serve", Action::"search", Action::"ask"], resource);
 permit(principal, action, resource) when { context.broken_glass };
 forbid(principal, action, resource) when { context.needs_approval && !context.approved_by_another && !context.broken_glass };
 forbid(principal, action == Action::"approve", resource) when { context.own_proposal };

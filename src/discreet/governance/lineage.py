@@ -8,6 +8,8 @@ life. Closures are one recursive query, in SQLite and in PostgreSQL alike; a cyc
 
 Guarantees: `descendants` is complete over the edges that were written. Source: W3C PROV-DM, `wasDerivedFrom`.
 
+No part keeps a cache of answers, vectors or opened text, so nothing is registered as `CACHE` today; whatever would keep one has to register it, and to be a store of the erasure.
+
 Does not cover: edges that nobody wrote (a file copied by hand), and which sentence of a parent went into a child.
 """
 

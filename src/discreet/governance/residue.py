@@ -8,8 +8,8 @@
 Why this way: an erasure is believed only if somebody else looked, with another eye than the stores' own. A needle is looked for whole: give the identifiers beside the texts, so that a text that was
 cut is found by them (pieces of texts are not looked for: people share phrases).
 
-Does not cover: what is encrypted (the caller opens it with the keys that live), paraphrases, vectors (nothing of a text can be read in them; a store of vectors answers for itself), compressed
-pieces inside a file of another format.
+Does not cover: what is encrypted (the caller opens it with the keys that live: documents, and the passages and term vectors of an index), paraphrases, dense vectors (nothing of a text can be read
+in them; a store of such vectors answers for itself), compressed pieces inside a file of another format.
 """
 
 from __future__ import annotations

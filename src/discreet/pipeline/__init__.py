@@ -9,7 +9,7 @@
 A stage that finished leaves its result in the table `stages`; calling it again returns that result. A stage that was killed is repeated: what it had already
 logged is recognised, what it had already spent is not spent again, and training continues from its sealed checkpoint with the same draws.
 
-The parts, each on top of those before it: house, weights, people, admission, pricing, continuing, training, auditing, releasing, erasing, story.
+The parts, each on top of those before it: house, weights, people, admission, pricing, continuing, training, auditing, releasing, erasing, searching, story.
 
 Does not cover: machines that do not trust each other (federated/), serving itself (serve/), the demo's corpus (demo.py).
 """
@@ -35,6 +35,7 @@ from discreet.pipeline.house import House, Observer, Silent, finished, for_log, 
 from discreet.pipeline.people import access_export, import_consent, may_record_consent, reidentification, restore_tokens, subject_key
 from discreet.pipeline.pricing import budget_fields, open_project_budget, price
 from discreet.pipeline.releasing import behind, load_release, override_inconclusive, release, released_name
+from discreet.pipeline.searching import ask, build_index, search
 from discreet.pipeline.story import export_evidence, lineage_export, open_house, run, trace, train_together, update
 from discreet.pipeline.training import train
 from discreet.pipeline.weights import PUBLIC_ADAPTER, load_base
@@ -46,10 +47,12 @@ __all__ = [
     "Observer",
     "Silent",
     "access_export",
+    "ask",
     "audit",
     "audit_child",
     "behind",
     "budget_fields",
+    "build_index",
     "confirm_erasure",
     "confirm_sensitivity",
     "drill",
@@ -80,6 +83,7 @@ __all__ = [
     "resume_erasures",
     "retention",
     "run",
+    "search",
     "subject_key",
     "subject_of",
     "trace",

@@ -24,7 +24,7 @@ from discreet.governance.classify import classify
 from discreet.model import PublicText
 from discreet.pipeline.house import House, Observer, fact, for_log, refuse_unfinished, remember, section_of, training_policy
 from discreet.pipeline.weights import public_text
-from discreet.record import Basis, Deidentified, Record, Sensitivity, Snapshot, SubjectId
+from discreet.record import Basis, Deidentified, Purpose, Record, Sensitivity, Snapshot, SubjectId
 
 BATCH = 512
 CANARY_SOURCE = "audit-canaries-{count}-v2"
@@ -83,13 +83,16 @@ def _by_coin(house: House, documents: Sequence[Deidentified]) -> tuple[list[Deid
     return [each for each in documents if not out(each)], [each for each in documents if out(each)]
 
 
-def source_documents(house: House, section: SourceSection, observer: Observer, *, generated: bytes | None = None) -> tuple[list[Deidentified], int]:
-    """Lines 1 to 3 for one source."""
+def source_documents(
+    house: House, section: SourceSection, observer: Observer, *, generated: bytes | None = None, purposes: Sequence[Purpose] = ()
+) -> tuple[list[Deidentified], int]:
+    """Lines 1 to 3 for one source, of what is admitted for one of these purposes; without any, for the project's. Also returns how many records were refused."""
     source = house.catalog.register(house.project, section, generated=generated)
     house.consent.load_opt_outs(source)
     records = house.catalog.collect(source)
     _refuse_drift(house, source, records)
-    admitted, refused = house.consent.admit_all(records, house.project.purpose)
+    found = {each.record.digest: each for asked in purposes or (house.project.purpose,) for each in house.consent.admit_all(records, asked)[0]}
+    admitted = [found[record.digest] for record in records if record.digest in found]
     keys = house.keyring.subjects([each.record.subject for each in admitted])
     policy = training_policy(house, section)
     places: dict[SubjectId, list[int]] = {}
@@ -102,7 +105,7 @@ def source_documents(house: House, section: SourceSection, observer: Observer, *
             observer.progress(f"de-identify {section.name}", len(made), len(admitted), {})
     kept = [made[place] for place in range(len(admitted))]
     _log_deidentified(house, section.name, kept, policy)
-    return kept, len(refused)
+    return kept, len(records) - len(kept)
 
 
 def _refuse_drift(house: House, source: RegisteredSource, records: Sequence[Record]) -> None:

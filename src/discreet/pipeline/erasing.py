@@ -30,6 +30,8 @@ from discreet.pipeline.people import Own, own_texts
 from discreet.pipeline.training import abandon, checkpoints_of
 from discreet.pipeline.weights import PUBLIC_ADAPTER, adapter_digest_of, frozen_public, load_base, setup_of
 from discreet.record import Basis, Digest, Sensitivity, SubjectId
+from discreet.serve import retrieval
+from discreet.serve.retrieval import IndexStore
 from discreet.store import partial_of
 from discreet.train import loop
 from discreet.train.checkpoint import CheckpointStore
@@ -100,6 +102,7 @@ def erasure_of(house: House) -> Erasure:
                 snapshots=corpus.SnapshotStore(house.snapshots, house.keyring),
             ),
             _UnfinishedWeights(house),
+            IndexStore(house.indexes, house.keyring),
         ),
         models=_ProjectModels(house),
         unit=project.privacy.unit,
@@ -513,10 +516,16 @@ def drill(house: House) -> dict[str, Any]:
     section = generated_section(house, who, owner="erasure drill")
     kept, _ = source_documents(house, section, Silent(), generated=rows_as_lines(rows))
     frozen = freeze(house, who, kept)
+    index = retrieval.build(frozen, config=frozen.root, keyring=house.keyring, folder=house.indexes)
+    with house.store.transaction() as tx:
+        lineage.derive(tx, lineage.Artifact(digest=index, kind=lineage.Kind.INDEX), parents=[frozen.root])
     subject = subject_of(house, who)
     began = time.monotonic()
     outcome = _erase(house, subject, identity=Identity(method="drill", by=current_user().name), reason=Reason.DRILL)
     shutil.rmtree(frozen.path)
+    retrieval.remove(house.indexes, index)
+    with house.store.transaction() as tx:
+        lineage.retire(tx, index)
     left = remains(house, [secret, subject, *(row["text"] for row in rows)])
     if left:
         raise ErasureIncomplete("no byte of the planted person to be left", value=f"{', '.join(left)}; responsible: {_responsible(house)}")
@@ -537,4 +546,7 @@ def remains(house: House, needles: Sequence[str], *, tokens: Sequence[Sequence[i
             positions = [each for living in snapshot.units.reveal().values() for each in living]
             if any(needle in text for text in corpus.texts(snapshot, positions, house.keyring) for needle in needles):
                 found.append(f"snapshots/{root.name} (decoded)")
+    for path, said in retrieval.decoded(house.indexes, house.keyring):
+        if any(needle in text for text in said for needle in needles):
+            found.append(f"indexes/{path.name} (decoded)")
     return found

@@ -69,6 +69,10 @@ class House:
     def releases(self) -> Path:
         return self.project.state / "releases"
 
+    @property
+    def indexes(self) -> Path:
+        return self.project.state / "indexes"
+
 
 def section_of(house: House, name: str) -> SourceSection:
     """Returns the [[source]] of that name.

@@ -39,6 +39,7 @@ from discreet.pipeline.house import (
     subject_of,
 )
 from discreet.pipeline.releasing import release
+from discreet.pipeline.searching import build_index
 from discreet.pipeline.training import assist, train
 from discreet.record import Digest
 from discreet.store import Store, write_atomically
@@ -138,7 +139,7 @@ def lineage_export(house: House, *, unit: str = "", digest: str = "") -> list[di
 
 
 def update(house: House, observer: Observer, *, start: Literal["base", "released"] = "base") -> dict[str, Any]:
-    """Takes in what became of the sources: new records, the same ledger, training, audit and release anew; warns when the audit sees more than before.
+    """Takes in what became of the sources: new records, the same ledger, the index, training, audit and release anew; warns when the audit sees more than before.
 
     Args:
         house: the open project.
@@ -160,6 +161,8 @@ def update(house: House, observer: Observer, *, start: Literal["base", "released
     for section in house.project.source:
         if section.name in changed:
             house.catalog.register_again(house.project, section)
+    if again and house.project.retrieval.purposes:
+        build_index(house, observer)
     configs = {name: config_of(house, name) for name in STAGES[1:]} if again else {}
     with house.store.transaction() as tx:
         done = forget_results(tx, configs)
