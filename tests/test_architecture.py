@@ -97,7 +97,10 @@ def test_the_public_names_are_there():
         _ = discreet.nothing
 
 
-WRITES = re.compile(r"\bTable\(|write_atomically\(|write_bytes\(|write_text\(|os\.open\(|\.open\(\"w|mkstemp|mkdtemp|copytree\(|save_file\(")
+WRITES = re.compile(
+    r"\bTable\(|write_(?:atomically|bytes|text|table)\(|os\.open\(|open\((?:[^()]*, )?[\"'][wax]b?\+?[\"']|mkstemp|mkdtemp|TemporaryDirectory\(|NamedTemporaryFile\("
+    r"|copytree\(|copyfile(?:obj)?\(|shutil\.(?:copy2?|move)\(|save_file\(|save_pretrained\(|np\.savez?|to_(?:csv|parquet)\(|savefig\(|GGUFWriter\("
+)
 STORES = {
     "serve.retrieval": "IndexStore",
     "corpus": "SnapshotStore",
@@ -113,6 +116,16 @@ def test_every_module_that_writes_is_a_store_of_the_erasure_or_says_why_not():
 
     names = {path.relative_to(SOURCE).with_suffix("").as_posix().replace("/", "."): path.read_text() for path in SOURCE.rglob("*.py")}
     writing = {name for name, text in names.items() if WRITES.search(text)}
+    for line in (
+        'path.open("wb")',
+        "open(path, 'a')",
+        "np.savez(out, ids)",
+        "shutil.copy(a, b)",
+        "frame.to_parquet(out)",
+        'Table("chunks", metadata)',
+    ):
+        assert WRITES.search(line), line
+    assert not WRITES.search('path.open("rb")')
     assert writing - STORES.keys() - pipeline.NO_SUBJECTS.keys() == set()
     assert not STORES.keys() & pipeline.NO_SUBJECTS.keys()
     body = names["pipeline.erasing"].partition("def erasure_of")[2].partition("\nclass ")[0]

@@ -85,11 +85,79 @@ expected_batch = 8
 steps = 2
 [audit]
 canaries = 20
+[erasure]
+answer_seconds = 0.3
 """
     for old, new in changes.items():
         toml = toml.replace(old.replace("_", " "), new) if old.replace("_", " ") in toml else toml + new
     (folder / "discreet.toml").write_text(toml)
     return folder
+
+
+def test_a_checkpoint_that_was_kept_and_cosigned_is_held_against_the_log(run: Run, project: Path, tmp_path: Path):
+    """A stranger keeps a cosigned checkpoint, and shows it at every later export: of another log, of fewer entries, or without the witness it is no proof."""
+    where = ("-C", str(project), "--json")
+    assert run("budget", "open", "b", "--epsilon", "1", "--delta", "1e-6", *where)[0] == 0
+    first = document("evidence-export", run("evidence", "export", "--public", "--out", str(tmp_path / "first"), *where)[1])
+    state, names = str(tmp_path / "state"), ("--name", "witness.example")
+    code, out, err = run("evidence", "witness", first["bundle"], "--key", first["key"], *names, "--state", state, "--json")
+    assert code == 0, err
+    signed = document("evidence-witness", out)
+    kept, who, other = tmp_path / "kept", tmp_path / "who", tmp_path / "other"
+    kept.write_text(signed["checkpoint"])
+    who.write_text(signed["key"] + "\n")
+    other.write_text(signed["key"].replace("witness.example", "somebody.example"))
+    assert run("budget", "open", "c", "--epsilon", "1", "--delta", "1e-6", *where)[0] == 0
+    alone = document("evidence-export", run("evidence", "export", "--log-only", "--out", str(tmp_path / "alone"), *where)[1])
+    assert not (tmp_path / "alone" / "dossier.json").exists()
+
+    def verify(bundle: str, *more: str) -> tuple[int, dict]:
+        code, out, _ = run("evidence", "verify", bundle, "--key", alone["key"], *more, "--json")
+        return code, document("evidence-verify", out) if code in (0, 4) else {}
+
+    for bundle in (first["bundle"], alone["bundle"]):
+        assert verify(bundle, "--pinned", str(kept), "--witnesses", str(who))[0] == 0
+    newer = tmp_path / "newer"
+    newer.write_text(alone["checkpoint"])
+    code, said = verify(first["bundle"], "--pinned", str(newer))
+    assert (code, "rollback" in said["failed"][0]) == (4, True)
+    assert verify(alone["bundle"], "--pinned", str(newer), "--witnesses", str(who))[0] == 4, "no witness signed it"
+    assert verify(alone["bundle"], "--pinned", str(kept), "--witnesses", str(other))[0] == 4
+    assert verify(alone["bundle"], "--witnesses", str(who))[0] == 2
+    with kept.open("r+b") as file:
+        file.truncate(2 << 30)
+    assert verify(alone["bundle"], "--pinned", str(kept))[0] == 4, "its size is looked at first"
+
+
+def test_two_identifiers_of_one_person_are_one_before_they_are_collected(run: Run, project: Path, tmp_path: Path):
+    """One pseudonym, so one budget and one consent; one erasure takes the rows of both, and neither number comes back. Afterwards it is too late to say so."""
+    where, pairs = ("-C", str(project), "--json"), tmp_path / "pairs.csv"
+
+    def declare(second: str, first: str) -> tuple[int, str]:
+        pairs.write_text(f"subject,same_as\n{second},{first}\n")
+        code, out, err = run("consent", "same-person", str(pairs), *where)
+        return code, f"{document('consent-same-person', out)['declared']}" if code == 0 else err
+
+    assert declare("p4", "p3") == (0, "1")
+    assert declare("p4", "p3") == (0, "0"), "said before"
+    assert declare("p5", "p4") == (0, "1"), "a third one, by way of the second"
+    for second, first in (("p3", "p6"), ("p4", "p6"), ("p7", "p7")):
+        code, err = declare(second, first)
+        assert (code, "pair 1" in err, "p6" in err) == (2, True, False), (second, first)
+    assert run("consent", "withdraw", "p9", *where)[0] == 0
+    assert declare("p9", "p8")[0] == 2, "p9 has spoken"
+    assert run("run", "ingest", *where)[0] == 0
+    assert declare("p11", "p10")[0] == 2, "p11 was collected"
+    held = [document("access-export", run("access", "export", name, *where)[1]) for name in ("p3", "p4", "p5")]
+    assert held[0] == held[1] == held[2]
+    assert len(held[0]["sources"][0]["records"]) == 3
+    database = b"".join(path.read_bytes() for path in (project / ".discreet").glob("discreet.db*"))
+    assert b'"p4"' not in database
+    assert run("erase", "p4", *where)[0] == 0
+    left = {json.loads(line)["patient"] for line in (project / "notes.jsonl").read_text().splitlines()}
+    assert left & {"p2", "p3", "p4", "p5", "p6"} == {"p2", "p6"}
+    assert declare("p12", "p3")[0] == 2
+    assert run("consent", "history", "p5", *where)[0] == 0
 
 
 def test_ingest_trace_and_erase(run: Run, project: Path):
@@ -102,11 +170,14 @@ def test_ingest_trace_and_erase(run: Run, project: Path):
     code, out, _ = run("evidence", "verify", exported["bundle"], "--key", exported["key"], "--json")
     assert code == 0
     assert document("evidence-verify", out)["valid"]
-    entries = (project / "ev" / "entries.jsonl").read_bytes()
-    (project / "ev" / "entries.jsonl").write_bytes(entries.replace(b"a", b"b", 1))
-    code, out, _ = run("evidence", "verify", exported["bundle"], "--key", exported["key"], "--json")
-    assert code == 4
-    assert document("evidence-verify", out)["failed"]
+    for name in ("log/entries.jsonl", "dossier.json"):
+        file = project / "ev" / name
+        kept = file.read_bytes()
+        file.write_bytes(kept.replace(b"a", b"b", 1))
+        code, out, _ = run("evidence", "verify", exported["bundle"], "--key", exported["key"], "--json")
+        assert code == 4, name
+        assert document("evidence-verify", out)["failed"], name
+        file.write_bytes(kept)
     code, out, _ = run("catalog", "list", "-C", str(project), "--json")
     assert code == 0
     assert {source["name"] for source in document("catalog", out)["sources"]} == {"notes", "held-out", "audit-canaries-20-v2"}
@@ -116,6 +187,9 @@ def test_ingest_trace_and_erase(run: Run, project: Path):
     code, out, err = run("erase", "p4", "-C", str(project), "--json")
     assert code == 0, err
     document("erase", out)
+    assert "multiple of 0.3 s" in err
+    code, out, _ = run("erase", "p5", "-C", str(project))
+    assert "stores: open runs, sources, consent, catalog, corpus, checkpoints, unfinished weights" in " ".join(out.split())
     code, out, _ = run("trace", "sha256:" + "0" * 64, "-C", str(project), "--json")
     assert code == 2
     assert SECRET not in out + err

@@ -7,15 +7,18 @@ import io
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import pytest
+import typer
 from pydantic import BaseModel
+from typer.core import TyperGroup
 
-from discreet import errors
+from discreet import cli, errors
 from discreet.config import Project
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +140,27 @@ def test_links_lead_to_files(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         if not target.startswith("http"):
             assert (page.parent / target).exists(), target
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each line of a code block that calls `discreet`, up to a comment."""
+    for block in re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.removeprefix("$ ").startswith("discreet "):
+                yield shlex.split(line.removeprefix("$ "), comments=True)[1:]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if list(commands(page))], ids=lambda page: page.name)
+def test_commands_in_the_documentation_exist_with_their_options(page: Path) -> None:
+    for words in commands(page):
+        command = typer.main.get_command(cli.app)
+        while isinstance(command, TyperGroup) and words:
+            words = words if words[0] in command.commands or "text" not in command.commands else ["text", *words]  # `redact FILE`
+            assert words[0] in command.commands, words
+            command, words = command.commands[words[0]], words[1:]
+        known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+        assert not isinstance(command, TyperGroup), command.name
+        assert {word.split("=")[0] for word in words if word.startswith("-") and word != "-"} <= known, words
 
 
 def test_the_changelog_begins_with_guarantees() -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from cyclonedx.schema import SchemaVersion
+from cyclonedx.validation.json import JsonStrictValidator
 
 from discreet import dossier
 from discreet.dp import accounting
@@ -30,6 +32,15 @@ ADAPTER, OTHER, BASE = Digest("sha256:" + "ad" * 32), Digest("sha256:" + "ee" * 
 SNAPSHOT, RECORD, PLAN = Digest("sha256:" + "50" * 32), Digest("sha256:" + "0e" * 32), Digest("sha256:" + "77" * 32)
 Q, SIGMA, STEPS, DELTA = 0.02, 0.8, 30, 1e-5
 SOFTWARE = {"components": [{"name": "x"}]}
+
+
+DP_STATEMENT = (
+    "guarantee.definition", "guarantee.epsilon", "guarantee.delta", "dp_statement.curve", "guarantee.unit", "dp_statement.mapping", "guarantee.cap", "dp_statement.cap_enforced",
+    "guarantee.relation", "guarantee.mechanism", "guarantee.sampler", "dp_statement.accountant", "dp_statement.composition", "dp_statement.search", "dp_statement.preprocessing",
+    "guarantee.unprotected", "guarantee.randomness", "guarantee.trust",
+)  # fmt: skip
+"""Definition, epsilon, delta, curve, unit and mapping, cap and enforcement, adjacency, mechanism, sampler that ran, accountant and version, composition, cost of search and preprocessing,
+what is not protected, randomness, trust model."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +73,7 @@ def statements(
 ) -> list[tuple[str, int, dict[str, Any]]]:
     paid = {name: claim[name] for name in ("unit", "delta", "relation", "sampling_probability", "noise_multiplier", "clip_norm", "steps", "epsilon")}
     return [
-        ("collected", people, {"source": "notes", "sensitivity": "special", "controller": "ward"}),
+        ("collected", people, {"source": "notes", "sensitivity": "special"}),
         ("admitted", people, {"purpose": "note-assistant", "basis": "consent"}),
         ("deidentified", people, {"policy": "sha256:99", "counts": {"PERSON": people + 3}, "detector": {"samples": 40, "values": 200, "recall": 0.95, "recall_at_least": 0.91, "precision": 0.97, "precision_at_least": 0.94, "corpus": "labelled.jsonl"}}),
         ("budget_opened", 1, {"budget": "patients", "epsilon": 8.0, "delta": DELTA, "unit": "patient"}),
@@ -70,7 +81,7 @@ def statements(
         ("spent", 1, {"reservation": "r1", "run": run, "budget": "patients", "plan": PLAN, "kind": "training", **paid}),
         ("trained", 1, {"run": run, "plan": PLAN, "base": BASE, "adapter": adapter, "guarantee": dict(claim), "track": "dp", "steps": STEPS, "public_loss": [[0, 3.1], [30, loss]]}),
         ("audited", 1, {"adapter": adapter, "verdict": "PASS", "epsilon_lower": 0.3, "ceiling": 4.2, "detectable": 5.0, "level": 0.05}),
-        ("released", 1, {"name": "notes-1", "adapter": adapter, "base": BASE, "guarantee": dict(claim), "gates": []}),
+        ("released", 1, {"name": "notes-1", "adapter": adapter, "base": BASE, "guarantee": dict(claim), "gates": [], "controller": "ward"}),
         ("erased", 1, {"reason": "request"}),
     ]  # fmt: skip
 
@@ -113,9 +124,35 @@ def test_it_answers_what_the_issue_of_privacy_asks(claim: dict[str, Any]) -> Non
     assert [d for d, _ in curve] == sorted((d for d, _ in curve), reverse=True)
     assert [e for _, e in curve] == sorted(e for _, e in curve)
     assert found["audit.detectable"][0] == 5.0
+    wanted = ("5(1)(c)", "17", "25", "28", "30", "32(1)(d)", "35(7)(d)")
+    assert {f"controls.GDPR Art. {number}" for number in wanted} <= found.keys()
+    for rule in ("HIPAA 45 CFR 164.312", "HIPAA 45 CFR 164.514", "FERPA 34 CFR 99", "NIST 800-53"):
+        assert any(name.startswith(f"controls.{rule}") for name in found), rule
+    for name in DP_STATEMENT:
+        assert found[name][0] not in (None, "", [], {}), name
+    assert found["deidentification.precision"][0] == 0.97
+    assert found["deidentification.recall"][0] == 0.95
     assert found["controls.GDPR Art. 17"][0]["supports"] == "right to erasure"
     text = json.dumps(dossier.to_json(compiled(statements(claim, people=100)))).lower()
     assert "compliant" not in text
+
+
+def test_statistics_and_queries_are_in_the_composition(claim: dict[str, Any]) -> None:
+    query = {"run": "query-2.patients", "budget": "patients", "plan": PLAN, "snapshot": None, "epsilon": 0.1, "delta": 1e-9}
+    more = [
+        ("reserved", 1, query | {"reservation": "patients-2", "kind": "statistics"}),
+        ("measured", 1, {"what": "units", "reservation": "patients-2", "epsilon": 0.1, "values": [99], "unit": "patient"}),
+        *[("reserved", 1, query | {"reservation": f"patients-{n}", "kind": "retrieval"}) for n in (3, 4)],
+    ]
+    rows = statements(claim, people=5)
+    found = facts(compiled([*more, *rows]))
+    assert [(each["kind"], each["epsilon"]) for each in found["dp_statement.composition"][0]] == [("statistics", 0.1), ("training", claim["epsilon"])]
+    value, exposure = found["dp_statement.queries"]
+    assert exposure is Exposure.INTERNAL
+    assert [(each["kind"], each["charges"], each["sum_of_epsilon"], each["sum_of_delta"]) for each in value] == [
+        ("retrieval", 2, 0.2, 2e-9),
+        ("statistics", 1, 0.1, 1e-9),
+    ]
 
 
 def test_a_control_without_its_evidence_is_not_claimed(claim: dict[str, Any]) -> None:
@@ -238,17 +275,51 @@ def test_a_folder_verifies_with_the_key_alone_and_breaks_with_any_file(project, 
         dossier.verify(folder, public_key=log.public_key())
 
 
-def test_answers_that_the_log_does_not_give_are_found_even_when_signed(project):
+@pytest.mark.parametrize(
+    ("public", "section", "fact"), [(True, "guarantee", "epsilon"), (True, "audit", "verdict"), (False, "budget", "epsilon"), (False, "records", "admitted"), (False, "deidentification", "recall")]
+)  # fmt: skip
+def test_answers_that_the_log_does_not_give_are_found_even_when_signed(project, public, section, fact):
     log, store, tmp_path = project
-    folder = dossier.write(log, store, tmp_path / "out", public=True, namespace="ward")
+    folder = dossier.write(log, store, tmp_path / "out", public=public, namespace="ward")
     said = json.loads((folder / "dossier.json").read_text())
-    said["sections"]["guarantee"]["epsilon"]["value"] = 0.01
-    (folder / "dossier.json").write_text(json.dumps(said))
-    payload = {"files": dossier._described(folder), "format": dossier.FORMAT, "origin": log.origin, "public": True}
-    (folder / "manifest.json").write_bytes(log.seal(dossier.canonical_json(payload), payload_type=dossier.MANIFEST_TYPE))
+    said["sections"][section][fact]["value"] = 0.01
+    _signed_again(log, folder, json.dumps(said))
     with pytest.raises(EvidenceInvalid) as caught:
         dossier.verify(folder, public_key=log.public_key())
-    assert caught.value.failed == ["dossier.json: guarantee.epsilon differs from the log"]
+    assert caught.value.failed == [f"dossier.json: {section}.{fact} differs from the log"]
+
+
+def _signed_again(log, folder, content):
+    """The owner of the key puts another dossier.json under a manifest that verifies."""
+    (folder / "dossier.json").write_text(content)
+    payload = {"files": dossier._described(folder), "format": dossier.FORMAT, "origin": log.origin, "public": log_is_public(folder)}
+    (folder / "manifest.json").write_bytes(log.seal(dossier.canonical_json(payload), payload_type=dossier.MANIFEST_TYPE))
+
+
+def log_is_public(folder):
+    return json.loads((folder / "dossier.json").read_text())["audience"] != "internal"
+
+
+def test_a_signed_dossier_with_a_key_twice_is_refused(project):
+    """Of two values readers keep the first or the last: what one shows is not what another checked."""
+    log, store, tmp_path = project
+    folder = dossier.write(log, store, tmp_path / "out", public=True, namespace="ward")
+    _signed_again(log, folder, '{"status": "withheld", ' + (folder / "dossier.json").read_text().lstrip()[1:])
+    with pytest.raises(EvidenceInvalid, match="twice"):
+        dossier.verify(folder, public_key=log.public_key())
+
+
+def test_earlier_evidence_is_replaced_and_nothing_else(project):
+    log, store, tmp_path = project
+    folder = dossier.write(log, store, tmp_path / "out", public=False, namespace="ward")
+    assert dossier.verify_any(dossier.write(log, store, folder, public=True, namespace="ward"), public_key=log.public_key()).public
+    alone = log.export(tmp_path / "alone", public=True)
+    assert dossier.verify_any(alone, public_key=log.public_key()).public
+    dossier.verify(dossier.write(log, store, alone, public=True, namespace="ward"), public_key=log.public_key())
+    (folder / "log" / "mine").write_text("x")
+    with pytest.raises(OperationFailed):
+        dossier.write(log, store, folder, public=False, namespace="ward")
+    assert (folder / "log" / "mine").read_text() == "x"
 
 
 def test_a_model_whose_origin_was_forgotten_gets_no_dossier(project):
@@ -275,6 +346,8 @@ def test_the_bill_of_materials_is_cyclonedx_of_what_is_here():
     assert named["numpy"]["purl"] == f"pkg:pypi/numpy@{named['numpy']['version']}"
     assert len({c["bom-ref"] for c in bill["components"]}) == len(bill["components"])
     assert "discreet" not in named
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill)) is None
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(json.dumps(bill | {"components": [{"name": "x"}]})) is not None
 
 
 def test_a_witness_signs_growth_and_nothing_else(project, tmp_path):

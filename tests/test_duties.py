@@ -31,6 +31,8 @@ engineer = ["emil"]
 privacy_officer = ["petra"]
 auditor = ["axel"]
 product = ["pia"]
+[erasure]
+answer_seconds = 0
 [[source]]
 name = "held-out"
 path = "held.jsonl"
@@ -67,6 +69,11 @@ def budget(house: House, name: str = "queries", epsilon: float = 1.0) -> None:
     duties.open_budget(house, name, epsilon=epsilon, delta=1e-6, unit="patient", query_delta=0.0, period=None)
 
 
+def pairs(folder: Path) -> Path:
+    (folder / "pairs.csv").write_text("subject,same_as\nS-2,S-1\n")
+    return folder / "pairs.csv"
+
+
 DUTIES: dict[str, tuple[Callable[[House, Path], object], set[str]]] = {
     "open": (lambda house, _: budget(house, "other"), {"olga"}),
     "reserve": (lambda house, _: duties.reserve(house, "queries", epsilon=0.01, delta=0.0, kind=Kind.STATISTICS), {"emil"}),
@@ -75,6 +82,8 @@ DUTIES: dict[str, tuple[Callable[[House, Path], object], set[str]]] = {
     "rotate": (lambda house, out: duties.rotate_key(house, out / "log.pub"), {"olga"}),
     "tiles": (lambda house, out: duties.tiles(house, out / "tiles"), {"olga", "emil", "petra", "axel"}),
     "export": (lambda house, out: pipeline.export_evidence(house, out / "bundle", public=True), {"olga", "emil", "petra", "axel"}),
+    "evidence": (lambda house, out: duties.export_evidence(house, out / "evidence", public=True), {"olga", "emil", "petra", "axel"}),
+    "same person": (lambda house, out: duties.same_person(house, pairs(out)), {"petra"}),
     "erase": (lambda house, _: pipeline.erase(house, "nobody"), {"petra"}),
 }
 
@@ -171,7 +180,7 @@ def test_a_certificate_is_checked_with_the_key_alone(acting: As, folder: Path, t
     verify_certificate(path, public_key=(tmp_path / "log.pub").read_text())
     verify_bundle(bundle, public_key=key)
     for broken in (
-        json.dumps(done | {"proof": done["proof"].replace("index 0", "index 1")}),
+        json.dumps(done | {"proof": done["proof"].replace(f"index {done['certificate']}", "index 0")}),
         json.dumps(done | {"statement": done["statement"].replace("A", "B", 1)}),
         json.dumps(done)[:-1] + ', "proof": ""}',
         "[]",

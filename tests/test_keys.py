@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from discreet.errors import ConfigInvalid, Forgotten, KeyUnavailable, SealBroken
+from discreet.errors import ConfigInvalid, Forgotten, KeyUnavailable, RecordInvalid, SealBroken
 from discreet.keys import Key, Keyring, Stream, open_master
 from discreet.record import SubjectId
 from discreet.store import Store
@@ -160,3 +160,25 @@ def test_master_from_key_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         server.shutdown()
         server.server_close()
     assert os.environ["VAULT_TOKEN"] == "wrong"
+
+
+def test_a_second_identifier_is_the_first_ones_person_for_good(store: Store, keyring: Keyring, tmp_path: Path):
+    """Also after a restart and after the person's key was destroyed; all pairs or none; the database holds no pseudonym of either."""
+    one, two, three, other = ("patient:1", "patient:2", "patient:3", "patient:4")
+    second = keyring.pseudonym(two)
+    assert keyring.declare_same([(two, one), (three, two)]) == 2, "a third by way of the second"
+    assert keyring.pseudonym(one) == keyring.pseudonym(two) == keyring.pseudonym(three) != keyring.pseudonym(other)
+    keyring.subject(keyring.pseudonym(other))
+    for pairs in ([("patient:5", one), (other, one)], [(one, "patient:6")], [(two, "patient:6")], [(other, other)]):
+        with pytest.raises(RecordInvalid):
+            keyring.declare_same(pairs)
+    assert keyring.pseudonym("patient:5") != keyring.pseudonym(one), "the pair before the refused one"
+    keyring.subject(keyring.pseudonym(one))
+    keyring.forget(keyring.pseudonym(one))
+    store.scrub()
+    again = Keyring(store, open_master(f"file:{tmp_path}/master.key"))
+    assert again.pseudonym(three) == again.pseudonym(one)
+    with pytest.raises(Forgotten):
+        again.subject(again.pseudonym(two))
+    content = (tmp_path / "keys.db").read_bytes()
+    assert not any(word.encode() in content for word in (second, keyring.pseudonym(one)))

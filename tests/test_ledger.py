@@ -262,7 +262,7 @@ def test_overlapping_populations_meet_in_the_overlap(house, plan):
         assert house.ledger.filter("west", snapshot("+".join(people), people=people)).spent == expected.spent, people
     with house.store.transaction() as tx:
         sizes = dict(tx.execute(select(cohorts._cohorts.c.id, cohorts._cohorts.c.size)).all())
-        assert [sizes.get(cohort, 0) for cohort in cohorts.everyone(tx)] == [0, 2, 1, 1]
+        assert [sizes.get(cohort, 0) for cohort in cohorts.accounts_of_everyone(tx)[0]] == [0, 2, 1, 1]
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -661,6 +661,27 @@ def test_alerts_begin_at_half(house):
     assert house.ledger.show("queries").alerts == ("budget 'queries': 80% of epsilon 1 is spent; nothing of it comes back",)
 
 
+def test_a_period_that_is_used_up_says_so_until_the_next(house, monkeypatch):
+    days = 86400.0
+    monkeypatch.setattr(store_module.time, "time", lambda: 1e9)
+    house.ledger.open("queries", epsilon=1.0, delta=1e-6, unit="patient", period=Period(days=30, count=4))
+    pay(house.ledger, "queries", 0.2)
+    said = "budget 'queries': 80% of what this period may spend is spent; the rest is locked until the next"
+    assert house.ledger.show("queries").alerts == (said,)
+    monkeypatch.setattr(store_module.time, "time", lambda: 1e9 + 31 * days)
+    assert house.ledger.show("queries").alerts == ()
+
+
+def test_a_new_name_shows_what_its_people_have_left(tight, plan):
+    """Nobody was charged under it yet: whoever is known brings along what they spent, and every budget that binds them is asked."""
+    tight.ledger.reserve("main", plan, snapshot(), "run-1")
+    tight.ledger.open("same", epsilon=TIGHT, delta=DELTA, unit="patient")
+    assert tight.ledger.show("same").remaining_epsilon < 0.1
+    tight.ledger.open("large", epsilon=100.0, delta=DELTA, unit="patient")
+    assert tight.ledger.show("large").remaining_epsilon < 100
+    assert tight.ledger.affordable("large", sampling_probability=0.05, noise_multiplier=2.0) == 0, "the budget 'main' binds them"
+
+
 def test_a_raise_keeps_what_was_spent_and_admits_what_fits_now(tight, plan):
     """The first plan uses up epsilon 1; raised to 8, the budget counts it as if it had been opened with 8."""
     tight.ledger.reserve("main", plan, snapshot(), "run-1")
@@ -751,9 +772,9 @@ def test_the_race_test_catches_a_ledger_that_does_not_lock(tmp_path, monkeypatch
         import discreet.ledger as module
 
         with mutant.store.transaction() as tx:
-            stale = module._accounts(tx, "main", cohorts.everyone(tx))
+            stale = module._accounts(tx, "main")
         read.wait()  # every process has read the balance before the first one writes
-        module._accounts = lambda tx, name, people: stale
+        module._accounts = lambda tx, name: stale
         _race_with(mutant, barrier, results, number)
 
     assert _children(racer, [(number,) for number in range(RACERS)]) == [0] * RACERS

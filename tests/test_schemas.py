@@ -20,10 +20,10 @@ SCHEMAS: dict[str, Any] = {
     if path.name.endswith(".json")
 }
 COMMANDS = (
-    "redact", "redact-calibrate", "redact-restore", "redact-risk", "redact-table", "privacy-epsilon", "privacy-noise", "privacy-curve", "budget-open", "budget-show", "budget-reserve", "budget-plan", "budget-raise", "evidence-rotate-key", "evidence-pin", "evidence-tiles", "evidence-dossier", "evidence-witness", "plan", "train", "audit", "release", "evidence-export", "evidence-verify",
+    "redact", "redact-calibrate", "redact-restore", "redact-risk", "redact-table", "privacy-epsilon", "privacy-noise", "privacy-curve", "budget-open", "budget-show", "budget-reserve", "budget-plan", "budget-raise", "evidence-rotate-key", "evidence-pin", "evidence-tiles", "evidence-witness", "plan", "train", "audit", "release", "evidence-export", "evidence-verify",
     "trace", "run", "demo", "index", "search", "search-private", "catalog", "catalog-classify", "consent", "erase", "init", "report", "error",
     "federate-enroll", "federate-roster", "federate-server", "federate-client", "federate-leave", "federate-simulate",
-    "statistics", "synthesize", "child", "erase-drill", "erase-request", "erase-resume", "retention", "lineage", "update", "access", "access-export", "access-show", "consent-history", "consent-import",
+    "statistics", "synthesize", "child", "erase-drill", "erase-request", "erase-resume", "retention", "lineage", "update", "access", "access-export", "access-show", "consent-history", "consent-import", "consent-same-person",
 )  # fmt: skip
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import psycopg
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import Column, Integer, LargeBinary, MetaData, Table, insert, make_url, select, text
+from sqlalchemy.exc import DBAPIError
 
 from discreet import store as store_module
 from discreet.errors import ClockBackwards, ConfigInvalid, OperationFailed, StorageFull
-from discreet.store import Store, now
+from discreet.store import Store, fetch, later, now
 
 
 def test_read_then_write_is_never_a_race(tmp_path: Path):
@@ -45,6 +47,63 @@ def test_an_exception_keeps_nothing(tmp_path: Path):
         raise RuntimeError
     with store.transaction() as tx:
         assert tx.execute(text("SELECT count(*) FROM sqlite_master WHERE name = 't'")).scalar_one() == 0
+    store.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    opened = Store(f"sqlite:///{tmp_path}/a.db" if request.param == "sqlite" else request.getfixturevalue("postgres"))
+    with opened.transaction() as tx:
+        later_table.create(tx)
+        other_table.create(tx)
+    yield opened
+    opened.close()
+
+
+later_table = Table("later_rows", MetaData(), Column("n", Integer, primary_key=True), Column("b", LargeBinary))
+other_table = Table("other_rows", MetaData(), Column("n", Integer, primary_key=True))
+PUT, PUT_OTHER, ALL = insert(later_table), insert(other_table), select(later_table.c.n, later_table.c.b).order_by(later_table.c.n)
+
+
+def test_what_is_left_for_later_is_there_for_whoever_reads_and_after_the_commit(store: Store):
+    with store.transaction() as tx:
+        later(tx, PUT, [{"n": 1, "b": b"x"}])
+        later(tx, PUT_OTHER, [{"n": 7}])
+        assert fetch(tx, ALL) == [(1, b"x")]
+        later(tx, PUT, [{"n": 2, "b": b"y"}, {"n": 3, "b": None}])
+        assert [row.n for row in tx.execute(ALL)] == [1, 2, 3]
+        later(tx, PUT, [{"n": 4, "b": b"z"}])
+        tx.execute(text("UPDATE later_rows SET n = n + 10"))
+        later(tx, PUT, [])
+        later(tx, PUT, [{"n": 5, "b": b"z"}])
+    with store.transaction() as tx:
+        assert [n for n, _ in fetch(tx, ALL)] == [5, 11, 12, 13, 14]
+        assert tx.execute(select(other_table.c.n)).scalars().all() == [7]
+
+
+@pytest.mark.parametrize("fault", [RuntimeError, DBAPIError])
+def test_what_was_left_for_later_goes_with_its_transaction(store: Store, fault: type[Exception]):
+    """Neither the rows nor the wish to write them outlive a failed transaction, and the error tells no value."""
+    with store.transaction() as tx:
+        later(tx, PUT, [{"n": 1, "b": b"x"}])
+    with pytest.raises(fault) as caught, store.transaction() as tx:
+        later(tx, PUT, [{"n": 2, "b": b"x"}, {"n": 1, "b": b"the secret"}])
+        if fault is RuntimeError:
+            raise RuntimeError
+    assert "secret" not in str(caught.value)
+    store.scrub()
+    with store.transaction() as tx:
+        assert [n for n, _ in fetch(tx, ALL)] == [1]
+
+
+def test_a_connection_that_the_server_closed_is_opened_anew(postgres: str):
+    store = Store(postgres)
+    with store.transaction() as tx:
+        backend = tx.execute(text("SELECT pg_backend_pid()")).scalar_one()
+    with psycopg.connect(make_url(postgres).set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True) as other:
+        other.execute("SELECT pg_terminate_backend(%s, 5000)", [backend])
+    with store.transaction() as tx:
+        assert now(tx) > 0
     store.close()
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet
 import pytest
 from sqlalchemy import text
 
-from discreet import corpus, demo, derived, dossier, federate, model, pipeline
+from discreet import corpus, demo, derived, dossier, federate, model, pipeline, report
 from discreet.cli import serving
 from discreet.config import ModelSection, RetrievalSection, load
 from discreet.deid import policy as deid
@@ -46,7 +46,7 @@ from discreet.errors import (
     StorageFull,
     TrackRefused,
 )
-from discreet.evidence.log import verify_bundle, verify_proof
+from discreet.evidence.log import verify_proof
 from discreet.evidence.statement import Exposure, Predicate, Statement, exposure
 from discreet.governance import lineage, residue
 from discreet.governance.access import Access, Action, current_user
@@ -140,7 +140,6 @@ def test_identifiers_of_the_source_reach_no_store_log_report_bundle_prompt_or_si
     """From the source through every place where something is written, to a prompt and its answer."""
     from starlette.testclient import TestClient
 
-    from discreet import report
     from discreet.serve import asgi, gateway, proxy
     from discreet.serve.engine import Piece
     from discreet.serve.tenants import Settings, Tenant
@@ -149,7 +148,7 @@ def test_identifiers_of_the_source_reach_no_store_log_report_bundle_prompt_or_si
     needles = sorted({row[column] for row in rows for column in ("mrn", "phone", "email", "name")})
     assert pipeline.remains(copied, needles) == [], "state, database and decoded snapshots"
     for public in (True, False):
-        pipeline.export_evidence(copied, tmp_path / "told" / str(public), public=public)
+        dossier.export(copied.log, copied.store, tmp_path / "told" / str(public), public=public)
     report.write(copied.log, tmp_path / "told")
     written = [path.read_text(errors="replace") for path in (tmp_path / "told").rglob("*") if path.is_file()]
     told = [json.dumps(pipeline.trace(copied, _one(copied).record.digest)), *written]
@@ -208,19 +207,27 @@ def test_no_byte_of_a_finished_run_regenerates_its_noise(house: House):
         house.keyring.run(run)
     assert not list((house.project.state / "runs" / run).rglob("*.sealed"))
     assert house.log.select(Predicate.KEY_DESTROYED)[-1].fields["run"] == run
+    assert (_states(house), [*(house.project.state / "runs").rglob("state")]) == ([], []), "nor is a state left, or its node"
 
 
 def test_evidence_verifies_offline_and_breaks_on_any_flip(house: House, tmp_path: Path):
-    bundle, key = pipeline.export_evidence(house, tmp_path / "evidence", public=False)
+    folder, key = dossier.export(house.log, house.store, tmp_path / "evidence", public=False)
     public_key = key.read_text()
-    assert len(verify_bundle(bundle, public_key=public_key).entries) > 10
-    for file in sorted(bundle.iterdir()):
+    assert len(dossier.verify(folder, public_key=public_key).entries) > 10
+    told = json.loads((folder / "dossier.json").read_text())["sections"]
+    [sheet] = [each for each in told["data_sheet"]["sources"]["value"] if each["source"] == "notes"]
+    assert (sheet["sensitivity"], sheet["unit"], told["purpose"]["controller"]["value"]) == (
+        "special",
+        "patient",
+        ["Riverside General Hospital (generated)"],
+    )
+    assert told["deidentification"]["precision"]["value"] > 0.5 < told["deidentification"]["recall"]["value"]
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-        with pytest.raises(EvidenceInvalid) as caught:
-            verify_bundle(bundle, public_key=public_key)
-        assert caught.value.failed
+        with pytest.raises(EvidenceInvalid):
+            dossier.verify(folder, public_key=public_key)
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
 
@@ -266,6 +273,64 @@ def test_a_withdrawal_stops_the_training_that_is_under_way(project: Path, monkey
         assert spent < house.project.budget.epsilon
         assert not house.log.select(Predicate.TRAINED)
         assert subject not in pipeline.ingest(house, Silent()).snapshot.units.reveal()
+
+
+def test_a_withdrawn_public_record_stops_the_track_that_learns_from_it(project: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training, "CONSENT_S", 0.0)
+    settings = project / "discreet.toml"
+    settings.write_text(settings.read_text().replace("public_steps = 0", "public_steps = 2"))
+    row = json.loads((project / "public_train.jsonl").read_text().splitlines()[3])
+    with pipeline.open_house(project) as house:
+
+        class Withdraws(Silent):
+            def progress(self, task: str, done: int, total: int, figures: Mapping[str, object]) -> None:
+                if (task, done) == ("public track", 1):
+                    house.consent.withdraw(pipeline.may_record_consent(house, row["id"], source="public"), house.project.purpose)
+
+        with pytest.raises(NotAdmitted, match="until the run ends"):
+            pipeline.train(house, Withdraws())
+        assert not house.log.select(Predicate.SPENT), "no private step was taken"
+        before = len(weights.frozen_public(house, "public"))
+        pipeline.ingest(house, Silent())
+        assert len(weights.frozen_public(house, "public")) == before - 1
+
+
+def test_a_state_on_disk_is_a_node_below_its_run_until_it_goes(project: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run is killed in mid-air, then while a state takes the place of another; each file that lies there has its node, and no node outlives what an erasure destroys."""
+    seen: list[list[Digest]] = []
+
+    class Killed(Silent):
+        def progress(self, task: str, done: int, total: int, figures: Mapping[str, object]) -> None:
+            if task == "train":
+                seen.append(_states(house))
+            if (task, done) == ("train", 2):
+                raise KeyboardInterrupt
+
+    with pipeline.open_house(project) as house:
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.train(house, Killed())
+        [state] = (house.project.state / "runs").glob("*/private/state")
+        lies = model.file_digest(state)
+        assert ([len(each) for each in seen], seen[-1], seen[0] != seen[-1]) == ([1, 1], [lies], True)
+        with house.store.transaction() as tx:
+            above = {each.kind for each in lineage.ancestors(tx, [lies])}
+        assert above == {lineage.Kind.RECORD, lineage.Kind.SNAPSHOT, lineage.Kind.BASE, lineage.Kind.RUN}
+        unit = json.loads((project / "notes.jsonl").read_text().splitlines()[-1])["patient"]
+        assert "make checkpoint" in {event["job"]["name"] for event in pipeline.lineage_export(house, digest=_root(house))}
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(Path, "replace", _killed)
+            pipeline.train(house, Silent())
+        assert (lies in _states(house), len(_states(house))) == (True, 2), "what was to be replaced lies there still"
+        pipeline.erase(house, unit)
+        assert (_states(house), [*(house.project.state / "runs").glob("*/private/*")]) == ([], [])
+
+
+def _states(house: House) -> list[Digest]:
+    root = _root(house)
+    with house.store.transaction() as tx:
+        made = lineage.descendants(tx, [root])
+    return [each.digest for each in made if each.kind is lineage.Kind.CHECKPOINT]
 
 
 def test_not_admitted_cannot_be_deidentified(house: House):
@@ -612,13 +677,19 @@ def test_a_failed_gate_withholds_the_model(copied: House):
 def test_an_erased_person_is_gone_and_stays_gone(copied: House):
     unit = json.loads((copied.project.root / "notes.jsonl").read_text().splitlines()[0])["patient"]
     subject = pipeline.subject_of(copied, unit)
+    size = _log_size(copied)
     certificate = pipeline.erase(copied, unit)
-    assert certificate["failed"] == []
+    assert (certificate["failed"], certificate["certificate"]) == ([], size + 1)
+    trained = needed_result(copied, "train")
+    promised = f"epsilon {trained['guarantee']['epsilon']:.3g}, delta {trained['guarantee']['delta']:.2g}"
+    assert [said for said in certificate["models"] if said.startswith(f"{trained['adapter']}: kept: ") and promised in said] == certificate["models"]
     with pytest.raises(Forgotten):
         copied.keyring.subject(subject)
     again = copied.catalog.collect(copied.catalog.register(copied.project, copied.project.source[0]))
     assert subject not in {record.subject for record in again}
+    size = _log_size(copied)
     unknown = pipeline.erase(copied, "nobody at all")
+    assert unknown["certificate"] == size + 1, "the same place in the log, whoever asks"
     assert unknown.keys() == certificate.keys()
     of_the_log = ("subject", "certificate", "statement", "proof")
     assert {k: v for k, v in unknown.items() if k not in of_the_log} == {k: v for k, v in certificate.items() if k not in of_the_log}
@@ -628,8 +699,13 @@ def test_an_erased_person_is_gone_and_stays_gone(copied: House):
     assert subject not in certificate["statement"]
 
 
-def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House):
-    """Every file of the folder, raw; the database with its write-ahead log and free pages; every living document decoded, as text and as tokens; weights as bytes."""
+def _log_size(house: House) -> int:
+    return int(house.log.checkpoint().split(b"\n")[1])
+
+
+def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House, tmp_path: Path):
+    """Every file of the folder, raw; the database with its write-ahead log and free pages; every living document decoded, as text and as tokens; weights as bytes; and what an officer
+    exported while the person was in: bundle, dossier and report, which still verify."""
     rows = [json.loads(line) for line in (copied.project.root / "notes.jsonl").read_text().splitlines()]
     opted_out = set((copied.project.root / "opt_outs.txt").read_text().split())
     unit = next(row["patient"] for row in rows if row["patient"] not in opted_out)
@@ -645,9 +721,14 @@ def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House
     np.savez_compressed(copied.project.state / "cache.npz", ids=np.array(ids[0], dtype=np.int32))
     assert any("token ids" in place for place in pipeline.remains(copied, [], tokens=ids)), "and their tokens in an archive"
     (copied.project.state / "cache.npz").unlink()
-    (copied.project.root / "gold.jsonl").unlink()  # the answers of the detector's test: no store, and never read by the pipeline
+    bundle, key = pipeline.export_evidence(copied, tmp_path / "officer" / "bundle", public=False)
+    dossier.write(copied.log, copied.store, tmp_path / "officer" / "dossier", public=False, namespace=copied.log.origin)
+    report.write(copied.log, tmp_path / "officer")
     done = pipeline.erase(copied, unit)
     assert done["failed"] == []
+    assert residue.find(tmp_path / "officer", needles, tokens=ids) == []
+    collected = [e for e in verify_bundle(bundle, public_key=key.read_text()).entries if e.predicate is Predicate.COLLECTED]
+    assert collected, "and their digests, which nobody can tell from others any more"
     copied.store.close()
     assert residue.find(copied.project.root, needles, tokens=ids) == []
     assert pipeline.remains(copied, needles, tokens=ids) == []
@@ -778,6 +859,17 @@ def test_a_child_in_one_file_is_audited_and_goes_with_its_model(copied: House, t
         now = _with(copied, model=copied.project.model.model_copy(update={"base": str(_another_base(copied, tmp_path / name, vocabulary))}))
         for digest in (node.digest, Digest(made["adapter"])):
             assert erasing._ProjectModels(now).test(subject, digest) is Finding.NO_POWER, f"[model] names a base {name}"
+    merged = derived.child(copied, file=tmp_path / "merged", kind="merged")
+    assert (merged["verdict"], model.base_digest(tmp_path / "merged")) == ("PASS", merged["digest"])
+    with copied.store.transaction() as tx:
+        chain = {each.digest: each.kind for each in lineage.ancestors(tx, [node.digest])}
+        assert lineage.find(tx, Digest(merged["digest"])).kind is lineage.Kind.MERGE
+    assert chain[merged["digest"]] is lineage.Kind.MERGE, "the file is made of the very merge that the folder holds"
+    assert {*chain.values()} == {getattr(lineage.Kind, name) for name in ("RECORD", "SNAPSHOT", "BASE", "RUN", "MODEL", "MERGE")}
+    assert erasing._ProjectModels(copied).test(subject, Digest(merged["digest"])) is Finding.NOT_EXPOSED
+    shutil.copytree(tmp_path / "merged", tmp_path / "theirs")
+    (tmp_path / "theirs" / "README.md").write_text("how to serve it")
+    assert derived.child(copied, file=tmp_path / "theirs")["digest"] == merged["digest"], "the same bytes, asked once"
     base = pipeline.load_base(copied, None, Silent())
     model.write_gguf(model.merged(base.module), base.tokenizer, tmp_path / "base.gguf", kind="q8_0")
     other = derived.child(copied, file=tmp_path / "base.gguf")
@@ -788,10 +880,14 @@ def test_a_child_in_one_file_is_audited_and_goes_with_its_model(copied: House, t
     assert derived.child(copied, file=tmp_path / "again.gguf", kind="q8_0")["digest"] == made["digest"]
     models.withdraw(node.digest)
     assert [(tmp_path / f"{name}.gguf").exists() for name in ("child", "again", "base")] == [False, False, True]
+    models.withdraw(Digest(merged["digest"]))
+    assert ((tmp_path / "merged").exists(), [each.name for each in (tmp_path / "theirs").iterdir()]) == (False, ["README.md"]), (
+        "nothing of the operator's"
+    )
 
 
 def test_a_child_is_where_an_erasure_finds_it_or_nowhere(copied: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """No folder, a full disk, and a copy that a kill left in the project."""
+    """No folder, a full disk, a copy that a kill left in the project, and one that it left half way to its place."""
     with pytest.raises(RequestInvalid, match="folder"):
         derived.child(copied, file=tmp_path / "nowhere" / "child.gguf", kind="f16")
 
@@ -807,8 +903,20 @@ def test_a_child_is_where_an_erasure_finds_it_or_nowhere(copied: House, tmp_path
     assert (len(copied.log.select(Predicate.CHILD_AUDITED)), erasing.written_files(copied, made["digest"])) == (1, [tmp_path / "child.gguf"])
     (copied.project.state / "children").mkdir()
     shutil.copy(tmp_path / "child.gguf", copied.project.state / "children" / "made.gguf")
+    half, rename = tmp_path / "half.gguf.partial", Path.rename
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", lambda path, to: _killed() if path == half else rename(path, to))
+        derived.child(copied, file=tmp_path / "half.gguf", kind="f16")
+    assert (half.is_file(), (tmp_path / "half.gguf").exists()) == (True, False)
+    left = half.read_bytes()
     pipeline.erase(copied, "nobody at all")
-    assert not (copied.project.state / "children").exists()
+    assert ((copied.project.state / "children").exists(), half.exists()) == (False, False)
+    half.write_bytes(left)
+    derived.child(copied, file=tmp_path / "next.gguf", kind="f16")
+    assert not half.exists(), "nor after the next child"
+    half.write_bytes(left)
+    erasing._ProjectModels(copied).withdraw(Digest(made["digest"]))
+    assert [*tmp_path.glob("*.gguf*")] == []
 
 
 def _another_base(house: House, folder: Path, vocabulary: int | None) -> Path:
@@ -896,11 +1004,16 @@ def test_a_sensitive_source_never_reaches_a_track_without_privacy(copied: House)
 
 
 def _shown(folder: Path, out: Path) -> list[tuple[str, dict[str, Any]]]:
-    """What the public bundle of a project says, without what is DP-released, and without the commitment to the canaries, whose salt is fresh in each project."""
+    """What the public evidence of a project says, statements and answers, without what is DP-released, and without the log's key and the commitment to the canaries, which are fresh in each project."""
     with pipeline.open_house(folder) as opened:
-        bundle, key = pipeline.export_evidence(opened, out, public=True)
-    said = []
-    for entry in verify_bundle(bundle, public_key=key.read_text()).entries:
+        written, key = dossier.export(opened.log, opened.store, out, public=True)
+    answers = json.loads((written / "dossier.json").read_text())
+    assert {fact["exposure"] for section in answers["sections"].values() for fact in section.values()} == {"public", "dp-released"}
+    said = [
+        (name, {fact: each["value"] for fact, each in section.items() if each["exposure"] == "public" and fact != "public_key"})
+        for name, section in answers["sections"].items()
+    ]
+    for entry in dossier.verify(written, public_key=key.read_text()).entries:
         plain = {name: value for name, value in entry.fields.items() if exposure(entry.predicate, name) is Exposure.PUBLIC}
         fresh = plain.pop("commitment", None)
         about = {} if fresh or exposure(entry.predicate, "subject") is Exposure.DP_RELEASED else {"subject": entry.subjects}
@@ -921,9 +1034,10 @@ def test_public_bundles_of_two_corpora_that_differ_in_one_person_differ_only_in_
     with pipeline.open_house(without) as opened:
         pipeline.run(opened, until=None, observer=Silent())
     one, other = _shown(told, tmp_path / "one"), _shown(without, tmp_path / "other")
-    assert [kind for kind, _ in one][:6] == [kind for kind, _ in other][:6]
+    assert [kind for kind, _ in one] == [kind for kind, _ in other]
     assert one == other
-    assert (tmp_path / "one" / "entries.jsonl").read_bytes() != (tmp_path / "other" / "entries.jsonl").read_bytes()
+    for name in ("dossier.json", "log/entries.jsonl"):
+        assert (tmp_path / "one" / name).read_bytes() != (tmp_path / "other" / name).read_bytes(), "the test looks at something"
 
 
 class _Heard(Silent):
@@ -1008,6 +1122,7 @@ def test_an_update_goes_on_from_the_last_release_and_counts_both_runs(copied: Ho
     said = json.loads((answers / "dossier.json").read_text())["sections"]
     assert said["dp_statement"]["recomputed_epsilon"]["value"] == pytest.approx(claim["epsilon"], rel=1e-4)
     assert first.fields["run"] in said["guarantee"]["continues"]["value"]
+    assert "data_sheet" not in said
     transcript = pipeline.erasure_of(house)._models.transcript(Digest(second.fields["adapter"]))
     assert (transcript.unit, transcript.noise_multiplier) == ("patient", 0.0), "kept for the unit; for a group no bound is claimed"
     _add_a_note(house)

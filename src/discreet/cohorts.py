@@ -12,8 +12,8 @@ cohort `UNSEEN`: what was charged to everyone was charged to it, and whoever app
 A pseudonym here is an HMAC of the subject's under a key of its own, which no erasure destroys: an erased person who comes back finds what was spent, and nothing else links to them
 (PITFALLS 19). Functions of an open transaction: the ledger decides and writes in the same one.
 
-Guarantees: cohorts stay disjoint and their histories only grow. Does not cover: one person under two pseudonyms (two schemes of units, two spellings): to this module
-they are two people.
+Guarantees: cohorts stay disjoint and their histories only grow. Does not cover: one person under two pseudonyms (two schemes of units, identifiers that nobody declared to be
+one): to this module they are two people.
 """
 
 from __future__ import annotations
@@ -23,11 +23,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Column, Connection, Index, Integer, String, Table, Text, bindparam, func, insert, select, text, update
+from sqlalchemy import (
+    Column,
+    Connection,
+    Index,
+    Integer,
+    String,
+    Table,
+    Text,
+    bindparam,
+    func,
+    insert,
+    literal_column,
+    select,
+    text,
+    union_all,
+    update,
+)
 
 from discreet.keys import Keyring
 from discreet.record import Digest, SubjectId
-from discreet.store import metadata
+from discreet.store import fetch, later, metadata
 
 UNSEEN = 0
 """The cohort of everyone whom no population has named yet. It has no members in the table."""
@@ -70,12 +86,10 @@ def members(keyring: Keyring, subjects: Iterable[SubjectId]) -> list[str]:
     return [mac.hex() for mac in keyring.hmacs("ledger", [subject.encode() for subject in subjects])]
 
 
-def everyone(tx: Connection) -> tuple[int, ...]:
-    """Returns every cohort, `UNSEEN` included."""
-    return (UNSEEN, *tx.execute(_EVERYONE).scalars())
-
-
-_EVERYONE = select(_cohorts.c.id).order_by(_cohorts.c.id)
+def accounts_of_everyone(tx: Connection) -> tuple[tuple[int, ...], dict[tuple[int, str], str]]:
+    """Returns every cohort, `UNSEEN` included and first, and all of `accounts`."""
+    rows = fetch(tx, _ACCOUNTS_OF_EVERYONE)
+    return tuple(dict.fromkeys(row[0] for row in rows)), {(row[0], row[1]): row[2] for row in rows if row[1] is not None}
 
 
 def of_population(tx: Connection, population: str) -> tuple[int, ...]:
@@ -114,10 +128,9 @@ def add(tx: Connection, cohorts: Sequence[int], charges: Mapping[Digest, Mapping
         charges: content by digest; JSON.
         times: how often each was made now, >= 1.
     """
-    tx.execute(_ADD_CHARGE, [{"id": digest, "content": json.dumps(content, sort_keys=True)} for digest, content in charges.items()])
+    later(tx, _ADD_CHARGE, [{"id": digest, "content": json.dumps(content, sort_keys=True)} for digest, content in charges.items()])
     pairs = [{"cohort": cohort, "charge": digest, "times": count} for cohort in cohorts for digest, count in times.items()]
-    if pairs:
-        tx.execute(_ADD_SPEND, pairs)
+    later(tx, _ADD_SPEND, pairs)
 
 
 def history(tx: Connection, cohort: int) -> list[tuple[dict[str, Any], int]]:
@@ -139,10 +152,15 @@ def accounts(tx: Connection, cohorts: Sequence[int] | None = None, *, budget: st
 def write_accounts(tx: Connection, accounts: Mapping[tuple[int, str], str]) -> None:
     """Stores accounts, new ones and known ones."""
     rows = [{"cohort": cohort, "budget": budget, "account": content} for (cohort, budget), content in accounts.items()]
-    if rows:
-        tx.execute(_PUT_ACCOUNT, rows)
+    later(tx, _PUT_ACCOUNT, rows)
 
 
+_each = union_all(select(_cohorts.c.id), select(literal_column(str(UNSEEN), Integer).label("id"))).subquery()
+_ACCOUNTS_OF_EVERYONE = (
+    select(_each.c.id, _accounts.c.budget, _accounts.c.account)
+    .join_from(_each, _accounts, _accounts.c.cohort == _each.c.id, isouter=True)
+    .order_by(_each.c.id, _accounts.c.budget)
+)
 _ADD_CHARGE = text("INSERT INTO ledger_charges (id, content) VALUES (:id, :content) ON CONFLICT (id) DO NOTHING")
 _ADD_SPEND = text(
     "INSERT INTO ledger_spends (cohort, charge, times) VALUES (:cohort, :charge, :times)"

@@ -100,7 +100,15 @@ class ErasureSection(_Section):
         "rewrite",
         description="what happens to the subject's rows in the source files: rewrite removes them; retain leaves them to the owner's own legal ground, and the certificate says so",
     )
+    retain: tuple[str, ...] = Field(
+        (),
+        description="names of sources whose rows stay with their owner while the others are rewritten: databases and object stores, which cannot be rewritten from here",
+    )
     backup_days: Annotated[int, Field(ge=0)] = Field(30, description="after so many days no backup holds anybody who is erased today")
+    answer_seconds: Annotated[float, Field(ge=0)] = Field(
+        300.0,
+        description="a request is answered a full multiple of so many seconds after its identity was verified, so that the time does not tell who is in; more than the longest erasure takes, 0 for at once",
+    )
     journal: str = Field(
         ".discreet/suppressions",
         description="file of suppressions, relative to this file; keep it outside what is backed up, so that no restored backup undoes an erasure",
@@ -347,6 +355,9 @@ class Project(_Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"Expected every [[source]] to have its own name, got '{name}' twice.")
+        unknown = [name for name in self.erasure.retain if name not in names]
+        if unknown:
+            raise ValueError(f"Expected [erasure] retain to name sources, got '{unknown[0]}'.")
         if any(source.role == "canary" for source in self.source):
             raise ValueError("Expected no [[source]] with role = 'canary': the audit plants its own.")
         unknown = {name for readable in self.retrieval.reads.values() for name in readable} - set(names)

@@ -7,8 +7,8 @@ held-out text, a list of patients who opted out, and the commented `discreet.tom
 Why this way: each patient is a function of the public seed and their number alone, so the same call writes the same bytes, and one patient's
 documents never depend on another's (PITFALLS 39). The seed is public on purpose: this text concerns nobody.
 
-Guarantees: `gold.jsonl` holds the place of every identifier that the generator wrote, in code points of the text. It measures the recall of the detectors and
-is never a source for training.
+Guarantees: `CorpusFacts.gold` holds the place of every identifier that the generator wrote, in code points of the text. It measures the recall of the detectors and lies in no file
+of the project: whoever is erased is gone from its folder.
 
 Does not cover: real language. Recall and held-out loss on this corpus say that the machinery works, not how well it does on real notes.
 """
@@ -32,10 +32,9 @@ from typing import Any, final
 
 from faker import Faker
 
-from discreet import pipeline, report
+from discreet import dossier, pipeline, report
 from discreet.config import FILE_NAME
 from discreet.errors import ConfigInvalid, NotFound, NotReleased, TrackRefused
-from discreet.evidence.log import verify_bundle
 from discreet.evidence.statement import Predicate
 from discreet.keys import Stream
 from discreet.pipeline import House, Observer
@@ -54,7 +53,7 @@ MAX_DOCUMENTS = 8
 LABELLED = 200
 """Public texts with their identifiers marked, on which the detectors are measured."""
 
-_CORPUS_FILES = ("notes.jsonl", "gold.jsonl", "public_train.jsonl", "labelled.jsonl", "held_out.jsonl", "opt_outs.txt")
+_CORPUS_FILES = ("notes.jsonl", "public_train.jsonl", "labelled.jsonl", "held_out.jsonl", "opt_outs.txt")
 _SIZES = {"patients": 2000, "documents": 5000, "public": 1500, "held_out": 48}
 _FAST_SIZES = {"patients": 1500, "documents": 1700, "public": 600, "held_out": 60}
 _FAST_SETTINGS = {
@@ -154,21 +153,20 @@ class Document:
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusFacts:
-    """What `write_corpus` wrote; `files` maps file name to the SHA-256 of its bytes."""
+    """What `write_corpus` wrote; `files` maps file name to the SHA-256 of its bytes, `gold` the id of a private document to the places of its identifiers."""
 
     patients: int
     documents: int
     opted_out: int
     public: int
     held_out: int
-    gold_spans: int
+    gold: Mapping[str, Sequence[Mapping[str, Any]]]
     files: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Returns the facts as a JSON object."""
-        return {name: getattr(self, name) for name in ("patients", "documents", "opted_out", "public", "held_out", "gold_spans")} | {
-            "files": dict(self.files)
-        }
+        numbers = {name: getattr(self, name) for name in ("patients", "documents", "opted_out", "public", "held_out")}
+        return {**numbers, "gold_spans": sum(map(len, self.gold.values())), "files": dict(self.files)}
 
 
 def write_corpus(
@@ -176,7 +174,7 @@ def write_corpus(
 ) -> CorpusFacts:
     """Writes the hospital into `folder`: the same arguments give the same bytes (with the same version of Faker).
 
-    Files: `notes.jsonl` (private: id, patient, kind, text, name, mrn, dob, phone, email, address), `gold.jsonl` (id, spans), `public_train.jsonl` and `held_out.jsonl` (id,
+    Files: `notes.jsonl` (private: id, patient, kind, text, name, mrn, dob, phone, email, address), `public_train.jsonl` and `held_out.jsonl` (id,
     kind, text; other people), `labelled.jsonl` (text, spans: the first of the public texts, marked), `opt_outs.txt` (one patient a line).
 
     Args:
@@ -204,7 +202,6 @@ def write_corpus(
     unseen, _ = _strangers(draw.fork("held-out"), held_out, prefix="held", staff=_staff(draw.fork("other staff")))
     written = {
         "notes.jsonl": _lines(notes),
-        "gold.jsonl": _lines(gold),
         "public_train.jsonl": _lines(strangers),
         "labelled.jsonl": _lines(marked[:LABELLED]),
         "held_out.jsonl": _lines(unseen),
@@ -218,7 +215,7 @@ def write_corpus(
         opted_out=len(opted_out),
         public=public,
         held_out=held_out,
-        gold_spans=sum(len(row["spans"]) for row in gold),
+        gold={row["id"]: row["spans"] for row in gold},
         files={name: hashlib.sha256(content.encode()).hexdigest() for name, content in written.items()},
     )
 
@@ -690,6 +687,6 @@ def _utility(house: House, trained: Mapping[str, Any], facts: CorpusFacts, obser
 
 def _verified_offline(house: House) -> dict[str, Any]:
     """Exports the evidence and verifies it as a stranger would: from the bundle and the public key alone."""
-    bundle, key = pipeline.export_evidence(house, house.project.root / "evidence", public=False)
-    verified = verify_bundle(bundle, public_key=key.read_text().strip())
+    bundle, key = dossier.export(house.log, house.store, house.project.root / "evidence", public=False)
+    verified = dossier.verify(bundle, public_key=key.read_text())
     return {"valid": True, "failed": [], "statements": len(verified.entries), "bundle": str(bundle), "key": str(key)}

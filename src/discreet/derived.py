@@ -2,7 +2,7 @@
 
     statistics   one pure-DP query about the people of the corpus; charged to the budget before anything is counted
     synthesize   text drawn from a verified release: post-processing, so nothing is charged; the statement names the reservation that paid for the model
-    child        the release merged into one GGUF file, or such a file that somebody else made of it; audited as it is stored
+    child        the release merged into a folder of safetensors or one GGUF file, or such a child that somebody else made of it; audited as it is stored
 
 All leave a statement in the log, text and children a node in the lineage: whoever withdraws the model finds what was drawn from it, and made of it.
 
@@ -36,12 +36,17 @@ from discreet.keys import Key
 from discreet.ledger import Kind, Spend
 from discreet.model import Base
 from discreet.pipeline import House, Observer
-from discreet.record import Release, Snapshot, SubjectId
+from discreet.record import Digest, Release, Snapshot, SubjectId
 from discreet.serve import gateway
-from discreet.store import storage_full, write_atomically
+from discreet.store import partial_of, storage_full, write_atomically
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
     from torch import nn
+
+MERGED = "merged"
+CHILD_KINDS = (MERGED, *model.GGUF_KINDS)
+"""What a release can be written as: a folder of safetensors in float32, or one GGUF file."""
 
 BOUNDS = (64, 128, 256, 512, 1024, 2048, 4096)
 """Upper ends of the bins of the histogram, in characters; the last bin has none."""
@@ -145,79 +150,101 @@ def synthesize(house: House, *, count: int, out: Path, max_tokens: int = 96, tem
         "texts": count,
         "kind": "drawn from a release: post-processing, nothing more is charged",
     }
-    write_atomically(out, content)
-    with house.store.transaction() as tx:
+    with house.store.transaction() as tx:  # first: a file that is there is one that an erasure finds
         lineage.derive(
             tx, lineage.Artifact(digest=digest, kind=lineage.Kind.SYNTHETIC, protects=house.project.privacy.unit), parents=[released.adapter]
         )
         pipeline.record_written(tx, digest, out)
+    write_atomically(out, content)
+    with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.SYNTHESIZED, subjects=(digest,), fields=fields))
     return {"file": str(out), "digest": digest, "texts": count, "adapter": released.adapter, "guarantee": dict(released.guarantee)}
 
 
 def child(house: House, *, file: Path, kind: str = "") -> dict[str, Any]:
-    """Audits the released model as one GGUF file; with a kind it is written first, and stays only when it passes.
+    """Audits the released model merged into a folder of safetensors or one GGUF file; with a kind it is written first, and stays only when it passes.
 
     The same bytes are audited once: asked again, nothing is drawn from the level of the project's audits and the verdict is the earlier one.
 
     Args:
         file: where to write, or what somebody else made of the release.
-        kind: of `model.GGUF_KINDS`, or nothing for a file that is there.
+        kind: of `CHILD_KINDS`, or nothing for a file or folder that is there.
 
     Raises:
-        RequestInvalid: when the kind is unknown, or a file to write is there already, has no folder or cannot be written.
+        RequestInvalid: when the kind is unknown, or what to write is there already, has no folder or cannot be written.
         StorageFull: when the disk is full.
         NotFound: when a file to audit is not there.
-        ModelUnsafe: when the file is no GGUF of the base's tensors, or the model is none that can be written as one.
+        ModelUnsafe: when it does not hold the base's tensors, or the model is none that can be written as GGUF.
         NotReleased: when a written child does not pass, or there is no release. The verdict is in the log.
         EvidenceInvalid, DigestMismatch: when the release is not what was signed.
     """
     house.access.require(Action.RUN, who=current_user())
-    if kind and (kind not in model.GGUF_KINDS or file.exists()):
-        raise RequestInvalid(f"a kind among {', '.join(model.GGUF_KINDS)} and a file that is not there yet", value=f"{kind}, {file.name}")
+    if kind and (kind not in CHILD_KINDS or file.exists()):
+        raise RequestInvalid(f"a kind among {', '.join(CHILD_KINDS)} and a file that is not there yet", value=f"{kind}, {file.name}")
     if kind and not file.parent.is_dir():
         raise RequestInvalid("a folder that is there, for the file", value=file.parent.name)
     released, base, folder = _released(house)
+    named = kind or (MERGED if file.is_dir() else "gguf")
     with pipeline.unplaced(house) as own:
-        made = own / "made.gguf" if kind else file
-        if kind:
-            model.write_gguf(model.merged(model.load_adapter(base, folder, digest=released.adapter)), base.tokenizer, made, kind=kind)
-        module, digest = model.read_gguf(base, made, scratch=own)
+        made, merge = _written_child(released, base, folder, own, kind=kind) if kind else (file, None)
+        module, digest = model.read_child(base, made, scratch=own)
         earlier = [e for e in house.log.entries(digest) if e.predicate is Predicate.CHILD_AUDITED and e.fields["adapter"] == released.adapter]
-        told = dict(earlier[-1].fields) if earlier else _audited(house, released, base, folder, module, kind=kind or "gguf")
+        told = dict(earlier[-1].fields) if earlier else _audited(house, released, base, folder, module, kind=named)
         verdict = Verdict(told["verdict"])
         stays = not kind or verdict is Verdict.PASS
         with house.store.transaction() as tx:
             if stays and verdict is not Verdict.INCONCLUSIVE:  # which shows no child of the release: no node below it, and nobody's to destroy
-                if not lineage.is_known(tx, digest):
-                    protects = house.project.privacy.unit if verdict is Verdict.PASS else ""
-                    lineage.derive(tx, lineage.Artifact(digest=digest, kind=lineage.Kind.QUANTISATION, protects=protects), parents=[released.adapter])
+                protects = house.project.privacy.unit if verdict is Verdict.PASS else ""
+                _register(tx, digest, released, merge=merge, is_merge=made.is_dir(), protects=protects)
                 pipeline.record_written(tx, digest, file)
             if not earlier:
                 house.log.append(tx, Statement(predicate=Predicate.CHILD_AUDITED, subjects=(digest,), fields=told))
         if not stays:
             remedy = "Store it with more bits, or audit with more canaries; the figures are in the log."
             raise NotReleased("a child that passes its audit", value=str(verdict), remedy=remedy)
-        if kind:  # last: a file that is there is one that an erasure finds
+        if kind:  # last, as above
             _place(made, file)
     return {
         "file": str(file),
         "digest": digest,
-        "kind": kind or "gguf",
+        "kind": named,
         "adapter": released.adapter,
         "verdict": str(verdict),
         "layer": told["layers"][0],
     }
 
 
+def _written_child(released: Release, base: Base, adapter: Path, own: Path, *, kind: str) -> tuple[Path, Digest]:
+    """Merges the release and writes it; returns where, and the digest of the merge, which every kind is made of."""
+    module, folder = model.merged(model.load_adapter(base, adapter, digest=released.adapter)), own / MERGED
+    merge = model.write_merged(module, base.tokenizer, folder)
+    if kind == MERGED:
+        return folder, merge
+    model.write_gguf(module, base.tokenizer, own / "made.gguf", kind=kind)
+    return own / "made.gguf", merge
+
+
+def _register(tx: Connection, digest: Digest, released: Release, *, merge: Digest | None, is_merge: bool, protects: str) -> None:
+    """Writes a child below the adapter, or below the merge that lay in between."""
+    above = [released.adapter, released.base]
+    if merge is not None and merge != digest:
+        if not lineage.is_known(tx, merge):
+            lineage.derive(tx, lineage.Artifact(digest=merge, kind=lineage.Kind.MERGE, protects=protects), parents=above)
+            pipeline.remember_adapter(tx, merge, released.adapter)
+        above = [merge]
+    if not lineage.is_known(tx, digest):
+        kind = lineage.Kind.MERGE if is_merge else lineage.Kind.QUANTISATION
+        lineage.derive(tx, lineage.Artifact(digest=digest, kind=kind, protects=protects), parents=above)
+
+
 def _place(made: Path, file: Path) -> None:
-    """Moves a file out of the project to where it was asked for, whole or not at all."""
-    partial = file.with_name(f".{file.name}-partial")
+    """Moves a child out of the project to where it was asked for, whole or not at all."""
+    partial = partial_of(file)
     try:
         shutil.move(made, partial)
         partial.rename(file)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
         raise (storage_full() if error.errno == errno.ENOSPC else RequestInvalid("a place where a file can be written", value=file.name)) from error
 
 

@@ -24,16 +24,19 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dp_accounting import ComposedDpEvent, DpEvent
 
 from discreet import __version__, report
+from discreet.config import SourceSection
 from discreet.dp import accounting
 from discreet.dp.combine import Combine
 from discreet.dp.mechanism import Mechanism, Sampling, mechanism_from_json
@@ -42,7 +45,7 @@ from discreet.errors import EvidenceInvalid, NotReleased, OperationFailed
 from discreet.evidence import note, statement
 from discreet.evidence.log import Log, VerifiedBundle, verify_bundle
 from discreet.evidence.statement import Exposure, canonical_json, parse_json
-from discreet.governance import lineage
+from discreet.governance import catalog, lineage
 from discreet.record import Digest
 from discreet.report import Fact, Logged, Report, Section
 from discreet.store import Store, write_atomically
@@ -53,6 +56,10 @@ LOG = "log"
 FILES = ("dossier.json", "report.html", "sbom.json")
 MANIFEST = "manifest.json"
 MAX_FILE_BYTES = 64 << 20
+
+_BUNDLE = ("checkpoint", "leaves", "entries.jsonl", MANIFEST)
+_REPLACEABLE = {*FILES, MANIFEST, LOG, *_BUNDLE, *(f"{LOG}/{name}" for name in _BUNDLE)}
+"""The names of earlier evidence, of a whole folder or of a log alone: nothing else is ever removed."""
 
 DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 """Where the privacy curve is stated."""
@@ -87,7 +94,13 @@ CONTROLS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 def compile_dossier(
-    entries: Sequence[Logged], *, public_key: str, software: Mapping[str, Any], origins: Sequence[Mapping[str, Any]] = (), unknown: Sequence[str] = ()
+    entries: Sequence[Logged],
+    *,
+    public_key: str,
+    software: Mapping[str, Any],
+    origins: Sequence[Mapping[str, Any]] = (),
+    unknown: Sequence[str] = (),
+    sources: Mapping[str, SourceSection] = MappingProxyType({}),
 ) -> Report:
     """Computes the answers from the statements of a log.
 
@@ -97,6 +110,7 @@ def compile_dossier(
         software: the bill of materials (`bill_of_materials`).
         origins: how the model was made: OpenLineage events.
         unknown: digests that the run rests on and whose origin nobody knows.
+        sources: the declaration of every registered source, by name.
 
     Raises:
         NotReleased: when a parent is unknown, or the claim, the payment, the sampler and the accountant do not agree.
@@ -104,7 +118,7 @@ def compile_dossier(
     built = report.build(entries, public_key=public_key)
     trained = _trained(entries)
     _refuse_unknown(unknown)
-    extra = (*_statement(entries, trained), *_registers(entries, origins), _software(software))
+    extra = (_data_sheet(sources), *_statement(entries, trained), *_registers(entries, origins), _software(software))
     kept = (replace(s, facts=tuple(f for f in s.facts if f"{s.name}.{f.name}" not in _LEFT_TO_THE_LOG)) for s in built.sections)
     sections = tuple(section for section in (*kept, *extra) if section.facts)
     return replace(built, sections=(*sections, _controls(sections)))
@@ -114,7 +128,7 @@ def write(log: Log, store: Store, folder: Path, *, public: bool, namespace: str)
     """Writes the signed folder and returns it.
 
     Args:
-        folder: new or empty.
+        folder: new, empty, or earlier evidence, which is replaced once the new one is whole.
         public: only public and DP-released answers, and the public log.
         namespace: the project's name for OpenLineage.
 
@@ -122,22 +136,41 @@ def write(log: Log, store: Store, folder: Path, *, public: bool, namespace: str)
         NotReleased: as `compile_dossier`; nothing is written.
         OperationFailed: when the folder holds anything.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OperationFailed("a folder that is new or empty", value=folder, remedy="Choose another folder.")
+    partial = folder.with_name(folder.name + ".partial")
+    for stale in (folder, partial):
+        if stale.is_symlink() or (
+            stale.exists() and (not stale.is_dir() or not {str(p.relative_to(stale)) for p in stale.rglob("*")} <= _REPLACEABLE)
+        ):
+            raise OperationFailed("a folder that is new, empty, or earlier evidence", value=stale, remedy="Choose another folder.")
     entries = [entry for predicate in statement.Predicate for entry in log.select(predicate)]
     software = bill_of_materials()
     origins, unknown = _origins(store, _trained(entries), namespace=namespace)
-    answers = compile_dossier(entries, public_key=log.public_key(), software=software, origins=origins, unknown=unknown)
+    with store.transaction() as tx:
+        sources = catalog.declared(tx)
+    answers = compile_dossier(entries, public_key=log.public_key(), software=software, origins=origins, unknown=unknown, sources=sources)
     shown = answers.public() if public else answers
     page = report.of(log).public() if public else report.of(log)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o755 if public else 0o700)
-    log.export(folder / LOG, public=public)
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, mode=0o755 if public else 0o700)
+    log.export(partial / LOG, public=public)
     contents = {"dossier.json": _json(to_json(shown)), "report.html": report.render_html(page).encode(), "sbom.json": _json(software)}
     for name, content in contents.items():
-        write_atomically(folder / name, content)
-    payload = canonical_json({"files": _described(folder), "format": FORMAT, "origin": log.origin, "public": public})
-    write_atomically(folder / MANIFEST, log.seal(payload, payload_type=MANIFEST_TYPE))
+        write_atomically(partial / name, content)
+    payload = canonical_json({"files": _described(partial), "format": FORMAT, "origin": log.origin, "public": public})
+    write_atomically(partial / MANIFEST, log.seal(payload, payload_type=MANIFEST_TYPE))
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
     return folder
+
+
+def export(log: Log, store: Store, folder: Path, *, public: bool) -> tuple[Path, Path]:
+    """Writes the folder and, beside it, the public key that verifies it; returns both paths. Arguments and errors as `write`."""
+    written = write(log, store, folder, public=public, namespace=log.origin)
+    key = folder.with_name(folder.name + ".pub")
+    write_atomically(key, (log.public_key() + "\n").encode())
+    return written, key
 
 
 def is_dossier(folder: Path) -> bool:
@@ -167,8 +200,13 @@ def verify(folder: Path, *, public_key: str, pinned: bytes | None = None) -> Ver
         found = signed.get("files", {}) if isinstance(signed, dict) else {}
         changed = [name for name, what in described.items() if found.get(name) != what] or ["manifest.json"]
         raise EvidenceInvalid.of([f"{name}: differs from what was signed" for name in changed])
-    _check_answers(json.loads(_read(folder / "dossier.json")), verified, public_key="\n".join(map(str, verified.keys)))
+    _check_answers(statement.parse_once(_read(folder / "dossier.json")), verified, public_key="\n".join(map(str, verified.keys)))
     return verified
+
+
+def verify_any(folder: Path, *, public_key: str, pinned: bytes | None = None) -> VerifiedBundle:
+    """Verifies a dossier, or the bundle of a log alone. Arguments and errors as `verify`."""
+    return (verify if is_dossier(folder) else verify_bundle)(folder, public_key=public_key, pinned=pinned)
 
 
 def to_json(answers: Report) -> dict[str, Any]:
@@ -219,7 +257,9 @@ def _origins(store: Store, trained: Logged | None, *, namespace: str) -> tuple[l
 def _refuse_unknown(unknown: Sequence[str]) -> None:
     if unknown:
         raise NotReleased(
-            "evidence about a model whose parents are known", value=", ".join(unknown), remedy="It was withdrawn, or nobody knows its origin."
+            "evidence about a model whose parents are known",
+            value=", ".join(unknown),
+            remedy="It was withdrawn, or nobody knows its origin. The log alone can still be shown: `discreet evidence export --log-only`.",
         )
 
 
@@ -234,7 +274,7 @@ def _statement(entries: Sequence[Logged], trained: Logged | None) -> tuple[Secti
     if not claim["epsilon"] >= price.epsilon * (1 - _SLACK):
         raise _disagree(f"epsilon {claim['epsilon']:.6g} claimed, {price.epsilon:.6g} accounted for {claim.get('sampler', 'poisson')} sampling")
     curve = price.curve(DELTAS) if accounting.has_pld(event) else []
-    earlier = [_spend(e) for e in entries if e.predicate == "spent"]
+    earlier = [_spend(e) for e in sorted(entries, key=lambda entry: entry.index) if e.predicate in ("spent", "measured")]
     facts = (
         Fact(
             name="curve",
@@ -245,7 +285,8 @@ def _statement(entries: Sequence[Logged], trained: Logged | None) -> tuple[Secti
         Fact(name="accountant", title="Accountant and version", value=f"{price.accountant}, dp-accounting {metadata.version('dp-accounting')}"),
         Fact(name="mapping", title="From records to units", value=f"every record names its {claim['unit']}; the corpus is frozen by {claim['unit']}"),
         Fact(name="cap_enforced", title="How the cap is enforced", value=_ENFORCED.get(str(claim.get("sampler", "poisson")), "")),
-        Fact(name="composition", title="Everything charged by this project, in order", value=earlier),
+        Fact(name="composition", title="Everything released by this project under a budget, in order", value=earlier),
+        Fact(name="queries", title="Queries charged, by budget and kind", value=_queries(entries), exposure=Exposure.INTERNAL),
         Fact(name="search", title="Searches for hyper-parameters that were charged", value=sum(s["kind"] == "search" for s in earlier)),
         Fact(name="preprocessing", title="Cost of preprocessing", value="de-identification and freezing look at each unit alone and release nothing"),
         Fact(name="in_range", title="Deployment tier", value="ledger-enforced: every later run on these people is charged to the same budget"),
@@ -299,13 +340,26 @@ def _disagree(value: str) -> NotReleased:
     return NotReleased("a sampler, a charge and an accountant that agree", value=value, remedy="Do not publish this model; find out what ran.")
 
 
+def _queries(entries: Sequence[Logged]) -> list[dict[str, Any]]:
+    """Charges that are no training (statistics, retrieval, what was reserved by hand); their sum is no less than what they compose to."""
+    found: dict[tuple[str, str], list[Logged]] = {}
+    for entry in entries:
+        if entry.predicate == "reserved" and entry.fields.get("kind") not in (None, "training", "search"):
+            found.setdefault((str(entry.fields["budget"]), str(entry.fields.get("kind"))), []).append(entry)
+    return [
+        {"budget": budget, "kind": kind, "charges": len(made)}
+        | {f"sum_of_{name}": math.fsum(float(e.fields[name]) for e in made if name in e.fields) for name in ("epsilon", "delta")}
+        for (budget, kind), made in sorted(found.items())
+    ]
+
+
 def _spend(entry: Logged) -> dict[str, Any]:
-    fields = entry.fields
+    fields = {"kind": "statistics", **entry.fields} if entry.predicate == "measured" else entry.fields
     return {name: fields.get(name) for name in ("budget", "kind", "unit", "epsilon", "delta", "filter_epsilon", "accountant")}
 
 
 def _registers(entries: Sequence[Logged], origins: Sequence[Mapping[str, Any]]) -> tuple[Section, ...]:
-    erased = [{"time": e.time, "reason": e.fields.get("reason")} for e in entries if e.predicate == "erased"]
+    erased = [{"time": e.time, "reason": e.fields.get("reason")} for e in entries if e.predicate == "erased" and "identity" in e.fields]
     changes = sum(e.predicate == "consent_changed" for e in entries)
     register = Fact(name="register", title="Erasures, oldest first", value=erased, exposure=Exposure.INTERNAL)
     consent = Fact(name="consent_changes", title="Statements of changed consent", value=changes, exposure=Exposure.INTERNAL)
@@ -314,6 +368,16 @@ def _registers(entries: Sequence[Logged], origins: Sequence[Mapping[str, Any]]) 
         Section(name="erasure", title="Erasure register", facts=(register, consent)),
         Section(name="lineage", title="Lineage", facts=(made,)),
     )
+
+
+def _data_sheet(sources: Mapping[str, SourceSection]) -> Section:
+    """What the owners declared of their sources when they were registered."""
+    fields = ("owner", "licence", "residency", "sensitivity", "purposes", "basis", "unit", "retention_days", "role")
+    sheet = [
+        {"source": name} | {field: each[field] for field in fields} for name, section in sources.items() for each in [section.model_dump(mode="json")]
+    ]
+    facts = (Fact(name="sources", title="Sources, as they were declared", value=sheet, exposure=Exposure.INTERNAL),) if sheet else ()
+    return Section(name="data_sheet", title="Data sheet", facts=facts)
 
 
 def _software(software: Mapping[str, Any]) -> Section:
@@ -344,15 +408,16 @@ def _controls(sections: Sequence[Section]) -> Section:
 
 
 def _check_answers(stated: Mapping[str, Any], verified: VerifiedBundle, *, public_key: str) -> None:
-    """The guarantee, budget, audit and decision in the dossier are those that its log gives anew."""
+    """What the dossier says is what its log gives anew: all that the report has, or, beside a public log, what public statements carry."""
     built = report.build(verified.entries, public_key=public_key)
     again = built.public() if verified.public else built
     said = stated.get("sections", {})
     wrong = [
         f"dossier.json: {section.name}.{fact.name} differs from the log"
         for section in again.sections
-        if section.name in ("guarantee", "audit", "release")
+        if not verified.public or section.name in ("guarantee", "audit", "release")
         for fact in section.facts
+        if f"{section.name}.{fact.name}" not in _LEFT_TO_THE_LOG
         if said.get(section.name, {}).get(fact.name) != {"value": json.loads(json.dumps(fact.value)), "exposure": str(fact.exposure)}
     ]
     if wrong:

@@ -5,6 +5,7 @@
     show, plan, evidence    whoever may read
     rotate the log's key    owner
     accept a rollback       privacy officer
+    one person's identifiers  privacy officer
     propose, approve        two people, each with a role; whoever proposed does not approve
 
 Why here: the ledger and the log decide what is possible, `governance.access` who may; neither knows the other.
@@ -14,15 +15,20 @@ Does not cover: whoever calls `Ledger` and `Log` from Python, where `Access` is 
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 from typing import Any
 
-from discreet import pipeline
-from discreet.errors import PlanInvalid, RequestInvalid
+from discreet import dossier, pipeline
+from discreet.errors import PlanInvalid, RecordInvalid, RequestInvalid, SourceMissing
+from discreet.evidence.statement import JSON, Predicate, Statement
+from discreet.governance import catalog
 from discreet.governance.access import Action, current_user
+from discreet.keys import Key
 from discreet.ledger import Kind, Period, Reservation, Spend
 from discreet.pipeline import House
+from discreet.record import Digest
 from discreet.store import write_atomically
 
 _FORMS = {Action.RELEASE: re.compile(r"sha256:[0-9a-f]{64}"), Action.RAISE_BUDGET: re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126} to [0-9.e+-]{1,16}")}
@@ -103,6 +109,12 @@ def plan(house: House, name: str, *, sampling_probability: float, noise_multipli
     return {"budget": name, "epsilon": held.epsilon, "remaining": held.remaining_epsilon, "unlocked": held.unlocked, **asked, **bought}
 
 
+def export_evidence(house: House, out: Path, *, public: bool) -> tuple[Path, Path]:
+    """Writes the officer's folder and the public key beside it. Errors as `dossier.write`."""
+    house.access.require(Action.READ, who=current_user())
+    return dossier.export(house.log, house.store, out, public=public)
+
+
 def rotate_key(house: House, out: Path) -> dict[str, Any]:
     """Gives the log a new key and writes the public keys, oldest first, where they were asked for."""
     house.access.require(Action.ROTATE_KEY, who=current_user())
@@ -117,6 +129,39 @@ def accept_rollback(folder: Path, *, by: str, reason: str) -> dict[str, Any]:
         raise PlanInvalid("the name and the reason of whoever accepts the loss", remedy="Give --by and --reason.")
     with pipeline.open_house(folder, lost=(by, reason)) as house:
         return {"checkpoint": house.log.pin().decode()}
+
+
+def same_person(house: House, file: Path) -> int:
+    """Reads a CSV of subject and same_as, and makes each subject one person with the other from now on; all of them or none. Returns how many are new.
+
+    Raises:
+        SourceMissing, RecordInvalid: when it cannot be read, or an identifier was collected, erased or spoken for already; nothing is declared.
+    """
+    house.access.require(Action.CONSENT, who=current_user())
+    try:
+        rows = list(csv.DictReader(file.read_text(encoding="utf-8-sig").splitlines()))
+    except (OSError, UnicodeDecodeError):
+        raise SourceMissing("a readable CSV file in UTF-8") from None
+    pairs = [(str(row.get("subject") or "").strip(), str(row.get("same_as") or "").strip()) for row in rows]
+    for place, (second, first) in enumerate(pairs, start=1):
+        if not second or not first:
+            raise RecordInvalid("a subject and whom it is the same as", value=f"pair {place}")
+        if _spoke(house, second) and pipeline.subject_of(house, second) != pipeline.subject_of(house, first):
+            raise RecordInvalid(
+                "an identifier under which nobody has spoken or was erased yet", value=f"pair {place}", remedy="Declare it as the first of the two."
+            )
+    new = catalog.declare_same(house.keyring, unit=house.project.privacy.unit, pairs=pairs)
+    if new:
+        fields: dict[str, JSON] = {"change": "identifiers declared to be one person", "pairs": new, "by": current_user().name}
+        with house.store.transaction() as tx:  # about nobody in particular: no leaf is to link to them once they are erased
+            about = Digest("sha256:" + Key.random().stream("same").bytes(32).hex())
+            house.log.append(tx, Statement(predicate=Predicate.CONSENT_CHANGED, subjects=(about,), fields=fields))
+    return new
+
+
+def _spoke(house: House, identifier: str) -> bool:
+    subject = pipeline.subject_of(house, identifier)
+    return bool(house.consent.history(subject)) or house.consent.is_erased(subject)
 
 
 def pin(house: House) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from sqlalchemy import Column, Connection, LargeBinary, String, Table, delete, insert, select
 
-from discreet.errors import ConfigInvalid, Forgotten, KeyUnavailable, SealBroken
+from discreet.errors import ConfigInvalid, Forgotten, KeyUnavailable, RecordInvalid, SealBroken
 from discreet.record import SubjectId
 from discreet.store import Store, metadata
 
@@ -134,11 +134,56 @@ class Keyring:
         self._pseudonym = master.derive("pseudonym")
         self._log = master.derive("log")
         self._cache: dict[tuple[str, str], Key] = {}
+        with store.transaction() as tx:
+            rows = tx.execute(select(_keys.c.name, _keys.c.wrapped).where(_keys.c.kind == _SAME)).all()
+        self._same = dict(self._open_same(row.name, row.wrapped) for row in rows)
 
     def pseudonym(self, unit: str) -> SubjectId:
-        """Returns the stable pseudonym of a privacy unit as the source names it: 'S' and 26 base32 characters (130 bits of HMAC-SHA256)."""
-        digest = self._pseudonym.mac(unit.encode())
-        return SubjectId("S" + base64.b32encode(digest).decode()[:26])
+        """Returns the stable pseudonym of a privacy unit as the source names it: 'S' and 26 base32 characters (130 bits of HMAC-SHA256).
+
+        An identifier that was declared to be somebody's second one (`declare_same`) has the pseudonym of the first.
+        """
+        own = self._own_pseudonym(unit)
+        return self._same.get(own, own)
+
+    def _own_pseudonym(self, unit: str) -> SubjectId:
+        return SubjectId("S" + base64.b32encode(self._pseudonym.mac(unit.encode())).decode()[:26])
+
+    def declare_same(self, pairs: Sequence[tuple[str, str]]) -> int:
+        """Makes second identifiers one person with the first, from now on and for every part of the project. All of them or none; returns how many are new.
+
+        Kept sealed, under an HMAC: the database names neither, and it outlives an erasure, so that whoever was erased does not come back under the other name. A second identifier that was
+        seen already is refused: what was collected, said and spent under it would be left with a person who is none.
+
+        Args:
+            pairs: (second identifier, first one), spelled as for `pseudonym`.
+
+        Raises:
+            RecordInvalid: when the second was seen already, is the first, has a second of its own, or was declared to be somebody else. The value is the place of the pair, from 1.
+        """
+        same, rows = dict(self._same), []
+        with self._store.transaction() as tx:
+            for place, (second, first) in enumerate(pairs, start=1):
+                own, person = self._own_pseudonym(second), same.get(first_own := self._own_pseudonym(first), first_own)
+                if same.get(own) == person:
+                    continue
+                if own == person or own in same or own in same.values() or self._is_known(tx, own):
+                    raise RecordInvalid(
+                        "a second identifier that was not seen before, and is nobody else's",
+                        value=f"pair {place}",
+                        remedy="Declare it before its records are collected, and the identifier that the project knows as the first.",
+                    )
+                same[own] = person
+                name = self.hmac("same", own.encode()).hex()
+                rows.append({"kind": _SAME, "name": name, "wrapped": self._wrap.seal(f"{own} {person}".encode(), context=f"{_SAME}/{name}".encode())})
+            if rows:
+                tx.execute(insert(_keys), rows)
+        self._same = same
+        return len(rows)
+
+    def _open_same(self, name: str, wrapped: bytes) -> tuple[SubjectId, SubjectId]:
+        own, _, person = self._wrap.open(wrapped, context=f"{_SAME}/{name}".encode()).decode().partition(" ")
+        return SubjectId(own), SubjectId(person)
 
     def hmac(self, label: str, message: bytes) -> bytes:
         """Returns a project-wide HMAC under the label's own key (suppression lists, ids): it survives every erasure."""
@@ -221,8 +266,11 @@ class Keyring:
     def has_subject(self, subject: SubjectId) -> bool:
         """Says whether the subject has a key, or had one that was destroyed; makes none."""
         with self._store.transaction() as tx:
-            named = _keys.c.name.in_((subject, self._tombstone("subject", subject)))
-            return tx.execute(select(_keys.c.name).where(_keys.c.kind == "subject", named)).first() is not None
+            return self._is_known(tx, subject)
+
+    def _is_known(self, tx: Connection, subject: SubjectId) -> bool:
+        named = _keys.c.name.in_((subject, self._tombstone("subject", subject)))
+        return tx.execute(select(_keys.c.name).where(_keys.c.kind == "subject", named)).first() is not None
 
     def close_run(self, run: str) -> None:
         """Destroys the run's key: its noise and sampling can no longer be regenerated. Idempotent."""
@@ -262,6 +310,9 @@ class Keyring:
         """What a destroyed key is remembered by: an HMAC, so that not even the pseudonym stays."""
         return self.hmac("tombstone", f"{kind}/{name}".encode()).hex()
 
+
+_SAME = "same person"
+"""The kind of the rows that say which identifiers are one person."""
 
 _DESTROYED = b""
 """The tombstone in place of a wrapped key: a destroyed key is not silently made anew."""

@@ -26,7 +26,7 @@ why it ended, so that a later version can. Charges only grow; a spend too small 
 
 Sources: Feldman and Zrnic 2021 (filters); Bun and Steinke 2016 (pure DP as RDP); Luo et al. 2021, PrivateKube (reserve, then commit; unlocking by time).
 
-Does not cover: charging a subject less for steps they did not take part in (each is charged as if in every one), one person under two identifiers, and mechanisms that nobody charged.
+Does not cover: charging a subject less for steps they did not take part in (each is charged as if in every one), one person under two identifiers whom nobody declared (`Keyring.declare_same`), and mechanisms that nobody charged.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from discreet.evidence.log import Log
 from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.keys import Keyring
 from discreet.record import Digest, Snapshot
-from discreet.store import Store, metadata, now
+from discreet.store import Store, fetch, later, metadata, now
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _EXACT = Context(prec=1000)
@@ -387,6 +387,14 @@ class _Account:
         return any(inside and spent - start <= allowance * (1 + 1e-12) for inside, spent, start, allowance in used)
 
     @property
+    def used_of_period(self) -> float:
+        """Share of this period's allowance that is spent, at the order that has most left; 0 without periods."""
+        if self.pace is None:
+            return 0.0
+        used = zip(self._all_spent, self.pace.start, self.pace.allowance, strict=True)
+        return min(((spent - start) / allowance if allowance else math.inf) for spent, start, allowance in used)
+
+    @property
     def remaining_epsilon(self) -> float:
         left = 0.0 if self.pure.is_infinite() else float(max(Decimal(0), _EXACT.subtract(_decimal(self.terms.filter.epsilon), self.pure)))
         return max(left, self.filter.remaining_epsilon())
@@ -546,7 +554,7 @@ class Ledger:
             if snapshot is None:
                 standing = list(_standing(tx, name).values())
             else:
-                held = _accounts(tx, name, _cohorts_without_enrolling(tx, self._keyring, snapshot))
+                _, held = _accounts(tx, name, _cohorts_without_enrolling(tx, self._keyring, snapshot))
                 standing = [account for (_, budget), account in held.items() if budget == name]
             at = now(tx)
             most = tuple(max(column) for column in zip(*(account.rolled(at).closed_off for account in standing), strict=True))
@@ -629,10 +637,12 @@ class Ledger:
         )
 
     def affordable(self, name: str, *, sampling_probability: float, noise_multiplier: float, most: int = 1 << 20) -> int:
-        """Returns how many Poisson-sampled Gaussian steps this budget admits now for everyone whom it has charged, its period included: 0 to `most`.
+        """Returns how many Poisson-sampled Gaussian steps can be reserved now for everyone whom this budget has charged (before its first charge: for everybody who is known).
+
+        Every budget that binds one of them is asked, its period included, as `reserve` asks it. 0 to `most`.
 
         Args:
-            name: of an open budget; other budgets that bind the same people are not asked.
+            name: of an open budget.
             sampling_probability: in (0, 1].
             noise_multiplier: > 0.
 
@@ -644,12 +654,16 @@ class Ledger:
             raise PlanInvalid("0 < sampling_probability <= 1 and a finite noise_multiplier > 0", value=(sampling_probability, noise_multiplier))
         with self._store.transaction() as tx:
             at = now(tx)
-            standing = [account.rolled(at) for account in _standing(tx, name).values()]
+            _, held = _accounts(tx, name, list(_standing(tx, name)))
+            standing = [account.rolled(at) for account in held.values()]
+        one_of = {account.terms.name: account for account in standing}
 
         def fits(steps: int) -> bool:
             event = event_of(sampling_probability=sampling_probability, noise_multiplier=noise_multiplier, steps=steps)
-            cost = _cost({"event": event_to_json(event)}, standing[0])  # RDP knows the event: the same for all
-            return all(account.charged(cost).is_within for account in standing)
+            costs = {
+                budget: _cost({"event": event_to_json(event)}, account) for budget, account in one_of.items()
+            }  # RDP knows the event: the same for all of a budget
+            return all(account.charged(costs[account.terms.name]).is_within for account in standing)
 
         return _largest(fits, most=most)
 
@@ -725,9 +739,9 @@ class Ledger:
     def _charge(self, tx: Connection, wanted: Sequence[_Wanted], number: int) -> list[Reservation]:
         """Judges one population's spends one after the other, for every cohort under every budget that binds it, then writes them all from this number on."""
         first = wanted[0]
-        people = cohorts.everyone(tx) if first.population is None else cohorts.of_population(tx, first.population)
+        people, accounts = _accounts(tx, first.budget, None if first.population is None else cohorts.of_population(tx, first.population))
         at = now(tx)
-        held = {key: account.rolled(at) for key, account in _accounts(tx, first.budget, people).items()}
+        held = {key: account.rolled(at) for key, account in accounts.items()}
         left: list[float] = []
         for want in wanted:
             held = {key: _judged(account, want, asked=first.budget) for key, account in held.items()}
@@ -746,7 +760,7 @@ class Ledger:
         cohorts.write_accounts(tx, {key: account.to_json() for key, account in held.items()})
         cohorts.add(tx, people, {want.spend.digest: want.spend.content for want in wanted}, Counter(want.spend.digest for want in wanted))
         rows = [_row(want, number + k, now(tx)) for k, want in enumerate(wanted)]
-        tx.execute(_INSERT_RESERVATIONS, rows)
+        later(tx, _INSERT_RESERVATIONS, rows)
         self._log.append_all(tx, [_reserved(row) for row in rows])
         return [_granted(row, remaining) for row, remaining in zip(rows, left, strict=True)]
 
@@ -791,8 +805,9 @@ class Ledger:
 
     def _charge_each(self, tx: Connection, name: str, spends: Sequence[Spend]) -> list[Reservation | Exception]:
         """Judges spends one after the other; what is refused is left out, what is admitted is written."""
-        people, at = cohorts.everyone(tx), now(tx)
-        held = {key: account.rolled(at) for key, account in _accounts(tx, name, people).items()}
+        at = now(tx)
+        people, accounts = _accounts(tx, name)
+        held = {key: account.rolled(at) for key, account in accounts.items()}
         refused: dict[int, Exception] = {}
         left: list[float] = []
         for place, spend in enumerate(spends):
@@ -887,7 +902,7 @@ def _claim_unit(tx: Connection, unit: str, sources: Iterable[str]) -> None:
 
 
 def _all_terms(tx: Connection) -> dict[str, _Terms]:
-    return {row.name: _read_terms(*row) for row in tx.execute(_ALL_TERMS)}
+    return {row[0]: _read_terms(*row) for row in fetch(tx, _ALL_TERMS)}
 
 
 _ALL_TERMS = select(_budgets.c.name, _budgets.c.unit, _budgets.c.terms, _budgets.c.opened_at)
@@ -919,10 +934,10 @@ def _not_open(name: str) -> NotFound:
 
 
 def _standing(tx: Connection, name: str) -> dict[int, _Account]:
-    """The accounts of everyone whom a budget has charged; when nobody yet, of those whom nobody has named."""
+    """The accounts of everyone whom a budget has charged; when nobody yet, of everybody who is known, with all that they spent under other names."""
     terms = _terms(tx, name)
     found = {cohort: _Account.from_json(stored, terms) for (cohort, _), stored in cohorts.accounts(tx, budget=name).items()}
-    return found or {cohorts.UNSEEN: _replayed(tx, cohorts.UNSEEN, terms)}
+    return found or {cohort: _replayed(tx, cohort, terms) for cohort in cohorts.accounts_of_everyone(tx)[0]}
 
 
 def _budget(tx: Connection, name: str) -> Budget:
@@ -938,7 +953,7 @@ def _budget(tx: Connection, name: str) -> Budget:
         query_delta=terms.query_delta,
         period=terms.period,
         unlocked=_unlocked(terms, now(tx)),
-        alerts=_alerts(terms, remaining),
+        alerts=_alerts(terms, remaining, [account.rolled(now(tx)) for account in standing.values()]),
     )
 
 
@@ -946,22 +961,28 @@ def _unlocked(terms: _Terms, at: float) -> float:
     return 1.0 if terms.period is None else min(1.0, (terms.period.number(at - terms.opened_at) + 1) / terms.period.count)
 
 
-def _alerts(terms: _Terms, remaining: float) -> tuple[str, ...]:
+def _alerts(terms: _Terms, remaining: float, standing: Sequence[_Account]) -> tuple[str, ...]:
     share = 1 - remaining / terms.filter.epsilon
-    said = f"budget '{terms.name}': {share:.0%} of epsilon {terms.filter.epsilon:g} is spent; nothing of it comes back"
-    return (said,) if share >= _ALERT_FROM else ()
+    said = (
+        [f"budget '{terms.name}': {share:.0%} of epsilon {terms.filter.epsilon:g} is spent; nothing of it comes back"] if share >= _ALERT_FROM else []
+    )
+    used = max(account.used_of_period for account in standing)
+    if used >= _ALERT_FROM:
+        said.append(f"budget '{terms.name}': {min(used, 1.0):.0%} of what this period may spend is spent; the rest is locked until the next")
+    return tuple(said)
 
 
 # Accounts
 
 
-def _accounts(tx: Connection, name: str, people: Sequence[int]) -> dict[tuple[int, str], _Account]:
-    """The accounts that judge a charge to cohorts: those of every budget that binds them, and of the budget that is asked, which counts all that they ever spent."""
+def _accounts(tx: Connection, name: str, people: Sequence[int] | None = None) -> tuple[Sequence[int], dict[tuple[int, str], _Account]]:
+    """Cohorts (left out, everyone) and the accounts that judge a charge to them: of every budget that binds them, and of the one that is asked, which counts all that they ever spent."""
     terms = _all_terms(tx)
     if name not in terms:
         raise _not_open(name)
-    found = {(c, b): _Account.from_json(stored, terms[b]) for (c, b), stored in cohorts.accounts(tx, people).items()}
-    return found | {(cohort, name): _replayed(tx, cohort, terms[name]) for cohort in people if (cohort, name) not in found}
+    cohorts_, stored = cohorts.accounts_of_everyone(tx) if people is None else (people, cohorts.accounts(tx, people))
+    found = {(c, b): _Account.from_json(content, terms[b]) for (c, b), content in stored.items()}
+    return cohorts_, found | {(cohort, name): _replayed(tx, cohort, terms[name]) for cohort in cohorts_ if (cohort, name) not in found}
 
 
 def _replayed(tx: Connection, cohort: int, terms: _Terms) -> _Account:
@@ -1087,7 +1108,9 @@ def _row(want: _Wanted, number: int, at: float) -> dict[str, Any]:
 
 
 def _reserved(row: Mapping[str, Any]) -> Statement:
+    price = json.loads(row["price"])
     fields: dict[str, JSON] = {name: row[name] for name in ("run", "budget", "plan", "snapshot", "kind")}
+    fields |= {name: price[name] for name in ("epsilon", "delta") if name in price}
     subjects = (row["plan"], row["snapshot"]) if row["snapshot"] else (row["plan"],)
     return Statement(predicate=Predicate.RESERVED, subjects=subjects, fields={"reservation": row["id"], **fields})
 
@@ -1099,18 +1122,16 @@ def _decimal(value: float) -> Decimal:
 
 def _take_numbers(tx: Connection, budget: str, count: int) -> int:
     """Counts `count` more reservations of a budget and returns the number of the first."""
-    last = tx.execute(_COUNT, {"budget": budget, "more": count}).scalar_one_or_none()
-    if last is None:
+    found = fetch(tx, _LAST_NUMBER, budget=budget)
+    if not found:
         raise _not_open(budget)
-    return int(last) - count + 1
+    last = int(found[0][0])
+    later(tx, _COUNT, [{"budget": budget, "last": last + count}])
+    return last + 1
 
 
-_COUNT = (
-    update(_budgets)
-    .where(_budgets.c.name == bindparam("budget"))
-    .values(reservations=_budgets.c.reservations + bindparam("more", type_=Integer))
-    .returning(_budgets.c.reservations)
-)
+_LAST_NUMBER = select(_budgets.c.reservations).where(_budgets.c.name == bindparam("budget"))
+_COUNT = update(_budgets).where(_budgets.c.name == bindparam("budget")).values(reservations=bindparam("last", type_=Integer))
 _INSERT_RESERVATIONS = insert(_reservations)
 
 
@@ -1145,8 +1166,7 @@ def _matching(tx: Connection, reservation: Reservation) -> Any:
 
 
 def _reservation(tx: Connection, row: Any) -> Reservation:
-    people = cohorts.everyone(tx) if row.population is None else cohorts.of_population(tx, row.population)
-    standing = _accounts(tx, row.budget, people)
+    _, standing = _accounts(tx, row.budget, None if row.population is None else cohorts.of_population(tx, row.population))
     return _granted(row._mapping, min(account.remaining_epsilon for (_, budget), account in standing.items() if budget == row.budget))
 
 

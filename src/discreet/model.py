@@ -6,7 +6,8 @@ A base is a folder: configuration, tokenizer and safetensors, named by the SHA-2
     tiny                     a Llama of under a million parameters, made on the spot from a public seed; `build_tiny` also teaches it public text
     PATH                     any Hugging Face causal language model in safetensors
 
-`write_gguf` puts a merged model into one file as llama.cpp reads it, `read_gguf` takes a base's child out of such a file, whoever made it.
+`write_merged` puts a merged model into a folder as transformers and vLLM read it, `write_gguf` into one file as llama.cpp does; `read_child` takes a base's child out of either,
+whoever made it.
 
 What learns is a *copy of the structure* around shared frozen weights (`attach`): the base stays what its digest says while private model, control and reference
 live beside it. Adapters are LoRA (Hu et al. 2021, arXiv 2106.09685) in PEFT's format, or the trained parameters themselves where layers are trained in full.
@@ -327,6 +328,22 @@ def merged(module: nn.Module) -> nn.Module:
     return result
 
 
+def write_merged(module: nn.Module, tokenizer: Any, folder: Path) -> Digest:
+    """Writes a merged model with its tokenizer as a folder of safetensors that is not there yet, whole or not at all, and returns its digest (`base_digest`).
+
+    Raises:
+        StorageFull: when the disk is full.
+    """
+
+    def write(target: Path) -> None:
+        cast(Any, module).save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+    _quiet()
+    _write_whole(folder, write, replace=False)
+    return base_digest(folder)
+
+
 def write_gguf(module: nn.Module, tokenizer: Any, path: Path, *, kind: str) -> Digest:
     """Writes a merged Llama with its tokenizer as one GGUF file, whole or not at all, and returns its digest. The same model gives the same bytes.
 
@@ -366,6 +383,51 @@ def write_gguf(module: nn.Module, tokenizer: Any, path: Path, *, kind: str) -> D
     return file_digest(path)
 
 
+def read_child(base: Base, path: Path, *, scratch: Path | None = None) -> tuple[nn.Module, Digest]:
+    """Returns a child of the base from a folder of safetensors or a GGUF file, in float32, and the digest of its bytes.
+
+    Raises:
+        NotFound, StorageFull, ModelUnsafe: as `load_base` and `read_gguf`; ModelUnsafe also when the tensors of a folder are not those of the base.
+    """
+    if not path.is_dir():
+        return read_gguf(base, path, scratch=scratch)
+    opened = _open(path, path.name)
+    if type(opened.module) is not type(base.module) or not _same_shapes(base.module, opened.module):
+        raise ModelUnsafe("a folder with the tensors of the base model", value=path.name)
+    return _child_of(base, opened.module), opened.digest
+
+
+def _same_shapes(left: nn.Module, right: nn.Module) -> bool:
+    return {name: each.shape for name, each in left.named_parameters()} == {name: each.shape for name, each in right.named_parameters()}
+
+
+def _child_of(base: Base, whole: nn.Module) -> nn.Module:
+    """A copy of the base with the weights of a child of its shapes."""
+    module: nn.Module = _shared_copy(base.module, list(dict(base.module.named_parameters())))
+    _assign(dict(module.named_parameters()), dict(whole.named_parameters()))
+    module.eval().requires_grad_(True)  # everything of it may differ from the base: `adapter_off` knows by this
+    return module
+
+
+def child_digest(path: Path) -> Digest | None:
+    """Returns the digest of a model in one file or in a folder; None where there is none, or one that may not be opened."""
+    try:
+        return file_digest(path) if path.is_file() else base_digest(path) if path.is_dir() else None
+    except (NotFound, ModelUnsafe):
+        return None
+
+
+def destroy(path: Path) -> None:
+    """Deletes a model in one file, or the files of a folder that make one and the folder unless something else lies in it. Idempotent."""
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    for name in _read_safely(path):
+        (path / name).unlink()
+    if not any(path.iterdir()):
+        path.rmdir()
+
+
 def read_gguf(base: Base, file: Path, *, scratch: Path | None = None) -> tuple[nn.Module, Digest]:
     """Returns a child of the base from a GGUF file, in float32, and the file's digest.
 
@@ -395,17 +457,9 @@ def read_gguf(base: Base, file: Path, *, scratch: Path | None = None) -> tuple[n
             )
         except Exception as error:  # a parser that meets a broken file raises what it likes
             raise ModelUnsafe("a GGUF file of an architecture that transformers reads", value=file.name) from error
-    known, found = dict(base.module.named_parameters()), dict(whole.named_parameters())
-    if (
-        said["missing_keys"]
-        or type(whole) is not type(base.module)
-        or {name: each.shape for name, each in known.items()} != {name: each.shape for name, each in found.items()}
-    ):
+    if said["missing_keys"] or type(whole) is not type(base.module) or not _same_shapes(base.module, whole):
         raise ModelUnsafe("a GGUF file with the tensors of the base model", value=file.name)
-    module: nn.Module = _shared_copy(base.module, list(known))
-    _assign(dict(module.named_parameters()), found)
-    module.eval().requires_grad_(True)  # everything of it may differ from the base: `adapter_off` knows by this
-    return module, digest
+    return _child_of(base, whole), digest
 
 
 def is_gguf(file: Path) -> bool:

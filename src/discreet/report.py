@@ -372,7 +372,7 @@ def _purpose(log: _Log) -> Section:
     collected = {entry.fields.get("source"): entry.fields for entry in log.all("collected")}
     purposes = sorted({str(entry.fields["purpose"]) for kind in ("admitted", "released") for entry in log.all(kind) if entry.fields.get("purpose")})
     bases = sorted({str(entry.fields["basis"]) for entry in log.all("admitted") if entry.fields.get("basis")})
-    controllers = sorted({str(fields["controller"]) for fields in collected.values() if fields.get("controller")})
+    controllers = sorted({str(entry.fields["controller"]) for entry in log.all("released") if entry.fields.get("controller")})
     sources = [{"source": name, "sensitivity": fields.get("sensitivity")} for name, fields in collected.items()]
     facts = _facts(
         ("controller", "Who decides on the data", controllers),
@@ -527,11 +527,11 @@ def _training(log: _Log, trained: Logged | None) -> Section:
         ("base", "Base model", fields.get("base")),
         ("adapter", "Weights", fields.get("adapter"), Exposure.DP_RELEASED),
         ("steps", "Steps run", fields.get("steps")),
-        ("loss_before", "Held-out loss before", curve[0][1] if curve else None),
+        ("loss_before", "Held-out loss before", curve[0][1] if curve else None, Exposure.DP_RELEASED),
         ("loss_after", "Held-out loss after", curve[-1][1] if curve else None, Exposure.DP_RELEASED),
         ("gain_share", "Share of the non-private gain that is kept", _gain_share(curve, control), Exposure.DP_RELEASED),
         ("curve", "Held-out loss, private", curve, Exposure.DP_RELEASED),
-        ("control_curve", "Held-out loss, non-private control on generated text", control),
+        ("control_curve", "Held-out loss, non-private control on generated text", control, Exposure.DP_RELEASED),
         ("public_runs", "Runs on the public track", public_runs),
         ("tokens_per_second", "Tokens per second", fields.get("tokens_per_second"), Exposure.INTERNAL),
         ("seconds", "Seconds", fields.get("seconds"), Exposure.INTERNAL),
@@ -573,7 +573,7 @@ def _audit(audited: Logged | None, guarantee: Mapping[str, Any]) -> Section:
         ("level", "Probability of a false alarm", fields.get("level")),
         ("layers", "Layers", [dict(layer) for layer in fields.get("layers") or []], released),
         ("roc", "Attack on the private model", _points(fields, "roc"), released),
-        ("control_roc", "Attack on the control", _points(fields, "control_roc")),
+        ("control_roc", "Attack on the control", _points(fields, "control_roc"), released),
         ("recitation", "Recitation", dict(fields.get("recitation") or {}), released),
     )
     return Section(name="audit", title="The audit: does it hold?", facts=facts)

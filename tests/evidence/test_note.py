@@ -203,6 +203,18 @@ def test_a_witness_cosigns_what_the_log_signed() -> None:
     )  # the message as the specification spells it
 
 
+def test_the_printed_cosignature_of_the_specification_has_our_layout() -> None:
+    """Its keys are not published, so what can be held against it is the form: key ID, time, signature; a note of two signers is one that we read."""
+    printed = {
+        ORIGIN: "Az3grlgtzPICa5OS8npVmf1Myq/5IZniMp+ZJurmRDeOoRDe4URYN7u5/Zhcyv2q1gGzGku9nTo+zyWE+xeMcTOAYQ8=",
+        WITNESS_KEY.name: "jWbPPwAAAABkGFDLEZMHwSRaJNiIDoe9DYn/zXcrtPHeolMI5OWXEhZCB9dlrDJsX3b2oyin1nPZqhf5nNo0xUe+mbIUBkBIfZ+qnA==",
+    }
+    text, lines = note._split(f"{CHECKPOINT}\n{''.join(f'— {name} {line}{chr(10)}' for name, line in printed.items())}".encode())
+    assert note.parse_checkpoint(text).size == 20852163
+    assert [(name, len(content)) for name, content in lines] == [(ORIGIN, 4 + 64), (WITNESS_KEY.name, 4 + 8 + 64)]
+    assert int.from_bytes(lines[1][1][4:12], "big") == 1679315147, "as the message that the specification spells out"
+
+
 def test_a_cosignature_of_another_time_or_kind_is_refused() -> None:
     signed = note.sign_note(CHECKPOINT, name=ORIGIN, signer=LOG)
     cosigned = note.cosign(signed, log_key=LOG_KEY, name=WITNESS_KEY.name, signer=WITNESS, timestamp=1679315147)

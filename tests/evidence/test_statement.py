@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from discreet.errors import EvidenceInvalid
 from discreet.evidence import statement
-from discreet.evidence.statement import PREDICATES, Predicate, Statement, canonical_json, digest_of, parse_json
+from discreet.evidence.statement import PREDICATES, Exposure, Predicate, Statement, canonical_json, digest_of, exposure, parse_json
 from discreet.record import Sensitive
 
 SIGNER = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
@@ -60,6 +60,30 @@ def test_the_envelope_is_in_toto_in_dsse_with_a_signature_anyone_can_check() -> 
     assert body["predicateType"] == "urn:discreet:predicate:budget_opened:v1"
     message = b"DSSEv1 28 application/vnd.in-toto+json %d %b" % (len(payload), payload)
     PUBLIC.verify(base64.b64decode(outer["signatures"][0]["sig"]), message)
+
+
+@pytest.mark.parametrize("predicate", [p for p in Predicate if p.public])
+def test_what_a_private_model_or_a_noisy_count_decides_is_dp_released(predicate: Predicate) -> None:
+    """Another person in the corpus makes other weights, verdicts and counts: none of them may pass for public, nor the digests of them."""
+    row = PREDICATES[predicate]
+    released = {name for name in (*row.required, *(row.optional or ())) if exposure(predicate, name) is Exposure.DP_RELEASED}
+    decided = {
+        "adapter",
+        "verdict",
+        "epsilon_lower",
+        "ceiling",
+        "detectable",
+        "layers",
+        "roc",
+        "recitation",
+        "gates",
+        "reasons",
+        "public_loss",
+        "values",
+    }
+    assert decided & {*row.required, *(row.optional or ())} <= released
+    if released - {"value"}:
+        assert exposure(predicate, "subject") is Exposure.DP_RELEASED
 
 
 @pytest.mark.parametrize("predicate", Predicate)

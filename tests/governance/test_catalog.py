@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from discreet.config import ErasureSection
 from discreet.errors import (
     ConfigInvalid,
     DiscreetError,
@@ -327,6 +328,12 @@ def test_a_glob_and_a_query_are_sources_too(house):
     for subject in (records[0].subject, records[1].subject):
         with pytest.raises(ErasureIncomplete, match="Records office"):
             files.purge(subject)  # a database is its owner's: the same answer for everybody
+        assert not any(files._has(source, subject) for source in files._local()), "what can be rewritten from here was, before it failed"
+    left = SourceFiles(project.model_copy(update={"erasure": ErasureSection(retain=("table",))}), house.keyring, house.store)
+    left.purge(records[0].subject)
+    assert (left.absence(records[0].subject), left.name) == (True, "sources but for table (left to Records office)"), "the certificate says so"
+    with pytest.raises(ValueError, match="retain"):
+        project.model_validate(project.model_dump() | {"erasure": {"retain": ["tabel"]}})
 
 
 def test_objects_of_a_store_are_read_and_only_their_owner_can_purge_them(house):

@@ -13,7 +13,7 @@ from sqlalchemy import text
 
 from discreet.errors import Forgotten, NotAdmitted, SourceMissing, SourceNotText
 from discreet.evidence.statement import Predicate
-from discreet.governance.catalog import subject_id
+from discreet.governance.catalog import SourceFiles, subject_id
 from discreet.governance.consent import Reason
 from discreet.governance.erasure import Erasure, Finding, Identity, Transcript, token
 from discreet.record import Basis, Digest, Purpose, Sensitivity, SubjectId
@@ -157,6 +157,19 @@ def erase(house, subject):
     erasure.execute(subject, identity=Identity(method="vouched", by="tester"))
 
 
+def test_an_objection_outlives_the_erasure_that_removes_its_line(house, records, source):
+    house.write("optouts.txt", "P-1\nP-404\n")
+    house.consent.load_opt_outs(source)
+    files = SourceFiles(house.project(source.section.model_dump()), house.keyring, house.store)
+    subject = records[0].subject
+    Erasure(house.store, house.keyring, house.log, stores=[files, house.consent, house.catalog], models=NoModels(), unit="patient").execute(
+        subject, identity=Identity(method="vouched", by="tester")
+    )
+    assert (house.root / "optouts.txt").read_text() == "P-404\n"
+    assert [(word.purpose, word.basis) for word in house.consent.history(subject)] == [("*", None)]
+    assert house.consent.load_opt_outs(source) == 0, "who is on the list still is known, and said nothing new"
+
+
 def test_an_erased_subject_is_refused_even_with_a_grant_and_at_reingestion(house, records):
     erase(house, records[0].subject)
     house.consent.grant(records[0].subject, PURPOSE)
@@ -166,6 +179,7 @@ def test_an_erased_subject_is_refused_even_with_a_grant_and_at_reingestion(house
     for _ in range(2):
         again = house.catalog.collect(house.catalog.register(project, section))
         assert [record.text.reveal() for record in again] == ["Wilhelmina has a fracture."]
+    assert [word.basis for word in house.consent.history(records[0].subject)] == [Basis.CONSENT], "what they said outlives them, as an HMAC"
     dropped = [entry for entry in house.log.select(Predicate.REFUSED) if "num_records" in entry.fields]
     assert [(e.fields["reason"], e.fields["num_records"]) for e in dropped] == [("erased", 2)], "logged once"
 

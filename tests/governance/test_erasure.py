@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import pytest
 
@@ -188,6 +189,24 @@ def test_a_model_without_privacy_for_this_unit_is_withdrawn_with_all_that_came_f
         assert not lineage.is_known(tx, MERGED)
 
 
+def test_somebody_in_two_populations_is_erased_from_both(ward):
+    """Two sources, two snapshots, a model of each: one request reaches all, and leaves the others of both."""
+    house, other = ward.house, Digest("sha256:" + "3" * 64)
+    ward.model(MODEL, ward.snapshot.root)
+    wing = [{"id": "w1", "patient": "P-1", "text": "Seen in the other wing."}, {"id": "w2", "patient": "P-9", "text": "A sprain."}]
+    records = house.catalog.collect(house.catalog.register(*house.notes(wing, name="wing", path="wing.jsonl")))
+    house.consent.admit_all(records, PURPOSE)
+    assert records[0].subject == ward.subject
+    second = freeze(house, records, name="wing")
+    ward.model(other, second.root, protects="")
+    ward.erasure.execute(ward.subject, identity=VOUCHED)
+    decided = house.log.select(Predicate.ERASED)[0].fields["decisions"]
+    assert decided == {ward.snapshot.root: Decision.PURGED, second.root: Decision.PURGED, MODEL: Decision.KEPT, other: Decision.WITHDRAWN}
+    for root, left in ((ward.snapshot.root, ward.records[2].subject), (second.root, records[1].subject)):
+        assert set(corpus.open_snapshot(root, keyring=house.keyring, folder=house.root / "corpus").units.reveal()) == {left}
+    assert house.catalog.holds(ward.subject) == []
+
+
 def test_the_decision_follows_the_transcript():
     rules = {"unit": "patient", "num_records": 3, "max_epsilon": 8.0}
     by_record = Transcript(unit="record", epsilon=1, delta=1e-5, sampling_probability=0.01, noise_multiplier=2.0, steps=50)
@@ -238,8 +257,8 @@ class Stubborn:
 
 def test_a_store_that_still_holds_the_subject_is_named(ward):
     house, stubborn = ward.house, Stubborn()
-    erasure = build(house, [house.catalog, stubborn])
-    with pytest.raises(ErasureIncomplete, match="embeddings"):
+    erasure = build(house, [house.catalog, stubborn], responsible="privacy officer (petra)")
+    with pytest.raises(ErasureIncomplete, match=r"embeddings; responsible: privacy officer \(petra\)"):
         erasure.execute(ward.subject, identity=VOUCHED)
     assert house.consent.admit_all(ward.records[:1], PURPOSE)[0] == [], "restricted although the erasure failed"
     assert house.log.select(Predicate.ERASED) == []
@@ -257,7 +276,7 @@ def test_a_store_that_was_left_out_leaves_shreds_only(ward):
         corpus.texts(ward.snapshot, ward.snapshot.units.reveal()[ward.subject], house.keyring)
 
 
-@pytest.mark.parametrize("state", [s for s in State if not s.reached(State.CERTIFIED) and s is not State.RECEIVED])
+@pytest.mark.parametrize("state", [s for s in State if not s.reached(State.CERTIFIED)])
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_sigkill_in_every_state_is_finished_by_the_next_call(ward, state, moment):
     """A child does the steps and kills itself, before or after the work that leads out of one state."""
@@ -266,16 +285,17 @@ def test_sigkill_in_every_state_is_finished_by_the_next_call(ward, state, moment
     house.store.close()
     child = os.fork()
     if child == 0:
-        step = erasure._step
+        step, identify = erasure._step, erasure._identify
 
-        def dies(subject, at):
+        def dies(subject, at, work):
             if at is state and moment == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
-            step(subject, at)
+            work()
             if at is state:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        erasure._step = dies
+        erasure._step = lambda subject, at: dies(subject, at, lambda: step(subject, at))
+        erasure._identify = lambda subject, identity: dies(subject, State.RECEIVED, lambda: identify(subject, identity))
         try:
             erasure.execute(ward.subject, identity=VOUCHED)
         finally:
@@ -284,9 +304,17 @@ def test_sigkill_in_every_state_is_finished_by_the_next_call(ward, state, moment
     restricted = erasure.state(ward.subject).reached(State.RESTRICTED)
     with house.store.transaction() as tx:
         assert bool(erased(tx, house.keyring, [ward.subject])) is restricted
-    erasure.execute(ward.subject)
+    certified = state is State.VERIFIED and moment == "after"
+    if state is State.RECEIVED and moment == "before":
+        assert unfinished(house.store, house.keyring) == [], "nobody was verified"
+        with pytest.raises(AccessDenied):
+            erasure.execute(ward.subject)
+    else:
+        assert unfinished(house.store, house.keyring) == ([] if certified else [ward.subject]), "found also when nothing else knows them any more"
+    erasure.execute(ward.subject, identity=VOUCHED)
     [first, last, *again] = house.log.select(Predicate.ERASED)
-    assert len(again) == (state is State.VERIFIED and moment == "after"), "what was certified already was asked again"
+    assert unfinished(house.store, house.keyring) == []
+    assert len(again) == 2 * certified, "what was certified already was asked again"
     assert set(first.subjects[1:]) == {ward.snapshot.root, MODEL}
     assert last.subjects == first.subjects[:1]
 
@@ -417,3 +445,87 @@ def test_certificates_and_errors_name_nobody(ward):
         assert ward.subject not in text
         assert not [record.digest for record in ward.records if record.digest in text]
     assert isinstance(ward.erasure.plan(ward.subject).affected, Sensitive)
+
+
+class Clock:
+    """A clock that moves by sleeping, and by what work is said to take."""
+
+    def __init__(self, monkeypatch):
+        self.now = time.time()
+        monkeypatch.setattr(time, "time", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.sleep)
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+class Slow:
+    """A store that takes its time over whoever is in."""
+
+    name = "archive"
+
+    def __init__(self, clock, known, seconds):
+        self.clock, self.known, self.seconds = clock, known, seconds
+
+    def holds(self, subject):
+        return []
+
+    def purge(self, subject):
+        self.clock.now += self.seconds if subject == self.known else 0.1
+
+    def absence(self, subject):
+        return True
+
+
+def log_size(ward):
+    return int(ward.house.log.checkpoint().split(b"\n")[1])
+
+
+def asked(ward, erasure, clock, subject, **options):
+    """Seconds from the verified identity to the certificate as they are logged and as they pass, and how far the log has grown."""
+    began, size = clock.now, log_size(ward)
+    certificate = erasure.execute(subject, identity=VOUCHED, **options)
+    [entry] = [each for each in ward.house.log.entries(certificate.request) if each.index == certificate.entry]
+    passed = round(clock.now - began, 3)
+    assert abs(datetime.fromisoformat(entry.time).timestamp() - clock.now) < 1.5, "what the certificate says is when it was given"
+    return passed, log_size(ward) - size
+
+
+def test_the_time_of_an_answer_does_not_tell_who_is_in(ward, clock):
+    ward.model(MODEL, ward.snapshot.root)
+    stranger = subject_id(ward.house.keyring, unit="patient", value="nobody")
+    slow = Slow(clock, ward.subject, 20)
+    erasure = build(ward.house, [*ward.erasure._stores, slow], models=ward.models, answer_seconds=60)
+    asks = [asked(ward, erasure, clock, subject) for subject in (ward.subject, stranger, ward.subject, stranger)]
+    assert asks == [(60.0, 2)] * 4, "nor does how far the log grows, nor asking again"
+    at_once = build(ward.house, [*ward.erasure._stores, slow], models=ward.models)
+    assert asked(ward, at_once, clock, ward.subject)[0] != asked(ward, at_once, clock, stranger)[0], "without the wait it does"
+
+
+def test_an_erasure_that_takes_too_long_is_answered_at_the_next_multiple_and_timers_do_not_wait(ward, clock):
+    slow = Slow(clock, ward.subject, 70)
+    erasure = build(ward.house, [*ward.erasure._stores, slow], answer_seconds=60)
+    assert asked(ward, erasure, clock, ward.subject)[0] == 120
+    other = ward.records[2].subject
+    assert asked(ward, erasure, clock, other, reason=Reason.RETENTION)[0] < 1
+    clock.now += 1
+    assert asked(ward, erasure, clock, other)[0] == 60, "whoever was erased by a timer before is answered like anybody"
+
+
+def test_whoever_is_killed_while_waiting_is_certified_when_the_time_has_come(ward, clock, monkeypatch):
+    def killed(_):
+        raise KeyboardInterrupt
+
+    erasure = build(ward.house, ward.erasure._stores, answer_seconds=60)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(time, "sleep", killed)
+        erasure.execute(ward.subject, identity=VOUCHED)
+    assert erasure.state(ward.subject) is State.VERIFIED
+    assert ward.house.consent.admit_all(ward.records[:1], PURPOSE)[0] == []
+    clock.now += 75
+    assert asked(ward, erasure, clock, ward.subject)[0] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import jsonschema
 import pytest
 
 from discreet.errors import NotFound, RecordConflict
@@ -48,6 +49,43 @@ def test_everything_is_idempotent(tx):
     lineage.register(tx, [Artifact(digest=digest("r1"), kind=Kind.RECORD)] * 2)
     lineage.derive(tx, Artifact(digest=digest("s1"), kind=Kind.SNAPSHOT), parents=[digest("r1"), digest("r1")])
     assert names(lineage.ancestors(tx, [digest("s1")])) == {"r1", "r2"}
+
+
+EVENT = {
+    "type": "object",
+    "required": ["eventTime", "producer", "schemaURL", "run", "job"],
+    "properties": {
+        "eventType": {"enum": ["START", "RUNNING", "COMPLETE", "ABORT", "FAIL", "OTHER"]},
+        "eventTime": {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d)$"},
+        "producer": {"type": "string", "pattern": r"^[a-z][a-z0-9+.-]*:\S+$"},
+        "schemaURL": {"type": "string", "pattern": r"^https://openlineage\.io/spec/\d+-\d+-\d+/OpenLineage\.json#/\$defs/RunEvent$"},
+        "run": {"type": "object", "required": ["runId"], "properties": {"runId": {"pattern": "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"}}},
+        "job": {"type": "object", "required": ["namespace", "name"]},
+        **{side: {"type": "array", "items": {"$ref": "#/$defs/dataset"}} for side in ("inputs", "outputs")},
+    },
+    "$defs": {
+        "dataset": {
+            "type": "object",
+            "required": ["namespace", "name"],
+            "properties": {"facets": {"additionalProperties": {"type": "object", "required": ["_producer", "_schemaURL"]}}},
+        }
+    },
+}
+"""What the OpenLineage schema asks of a run event and its data sets."""
+
+
+def test_events_are_what_openlineage_asks_for_and_name_no_record(tx):
+    events = lineage.openlineage(tx, [digest("r1")], namespace="ward")
+    for event in events:
+        jsonschema.validate(event, EVENT)
+    runs: dict[str, list[str]] = {}
+    for event in events:
+        runs.setdefault(event["run"]["runId"], []).append(event["eventType"])
+    assert sorted(runs.values()) == [["START", "COMPLETE"]] * 3, "each run begins and ends once"
+    made = {event["outputs"][0]["name"]: {each["name"] for each in event["inputs"]} for event in events if event["outputs"]}
+    assert made == {digest("s1"): set(), digest("m1"): {digest("s1")}, digest("m2"): {digest("m1"), digest("s2")}}
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({key: value for key, value in events[0].items() if key != "job"}, EVENT)
 
 
 def test_an_unknown_parent_is_refused(tx):

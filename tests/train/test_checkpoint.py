@@ -125,7 +125,11 @@ def test_erasure_destroys_every_unfinished_state_and_says_what_held_the_subject(
     for run, root in (("run-a", "sha256:one"), ("run-b", "sha256:other")):
         Checkpoints.of(tmp_path, run, _Keys()).save(module, optimizer, step=1, curve=(), subject={"snapshot": root})  # type: ignore[arg-type]  # a stand-in
     (tmp_path / "run-b" / "private" / ".state-torn").write_bytes(b"cut short")
-    store = CheckpointStore(tmp_path, _Keys(), snapshots=_Snapshots())  # type: ignore[arg-type]  # stand-ins
+
+    def states(run: str, track: str) -> Checkpoints:
+        return Checkpoints.of(tmp_path, run, _Keys(), track=track)  # type: ignore[arg-type]  # a stand-in
+
+    store = CheckpointStore(tmp_path, states=states, snapshots=_Snapshots())  # type: ignore[arg-type]  # a stand-in
     assert store.holds(SubjectId("S1")) == ["sha256:one"]
     assert store.holds(SubjectId("S2")) == []
     assert not store.absence(SubjectId("S1"))

@@ -237,6 +237,16 @@ def test_corpus_is_ordered_by_unit_and_refuses_missing_texts(paid: Paid) -> None
     assert SubjectId(corpus.names[0]) in paid.snapshot.units.reveal()
 
 
+def test_a_long_document_is_cut_short_and_never_becomes_two(paid: Paid) -> None:
+    """So parts are what the owner makes of a text, and each is a document of the unit that its row names."""
+    corpus, positions = PrivateCorpus.of(paid.snapshot, [note * 20 for note in NOTES], paid.setup.base, max_tokens=48), paid.snapshot.units.reveal()
+    assert {name: len(documents) for name, documents in zip(corpus.names, corpus.units.reveal(), strict=True)} == {
+        name: len(at) for name, at in positions.items()
+    }
+    assert {len(document) for documents in corpus.units.reveal() for document in documents if isinstance(document, torch.Tensor)} == {48}
+    assert max(len(at) for at in positions.values()) > 1
+
+
 def test_public_step_learns_public_text(base: Base) -> None:
     module = models.attach(base, SECTION)
     documents = tokenize(NOTES[:8], base, max_tokens=48)

@@ -10,7 +10,7 @@ one that rounding swallowed: its scores do not go with its parent's any more, an
 
 Arithmetic stays in float32, so that a score differs by the rounding of the weights alone.
 
-A child in a file of its own, whoever made it and of whatever kind, is read by `model.read_gguf` and tested the same (`discreet child`).
+A child in a file of its own, whoever made it and of whatever kind, is read by `model.read_child` and tested the same (`discreet child`).
 
 Does not cover: rounded activations; descent. Likeness is necessary, not sufficient: where a text's template moves scores, those of an unrelated model may rise with the parent's too.
 """

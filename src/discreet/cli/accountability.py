@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from discreet.cli.shared import HERE, Folder, Json, flat, say
 from discreet.errors import NotFound, RequestInvalid
 
 commands = typer.Typer()
+PublicSource = Annotated[str, typer.Option("--source", help="A public source, when SUBJECT is one of its records.")]
 
 
 budget = typer.Typer(no_args_is_help=True, help="Privacy budgets: open, show, reserve.")
@@ -42,7 +43,7 @@ def erase(
     subject: Annotated[str | None, typer.Argument(help="The privacy unit as the source names it, e.g. the patient number.")] = None,
     request: Annotated[bool, typer.Option("--request", help="Only receive the request, and print the code for the address on file.")] = False,
     code: Annotated[str, typer.Option("--code", help="The code that the subject sends back: proves who asks.")] = "",
-    source: Annotated[str, typer.Option("--source", help="A public source, when SUBJECT is one of its records.")] = "",
+    source: PublicSource = "",
     resume: Annotated[bool, typer.Option("--resume", help="Finish what was killed, and whoever a restored backup brought back.")] = False,
     drill: Annotated[bool, typer.Option("--drill", help="Plant a generated person, erase them and search every byte; run it weekly.")] = False,
     project: Folder = HERE,
@@ -54,15 +55,20 @@ def erase(
     if (subject is None) is not (resume or drill):
         raise RequestInvalid("a SUBJECT, or --resume, or --drill")
     with pipeline.open_house(project) as house:
+        if subject is not None and not request and (seconds := house.project.erasure.answer_seconds):
+            typer.echo(f"answered a multiple of {seconds:g} s after the identity was verified; killed meanwhile, the same command goes on", err=True)
         if subject is None:
-            done = pipeline.drill(house) if drill else {"resumed": pipeline.resume_erasures(house)}
+            done: dict[str, Any] = pipeline.drill(house) if drill else {"resumed": pipeline.resume_erasures(house)}
         elif request:
             done = {"state": "received", "code": pipeline.request_erasure(house, subject, source=source)}
         elif code:
             done = pipeline.confirm_erasure(house, subject, code, source=source)
         else:
             done = pipeline.erase(house, subject, source=source)
-    say(as_json, done, [f"{name}: {value}" for name, value in flat(done) if name not in ("statement", "proof")])
+    lines = [f"{name}: {value}" for name, value in flat(done) if name not in ("statement", "proof")]
+    lines += [f"stores: {', '.join(done['stores'])}"] if "stores" in done else []
+    lines += [f"model {said}" for said in done.get("models", [])]
+    say(as_json, done, lines)
 
 
 @commands.command()
@@ -89,7 +95,7 @@ def lineage(
         raise RequestInvalid("a DIGEST or --subject")
     with pipeline.open_house(project, exclusive=False) as house:
         events = pipeline.lineage_export(house, unit=subject, digest=digest)
-    say(as_json, {"events": events}, [f"{e['job']['name']}: {e['outputs'][0]['name']}" for e in events])
+    say(as_json, {"events": events}, [f"{e['job']['name']}: {made['name']}" for e in events for made in e["outputs"]])
 
 
 @access.command("export")
@@ -258,36 +264,34 @@ def budget_plan(
 
 
 @consent.command("withdraw")
-def consent_withdraw(subject: str, project: Folder = HERE, as_json: Json = False) -> None:
+def consent_withdraw(subject: str, source: PublicSource = "", project: Folder = HERE, as_json: Json = False) -> None:
     """Records that a person withdrew: none of their records is admitted from now on."""
     from discreet import pipeline
 
     with pipeline.open_house(project, exclusive=False) as house:  # a training run asks for it every half minute
-        who = pipeline.may_record_consent(house, subject)
+        who = pipeline.may_record_consent(house, subject, source=source)
         house.consent.withdraw(who, house.project.purpose)
     say(as_json, {"subject": who, "purpose": house.project.purpose.name, "state": "withdrawn"}, ["withdrawn"])
 
 
 @consent.command("grant")
-def consent_grant(subject: str, project: Folder = HERE, as_json: Json = False) -> None:
+def consent_grant(subject: str, source: PublicSource = "", project: Folder = HERE, as_json: Json = False) -> None:
     """Records a person's consent for the project's purpose."""
     from discreet import pipeline
 
     with pipeline.open_house(project, exclusive=False) as house:
-        who = pipeline.may_record_consent(house, subject)
+        who = pipeline.may_record_consent(house, subject, source=source)
         house.consent.grant(who, house.project.purpose)
     say(as_json, {"subject": who, "purpose": house.project.purpose.name, "state": "granted"}, ["granted"])
 
 
 @consent.command("history")
-def consent_history(subject: str, project: Folder = HERE, as_json: Json = False) -> None:
+def consent_history(subject: str, source: PublicSource = "", project: Folder = HERE, as_json: Json = False) -> None:
     """Shows everything a person said about their data, oldest first."""
-    from discreet import duties, pipeline
-    from discreet.governance.access import Action
+    from discreet import pipeline
 
     with pipeline.open_house(project, exclusive=False) as house:
-        duties.ask(house, Action.CONSENT)
-        words = house.consent.history(pipeline.subject_of(house, subject))
+        words = house.consent.history(pipeline.may_record_consent(house, subject, source=source))
     said = [
         {"purpose": w.purpose, "state": "granted" if w.basis else "withdrawn", "basis": w.basis.value if w.basis else None, "at": w.at} for w in words
     ]
@@ -306,6 +310,22 @@ def consent_import(
     with pipeline.open_house(project, exclusive=False) as house:
         changed = pipeline.import_consent(house, file)
     say(as_json, {"changed": changed}, [f"changed: {changed}"])
+
+
+@consent.command("same-person")
+def consent_same_person(
+    file: Annotated[
+        Path, typer.Argument(help="CSV with the columns subject and same_as: a second identifier, and the first one of the same person.")
+    ],
+    project: Folder = HERE,
+    as_json: Json = False,
+) -> None:
+    """Declares which identifiers are one person, before the second is collected: one budget, one consent, one erasure. All or none."""
+    from discreet import duties, pipeline
+
+    with pipeline.open_house(project) as house:
+        declared = duties.same_person(house, file)
+    say(as_json, {"declared": declared}, [f"declared: {declared}"])
 
 
 @catalog.command("confirm")

@@ -8,58 +8,37 @@ from typing import Annotated
 import typer
 
 from discreet.cli.shared import HERE, Folder, Json, say
-from discreet.errors import SourceMissing
+from discreet.errors import EvidenceInvalid, RequestInvalid, SourceMissing
 
 evidence = typer.Typer(no_args_is_help=True, help="The signed log: export and verify.")
 
 
 @evidence.command("export")
 def evidence_export(
-    out: Annotated[Path, typer.Option("--out", help="New folder for the bundle.")] = Path("evidence"),
-    public: Annotated[bool, typer.Option("--public", help="Only what may be published.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the evidence; earlier evidence there is replaced.")] = Path("evidence"),
+    public: Annotated[bool, typer.Option("--public", help="Only what may be published: public and DP-released answers, and the public log.")] = False,
+    log_only: Annotated[bool, typer.Option("--log-only", help="The signed log alone, without the answers computed from it.")] = False,
     trail: Annotated[
-        Path | None, typer.Option("--trail", help="Folder of a gateway's trail (`discreet serve --upstream`) in place of a project.")
+        Path | None, typer.Option("--trail", help="Folder of a gateway's trail (`discreet serve --upstream`) in place of a project: its log alone.")
     ] = None,
     project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
-    """Writes a bundle that anyone can verify offline, and the public key beside it; verifies it once."""
-    from discreet.evidence.log import verify_bundle
+    """Writes what a privacy officer needs as one signed folder that anyone can verify offline, and the public key beside it; verifies it once."""
+    from discreet import dossier
 
     if trail is not None:
         from discreet.serve.trail import export
 
         bundle, key = export(trail, out, public=public)
     else:
-        from discreet import pipeline  # not above: a gateway alone has no training library
+        from discreet import duties, pipeline  # not above: a gateway alone has no training library
 
         with pipeline.open_house(project) as house:
-            bundle, key = pipeline.export_evidence(house, out, public=public)
-    verified = verify_bundle(bundle, public_key=key.read_text())
+            bundle, key = pipeline.export_evidence(house, out, public=public) if log_only else duties.export_evidence(house, out, public=public)
+    verified = dossier.verify_any(bundle, public_key=key.read_text())
     document = {"bundle": str(bundle), "key": str(key), "public": public, "entries": len(verified.entries), "checkpoint": verified.note.decode()}
     say(as_json, document, [f"bundle: {bundle}", f"key:    {key}"])
-
-
-@evidence.command("dossier")
-def evidence_dossier(
-    out: Annotated[Path, typer.Option("--out", help="New folder for the dossier.")] = Path("dossier"),
-    public: Annotated[bool, typer.Option("--public", help="Only public and DP-released answers, and the public log.")] = False,
-    project: Folder = HERE,
-    as_json: Json = False,
-) -> None:
-    """Writes what a privacy officer needs as one signed folder, and the public key beside it; verifies it once."""
-    from discreet import dossier, duties, pipeline
-    from discreet.governance.access import Action
-    from discreet.store import write_atomically
-
-    with pipeline.open_house(project) as house:
-        duties.ask(house, Action.READ)
-        folder = dossier.write(house.log, house.store, out, public=public, namespace=house.log.origin)
-        key = out.with_name(out.name + ".pub")
-        write_atomically(key, (house.log.public_key() + "\n").encode())
-        verified = dossier.verify(folder, public_key=key.read_text())
-    document = {"dossier": str(folder), "key": str(key), "public": public, "entries": len(verified.entries), "checkpoint": verified.note.decode()}
-    say(as_json, document, [f"dossier: {folder}", f"key:     {key}"])
 
 
 @evidence.command("witness")
@@ -70,13 +49,26 @@ def evidence_witness(
     state: Annotated[Path, typer.Option("--state", help="Your folder: your key, and the last checkpoint of each log.")] = Path("witness"),
     as_json: Json = False,
 ) -> None:
-    """Verifies a bundle, refuses a rollback or fork since you last saw the log (exit 4), and cosigns its checkpoint. For anyone: needs no project."""
+    """Verifies evidence, refuses a rollback or fork since you last saw the log (exit 4), and cosigns its checkpoint. For anyone: needs no project."""
+    from discreet import dossier
     from discreet.evidence import witness
 
-    if not key.is_file():
-        raise SourceMissing("a file with the log's public key", value=str(key))
-    signed = witness.cosign(bundle, public_key=key.read_text(), name=name, state=state)
+    log = bundle / dossier.LOG if dossier.is_dossier(bundle) else bundle
+    signed = witness.cosign(log, public_key=_read(key), name=name, state=state)
     say(as_json, signed, [signed["checkpoint"], f"witness key: {signed['key']}"])
+
+
+def _read(path: Path) -> str:
+    """A public key, or another small file of text; its size first."""
+    from discreet.evidence.note import MAX_NOTE_BYTES
+
+    if not path.is_file():
+        raise SourceMissing("a file with a public key or checkpoint", value=str(path))
+    with path.open("rb") as file:
+        content = file.read(MAX_NOTE_BYTES + 1)
+    if len(content) > MAX_NOTE_BYTES:
+        raise EvidenceInvalid.of([f"{path.name}: not a public key or checkpoint of at most {MAX_NOTE_BYTES} bytes"])
+    return content.decode(errors="replace")
 
 
 @evidence.command("rotate-key")
@@ -130,28 +122,36 @@ def evidence_tiles(
 
 @evidence.command("verify")
 def evidence_verify(
-    bundle: Annotated[Path, typer.Argument(help="A folder (bundle or dossier), or a JSON file with a statement and its proof.")],
+    bundle: Annotated[Path, typer.Argument(help="A folder of evidence, or a JSON file with a statement and its proof.")],
     key: Annotated[Path, typer.Option("--key", help="File with the log's public key; of a log whose key was rotated one a line.")],
+    pinned: Annotated[Path | None, typer.Option("--pinned", help="An older checkpoint that you kept: the log must have grown from it.")] = None,
+    witnesses: Annotated[
+        Path | None, typer.Option("--witnesses", help="Keys of witnesses, one a line, each of whom must have cosigned --pinned.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Verifies a bundle, a dossier or a certificate with a public key alone: no network, no database (exit 4 when anything is broken)."""
+    """Verifies evidence or a certificate with a public key alone: no network, no database (exit 4 when anything is broken)."""
     from discreet import dossier
-    from discreet.errors import EvidenceInvalid
-    from discreet.evidence.log import verify_bundle, verify_certificate
+    from discreet.evidence import witness
+    from discreet.evidence.log import verify_certificate
 
-    for path in (key, bundle):
-        if not path.exists():
-            raise SourceMissing("a bundle, and a file with the log's public key", value=str(path))
-    public_key = key.read_text()
+    if not bundle.exists():
+        raise SourceMissing("evidence, or a file with a certificate", value=str(bundle))
+    if (witnesses and not pinned) or (pinned and bundle.is_file()):
+        raise RequestInvalid("--pinned with a folder of evidence, and --witnesses with --pinned")
     try:
+        public_key = _read(key)
+        old = _read(pinned).encode() if pinned else None
+        if old is not None and witnesses:
+            witness.cosigned(old, public_key=public_key, witnesses=_read(witnesses))
         if bundle.is_file():
             entry, signed = verify_certificate(bundle, public_key=public_key)
             statements, said = 1, f"VALID: '{entry.predicate}' of {entry.time} is in the log under this checkpoint"
         else:
-            verified = (dossier.verify if dossier.is_dossier(bundle) else verify_bundle)(bundle, public_key=public_key)
+            verified = dossier.verify_any(bundle, public_key=public_key, pinned=old)
             statements, signed = len(verified.entries), verified.note
             said = f"VALID: {statements} statements under this checkpoint"
     except EvidenceInvalid as error:
-        say(as_json, {"valid": False, "failed": error.failed or [str(error)], "checkpoint": None}, ["BROKEN", *error.failed])
+        say(as_json, {"valid": False, "failed": error.failed or [str(error)], "checkpoint": None}, ["BROKEN", *(error.failed or [str(error)])])
         raise typer.Exit(error.exit_code) from None
     say(as_json, {"valid": True, "failed": [], "checkpoint": signed.decode(), "statements": statements}, [said, signed.decode()])

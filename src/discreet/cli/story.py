@@ -256,12 +256,21 @@ def synthesize(
 
 @commands.command()
 def child(
-    file: Annotated[Path, typer.Argument(help="GGUF file to write with --kind, or one that somebody else made of the release.")],
-    kind: Annotated[str, typer.Option("--kind", help="Write it first: f16, q8_0 or q4_0. It stays only when it passes.")] = "",
+    file: Annotated[
+        Path,
+        typer.Argument(help="File or folder to write with --kind, or a GGUF file or folder of safetensors that somebody else made of the release."),
+    ],
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--kind",
+            help="Write it first: merged (a folder of safetensors, as vLLM reads it), f16, q8_0 or q4_0 (GGUF). It stays only when it passes.",
+        ),
+    ] = "",
     project: Folder = HERE,
     as_json: Json = False,
 ) -> None:
-    """Audits the released model as one GGUF file, at the precision that it will be deployed with."""
+    """Audits the released model merged into a folder or one GGUF file, at the precision that it will be deployed with."""
     from discreet import derived, pipeline
 
     with pipeline.open_house(project) as house:

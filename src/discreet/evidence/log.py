@@ -30,7 +30,6 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
-import json
 import os
 import re
 import stat
@@ -51,7 +50,7 @@ from discreet.evidence.note import Checkpoint, VerifierKey
 from discreet.evidence.statement import JSON, Entry, Predicate, Statement, canonical_json, parse_json
 from discreet.keys import Key, Keyring, Stream
 from discreet.record import Digest
-from discreet.store import Store, metadata, now, write_atomically
+from discreet.store import Store, fetch, later, metadata, now, write_atomically
 
 T = TypeVar("T")
 
@@ -248,7 +247,7 @@ class Log:
         """Appends statements in order, as durable as the one transaction that holds them, and returns their indices. Errors as `append`."""
         if not statements:
             return []
-        last, last_serial, signed, rotations = tx.execute(_COUNTED).one()
+        [(last, last_serial, signed, rotations)] = fetch(tx, _COUNTED)
         if rotations != self._rotations:  # another process gave the log a new key
             self._load_keys(tx)
         first, serial = (0 if last is None else last + 1), (0 if last_serial is None else last_serial + 1)
@@ -260,9 +259,9 @@ class Log:
         for index, each in enumerate(statements, start=first):
             rows.append(self._row(each, index=index, serial=serial if each.predicate.public else None, time=time, salt=salts))
             serial += each.predicate.public
-        tx.execute(_INSERT_ENTRIES, rows)
+        later(tx, _INSERT_ENTRIES, rows)
         about = [{"digest": digest, "position": row["position"]} for row, each in zip(rows, statements, strict=True) for digest in each.subjects]
-        tx.execute(_INSERT_SUBJECTS, about)
+        later(tx, _INSERT_SUBJECTS, about)
         _fold(tx, first, [row["leaf_hash"] for row in rows])
         return [row["position"] for row in rows]
 
@@ -599,20 +598,14 @@ def verify_certificate(path: Path, *, public_key: str) -> tuple[Entry, bytes]:
     if len(content) > _MAX_CERTIFICATE_BYTES:
         raise EvidenceInvalid.of([f"certificate: larger than {_MAX_CERTIFICATE_BYTES} bytes"])
     try:
-        document = json.loads(content, object_pairs_hook=_once)
+        document = statement.parse_once(content)
         said, proof = document["statement"].encode(), document["proof"].encode()
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+    except (AttributeError, EvidenceInvalid, KeyError, TypeError, ValueError):
         raise EvidenceInvalid.of(["certificate: not a JSON object with a statement and its proof"]) from None
     return verify_proof(proof, envelope=said, public_key=public_key), _parse_proof(proof).checkpoint
 
 
 _MAX_CERTIFICATE_BYTES = 2 << 20
-
-
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    if len({name for name, _ in pairs}) != len(pairs):
-        raise ValueError
-    return dict(pairs)
 
 
 # ---------------------------------------------------------------- keys
@@ -714,7 +707,7 @@ def _fold(tx: Connection, start: int, leaves: Sequence[bytes]) -> None:
     """Keeps the leaf hashes from entry `start` on, and the roots of the tiles that became full with them."""
     level, hashes, end = 0, leaves, start + len(leaves)
     while hashes:
-        tx.execute(_INSERT_TILES, [{"level": level, "position": n, "hash": each} for n, each in enumerate(hashes, start=start)])
+        later(tx, _INSERT_TILES, [{"level": level, "position": n, "hash": each} for n, each in enumerate(hashes, start=start)])
         full = range(start // merkle.TILE_WIDTH, end // merkle.TILE_WIDTH)
         hashes = [merkle.root(_read_tile(tx, level, number)) for number in full]
         level, start, end = level + 1, start // merkle.TILE_WIDTH, end // merkle.TILE_WIDTH
@@ -898,14 +891,14 @@ def _check_story(entries: Sequence[Entry], *, public: bool) -> list[str]:
     broken: list[str] = []
     seen: dict[tuple[Predicate, str, bytes], Entry] = {}
     for entry in entries:
-        for later, earlier, key, same in _PRECEDED:
-            if entry.predicate is later and (earlier.public or not public) and not _is_public_track(entry):
+        for kind, earlier, key, same in _PRECEDED:
+            if entry.predicate is kind and (earlier.public or not public) and not _is_public_track(entry):
                 before = seen.get((earlier, key, canonical_json(entry.fields[key])))
                 if before is None:
-                    broken.append(f"story: entry {entry.index} ({later}) without {earlier} of the same {key} before it")
+                    broken.append(f"story: entry {entry.index} ({kind}) without {earlier} of the same {key} before it")
                 else:
                     broken += [
-                        f"story: entry {entry.index} ({later}) differs from entry {before.index} in {f}"
+                        f"story: entry {entry.index} ({kind}) differs from entry {before.index} in {f}"
                         for f in same
                         if before.fields[f] != entry.fields[f]
                     ]

@@ -166,7 +166,7 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.KEY_ROTATED: _public("old new consent"),
         Predicate.RELEASED: _public(
             "name base adapter guarantee",
-            "run plan gates audit verdict report purpose policy limits kind",
+            "run plan gates audit verdict report purpose controller policy limits kind",
             released="subject adapter gates audit verdict report",
         ),
         Predicate.WITHHELD: _public("adapter reasons", "name run gates audit verdict", released="subject adapter reasons gates audit verdict"),
@@ -267,6 +267,24 @@ def parse_json(content: bytes) -> Any:
     if canonical_json(value) != content:  # also what tells duplicate keys: of two, one is left
         raise EvidenceInvalid(_BLAND)
     return value
+
+
+def parse_once(content: bytes) -> Any:
+    """Returns the value of JSON in any layout.
+
+    Raises:
+        EvidenceInvalid: when it is no JSON, or an object has a key twice: readers would differ in which of them they see.
+    """
+    try:
+        return json.loads(content, object_pairs_hook=_once)
+    except (ValueError, RecursionError):
+        raise EvidenceInvalid("JSON in which no object has a key twice") from None
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError
+    return dict(pairs)
 
 
 def pae(payload_type: str, payload: bytes) -> bytes:

@@ -4,7 +4,7 @@ What: `cosign` verifies a bundle, compares it with the checkpoint kept in the wi
 the witness's key and, for each log, the last note.
 
 Guarantees: no cosignature for a bundle that does not verify, for fewer entries than were seen (rollback) or for other ones (fork); the note is kept on disk before its cosignature
-leaves, so a crash can cost a cosignature and never allow two histories.
+leaves, so a crash can cost a cosignature and never allow two histories. `cosigned` is the other side: whoever relies on witnesses checks that all of them signed.
 
 Source: C2SP tlog-cosignature and tlog-witness.
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from discreet.errors import OperationFailed
+from discreet.errors import EvidenceInvalid, OperationFailed
 from discreet.evidence import note
 from discreet.evidence.log import verify_bundle
 from discreet.keys import KEY_BYTES, Key
@@ -51,6 +51,25 @@ def cosign(bundle: Path, *, public_key: str, name: str, state: Path) -> dict[str
     signed = note.cosign(verified.note, log_key=verified.keys[-1], name=name, signer=signer, timestamp=int(time.time()))
     key = note.verifier_key(name=name, signer=signer, algorithm=note.Algorithm.COSIGNATURE_V1)
     return {"checkpoint": signed.decode(), "key": str(key)}
+
+
+def cosigned(checkpoint: bytes, *, public_key: str, witnesses: str) -> bytes:
+    """Returns a checkpoint that the log signed and every one of these witnesses cosigned.
+
+    Args:
+        checkpoint: the note.
+        public_key: the C2SP vkeys of the log, a line each.
+        witnesses: those of the witnesses, a line each; from them, not from the log's owner.
+
+    Raises:
+        EvidenceInvalid: when the note is not one of the log, or a witness is missing.
+    """
+    wanted = [note.parse_key(line) for line in witnesses.strip().split("\n")]
+    opened = note.open_note(checkpoint, keys=[*note.parse_keys(public_key), *wanted])
+    missing = [key.name for key in wanted if key not in opened.signed_by]
+    if missing:
+        raise EvidenceInvalid("a checkpoint that every witness cosigned", value=f"none by {', '.join(missing)}")
+    return checkpoint
 
 
 def _signer(path: Path) -> Ed25519PrivateKey:

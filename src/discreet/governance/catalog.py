@@ -328,17 +328,19 @@ class SourceFiles:
 
     With `[erasure] sources = "rewrite"` their rows are removed, also from a file that has grown or was changed since it was registered: a right to erasure does not wait for a
     registration. The registered digest moves to the new bytes before the file does, so that a killed purge is finished by the next one; where the file is not what was registered, the
-    registration stays as it is, and the source is still refused as changed until somebody registers it again. A database or an object store is its owner's to purge: until `sources =
-    "retain"` says that the owner keeps it on a ground of their own, an erasure fails with the owner's name, for a known and an unknown subject alike.
+    registration stays as it is, and the source is still refused as changed until somebody registers it again. A database or an object store is its owner's to purge: until
+    `[erasure] retain` names it (the owner deletes there, or keeps on a ground of their own), an erasure fails with the owner's name, for a known and an unknown subject alike. The
+    certificate names what was left to its owner.
     """
-
-    name = "sources"
 
     def __init__(self, project: Project, keyring: Keyring, store: Store) -> None:
         self._project = project
         self._keyring = keyring
         self._store = store
-        self._sections = project.source if project.erasure.sources == "rewrite" else ()
+        kept = {*project.erasure.retain} if project.erasure.sources == "rewrite" else {section.name for section in project.source}
+        self._sections = tuple(section for section in project.source if section.name not in kept)
+        left = ", ".join(f"{section.name} (left to {section.owner})" for section in project.source if section.name in kept)
+        self.name = f"sources but for {left}" if left else "sources"
 
     def holds(self, subject: SubjectId) -> Sequence[Digest]:
         """Returns the registered digests of the sources that have rows of the subject."""
@@ -350,13 +352,13 @@ class SourceFiles:
         Raises:
             ErasureIncomplete: when a source cannot be rewritten; the value names its owner.
         """
-        for section in self._sections:
-            if not _is_local(section):
-                raise _owner_must(section)
         for source in self._local():
             self._rewrite(source, subject)
             if source.opt_outs is not None and source.opt_outs.is_file():
                 _rewrite_opt_outs(source, subject, self._keyring)
+        for section in self._sections:
+            if not _is_local(section):
+                raise _owner_must(section)
 
     def absence(self, subject: SubjectId) -> bool:
         """Reads every local file again."""
@@ -406,7 +408,7 @@ def _owner_must(section: SourceSection) -> ErasureIncomplete:
     return ErasureIncomplete(
         "sources that can be rewritten without the erased subject",
         value=f"source {section.name}; responsible: {section.owner}",
-        remedy="Ask the owner to delete the records at their origin, or say that they keep them on their own legal ground: [erasure] sources = 'retain'.",
+        remedy=f"Ask the owner to delete the records at their origin, then leave the source to them, as also where they keep them on their own legal ground: [erasure] retain = ['{section.name}'].",
     )
 
 
@@ -490,7 +492,16 @@ def _rewrite_opt_outs(source: RegisteredSource, subject: SubjectId, keyring: Key
 
 def subject_id(keyring: Keyring, *, unit: str, value: str) -> SubjectId:
     """Returns the pseudonym of the privacy unit `value` ("MRN-12") of the scheme `unit` ("patient"), as every source of that scheme derives it."""
-    return keyring.pseudonym(f"{unit}:{unicodedata.normalize('NFC', value).strip()}")
+    return keyring.pseudonym(_scheme(unit, value))
+
+
+def declare_same(keyring: Keyring, *, unit: str, pairs: Sequence[tuple[str, str]]) -> int:
+    """Makes second identifiers of a scheme one person with the first. Arguments and errors as `Keyring.declare_same`."""
+    return keyring.declare_same([(_scheme(unit, second), _scheme(unit, first)) for second, first in pairs])
+
+
+def _scheme(unit: str, value: str) -> str:
+    return f"{unit}:{unicodedata.normalize('NFC', value).strip()}"
 
 
 def digests_of(tx: Connection, subject: SubjectId) -> list[Digest]:

@@ -12,6 +12,7 @@ same code, the same steps and the same certificate as a known one.
 
 What happens to what was made from the subject, as the accountant's transcript says (`decide`):
     snapshot, index, cache           the subject's part is destroyed in it
+    checkpoint of an open run        destroyed whole, whoever asks
     base model of somebody else      cannot be erased: its output is filtered, and the certificate says so
     DP with this unit, add/remove    kept: it is (epsilon, delta)-close to the model trained without the subject; the budget is not refunded
     DP by record, k records          kept while the bound for a group of k is within `max_epsilon`: a mixture of Gaussians (Ganesh 2024), not k * epsilon
@@ -22,8 +23,13 @@ test is run on the weights that stay. The certificate is the last statement: it 
 Suppression outlives the erasure as an HMAC of the pseudonym, in the database and in a journal beside it, so that a restored database cannot bring anybody
 back: `reapply` restricts them again and `unfinished` names them.
 
+Erasing somebody who is in takes longer than finding nothing of a stranger, so the time of an answer would tell who is in. A request is answered a full multiple of
+`[erasure] answer_seconds` after its identity was verified: the certificate, and the times that it states, come then for everybody. The time is written down with the state, so that
+a process that was killed while it waited certifies at once when the time has come. Retention and drills answer nobody and do not wait.
+
 Sources: GDPR Art. 11, 12, 17, 18; EDPB Opinion 28/2024; Ganesh 2024, "Tight group-level DP guarantees for DP-SGD with sampling via mixture of Gaussians
-mechanisms". Does not cover: how long an erasure takes (longer for somebody who is in), the bytes that a file system or a solid-state disk keeps after a file was replaced,
+mechanisms". Does not cover: an erasure that takes longer than `answer_seconds` (it is answered at the next multiple, which tells that much; choose it above the longest), a model that is
+withdrawn (whoever watches sees it go), the bytes that a file system or a solid-state disk keeps after a file was replaced,
 copies that left the project, a restored folder whose journal was restored with it (keep `[erasure] journal` elsewhere).
 """
 
@@ -80,8 +86,6 @@ _SECONDS_A_DAY = 86_400
 RESPONSE_DAYS = 30
 """GDPR Art. 12(3): one month."""
 
-RESPONSIBLE = "privacy officer"
-
 
 class State(StrEnum):
     """How far a request is. The order is the order of the steps."""
@@ -120,6 +124,9 @@ class Reason(StrEnum):
     RETENTION = "retention"
     DRILL = "drill"
     RESTORED = "restored"
+
+
+_TIMERS = (Reason.RETENTION, Reason.DRILL)
 
 
 class Store(Protocol):
@@ -284,16 +291,22 @@ class Progress:
 @final
 @dataclass(slots=True)
 class _Scope:
-    """What a request has found so far; written down before anything is destroyed, and emptied by the certificate."""
+    """What a request has found so far; written down before anything is destroyed, and emptied by the certificate. `subject` is whose it is, so that a killed request can be finished
+    after their key is gone, when nothing else knows them any more; `since` is when the identity was verified, `due` when the
+    certificate is, in seconds since 1970."""
 
     artifacts: dict[Digest, Kind] = field(default_factory=dict)
     protects: dict[Digest, str] = field(default_factory=dict)
     records: set[Digest] = field(default_factory=set)
     decisions: dict[Digest, Decision] = field(default_factory=dict)
     findings: dict[Digest, Finding] = field(default_factory=dict)
+    subject: SubjectId | None = None
+    since: float | None = None
+    due: float | None = None
 
     def to_json(self) -> str:
         fields = {"artifacts": self.artifacts, "protects": self.protects, "records": sorted(self.records)}
+        fields |= {"subject": self.subject, "since": self.since, "due": self.due}
         decided = {digest: decision.name for digest, decision in self.decisions.items()}
         return json.dumps({**fields, "decisions": decided, "findings": {digest: found.name for digest, found in self.findings.items()}})
 
@@ -306,6 +319,9 @@ class _Scope:
             records={Digest(d) for d in value.get("records", [])},
             decisions={Digest(d): Decision[name] for d, name in value.get("decisions", {}).items()},
             findings={Digest(d): Finding[name] for d, name in value.get("findings", {}).items()},
+            subject=value.get("subject"),
+            since=value.get("since"),
+            due=value.get("due"),
         )
 
 
@@ -324,6 +340,8 @@ class Erasure:
         derived: Sequence[Store] = (),
         max_epsilon: float = 8.0,
         backup_days: int = 30,
+        answer_seconds: float = 0.0,
+        responsible: str = "privacy officer",
         journal: Path | None = None,
     ) -> None:
         """Binds the erasure to its stores.
@@ -335,6 +353,8 @@ class Erasure:
             derived: every store of what was made from it (indexes, caches, checkpoints), purged after `stores`.
             max_epsilon: largest epsilon that a group bound may reach for a model to stay.
             backup_days: after so many days no backup holds anybody who is erased today.
+            answer_seconds: a request is certified a full multiple of so many seconds after its identity was verified; 0 at once.
+            responsible: who has to act when something is left.
             journal: file of suppressions beside the database; None keeps none.
         """
         self._database = store
@@ -346,6 +366,8 @@ class Erasure:
         self._unit = unit
         self._max_epsilon = max_epsilon
         self._backup_days = backup_days
+        self._answer_seconds = answer_seconds
+        self._responsible = responsible
         self._journal = journal
         self._alone = threading.Lock()
 
@@ -359,7 +381,9 @@ class Erasure:
             if row is None:
                 tx.execute(insert(_erasures).values(token=key, reason=reason.value, received_at=now(tx), **_FRESH))
             elif row.state in _FINISHED and row.certified_at < asked:  # asked again after the certificate: everything is looked through again
-                tx.execute(update(_erasures).where(_erasures.c.token == key).values(state=State.RESTRICTED.value, scope="{}", received_at=now(tx)))
+                scope = _Scope(subject=subject, since=now(tx)).to_json()
+                again = {"state": State.RESTRICTED.value, "reason": reason.value, "received_at": now(tx), "scope": scope}
+                tx.execute(update(_erasures).where(_erasures.c.token == key).values(again))
         return self.state(subject)
 
     def code(self, subject: SubjectId) -> Sensitive[str]:
@@ -429,6 +453,8 @@ class Erasure:
             while not (state := self.state(subject)).reached(State.CERTIFIED):
                 if state is State.RECEIVED:
                     raise AccessDenied("a verified identity", remedy="Send the code of `discreet erase --request` to the address on file, or vouch.")
+                if state is State.VERIFIED:
+                    self._wait(subject, reason)
                 self._step(subject, state)
             return self._certificate(subject)
 
@@ -459,10 +485,11 @@ class Erasure:
 
     def _identify(self, subject: SubjectId, identity: Identity) -> None:
         with self._database.transaction() as tx:
-            self._advance(tx, subject, State.RECEIVED, method=f"{identity.method} ({identity.by})"[:80], nonce="")
+            scope = _Scope(subject=subject, since=now(tx)).to_json()
+            self._advance(tx, subject, State.RECEIVED, method=f"{identity.method} ({identity.by})"[:80], nonce="", scope=scope)
 
     def _scope(self, subject: SubjectId) -> None:
-        scope = self._look(subject, _Scope())
+        scope = self._look(subject, self._read(subject))
         with self._database.transaction() as tx:
             self._advance(tx, subject, State.IDENTITY_VERIFIED, scope=scope.to_json())
 
@@ -524,10 +551,27 @@ class Erasure:
             with self._database.transaction() as tx:
                 scope.artifacts |= {a.digest: a.kind for a in lineage.find_all(tx, sorted(missed))}
                 self._put(tx, subject, State.MODELS_DECIDED, {"state": State.RESTRICTED.value, "scope": scope.to_json()})
-            raise _incomplete(found)
+            raise self._incomplete(found)
         self._database.compact()
         with self._database.transaction() as tx:
-            self._advance(tx, subject, State.MODELS_DECIDED)
+            scope.due = self._due(scope, at=now(tx))
+            self._advance(tx, subject, State.MODELS_DECIDED, scope=scope.to_json())
+
+    def _due(self, scope: _Scope, *, at: float) -> float:
+        """The next time at which a certificate may be given, for work that ended at `at`."""
+        if scope.since is None or not self._answer_seconds:
+            return at
+        return scope.since + max(1, math.ceil((at - scope.since) / self._answer_seconds)) * self._answer_seconds
+
+    def _wait(self, subject: SubjectId, reason: Reason) -> None:
+        """Sleeps until the certificate is due, by the clock: whoever is killed here goes on here. Retention and drills answer nobody, but for who asks meanwhile."""
+        with self._database.transaction() as tx:
+            begun = _row(tx, token(self._keyring, subject)).reason
+        if reason is not Reason.REQUEST and (reason in _TIMERS or begun in _TIMERS):
+            return
+        due = self._read(subject).due or 0.0
+        while (left := due - time.time()) > 0:
+            time.sleep(min(left, 1.0))
 
     def _certify(self, subject: SubjectId) -> None:
         scope = self._read(subject)
@@ -537,7 +581,11 @@ class Erasure:
             if row is None or row.state != State.VERIFIED.value:
                 return  # another process was faster
             fields: dict[str, JSON] = {"reason": row.reason, "stores": list(self._names())}
-            for batch in lineage.chunks(sorted(scope.decisions.items()), _BATCH):
+            batches = list(lineage.chunks(sorted(scope.decisions.items()), _BATCH))
+            batches += [[]] * (
+                -(-max(1, lineage.count_made(tx)) // _BATCH) - len(batches)
+            )  # the place of a certificate in the log does not tell who is in
+            for batch in batches:
                 decisions: dict[str, JSON] = {digest: decision.value for digest, decision in batch}
                 findings: dict[str, JSON] = {digest: scope.findings[digest].value for digest, _ in batch if digest in scope.findings}
                 about = (request, *(digest for digest, _ in batch))
@@ -617,7 +665,14 @@ class Erasure:
     def _refuse_remaining(self, subject: SubjectId, stores: Iterable[Store]) -> None:
         remaining = [store.name for store in stores if not store.absence(subject)]
         if remaining:
-            raise _incomplete(remaining)
+            raise self._incomplete(remaining)
+
+    def _incomplete(self, found: Sequence[str]) -> ErasureIncomplete:
+        return ErasureIncomplete(
+            "every store and model to be without the erased subject",
+            value=f"{', '.join(found)}; responsible: {self._responsible}",
+            remedy="Repair or destroy what is named, then run the erasure again; the subject stays restricted until it succeeds.",
+        )
 
     def _certificate(self, subject: SubjectId) -> Certificate:
         with self._database.transaction() as tx:
@@ -675,11 +730,13 @@ def erased(tx: Connection, keyring: Keyring, subjects: Sequence[SubjectId]) -> s
 
 
 def unfinished(database: Database, keyring: Keyring) -> list[SubjectId]:
-    """Returns the subjects that this project knows and that are restricted without a certificate: killed erasures, and people whom a restored database brought back."""
+    """Returns the subjects whose erasure was begun, with a verified identity, and has no certificate: killed erasures, and people whom a restored database brought back."""
     with database.transaction() as tx:
-        begun = _erasures.c.state.not_in((*_NOT_YET_RESTRICTED, *_FINISHED))
-        open_tokens = set(tx.execute(select(_erasures.c.token).where(begun)).scalars())
-    return [subject for subject in keyring.known_subjects() if token(keyring, subject) in open_tokens] if open_tokens else []
+        begun = _erasures.c.state.not_in((State.RECEIVED.value, *_FINISHED))
+        scopes = {row.token: _Scope.from_json(row.scope) for row in tx.execute(select(_erasures.c.token, _erasures.c.scope).where(begun))}
+    told = [scope.subject for scope in scopes.values() if scope.subject is not None]
+    nameless = {each for each, scope in scopes.items() if scope.subject is None}  # what the journal brought back, and what an older version began
+    return told + ([subject for subject in keyring.known_subjects() if token(keyring, subject) in nameless] if nameless else [])
 
 
 def recomputed(tx: Connection, artifacts: Iterable[Digest]) -> set[Digest]:
@@ -720,14 +777,6 @@ def _erased_statement(subjects: tuple[Digest, ...], fields: Mapping[str, JSON]) 
     return Statement(predicate=Predicate.ERASED, subjects=subjects, fields=fields)
 
 
-def _incomplete(found: Sequence[str]) -> ErasureIncomplete:
-    return ErasureIncomplete(
-        "every store and model to be without the erased subject",
-        value=f"{', '.join(found)}; responsible: {RESPONSIBLE}",
-        remedy="Repair or destroy what is named, then run the erasure again; the subject stays restricted until it succeeds.",
-    )
-
-
 def _day(at: float, days: int) -> str:
     from datetime import UTC, datetime
 
@@ -752,5 +801,5 @@ def _read_journal(path: Path, keyring: Keyring) -> list[str]:
     pairs = [line.split() for line in lines if line.endswith("\n")]
     for pair in pairs:
         if len(pair) != 2 or not hmac.compare_digest(pair[1], keyring.hmac("journal", pair[0].encode()).hex()):
-            raise _incomplete(["journal of suppressions (changed)"])
+            raise ErasureIncomplete("a journal of suppressions that nobody changed", value=path.name, remedy="Restore it from where it was kept.")
     return [pair[0] for pair in pairs]

@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Any, TypeVar, final
 from uuid import NAMESPACE_URL, uuid5
 
-from sqlalchemy import Column, Connection, ForeignKey, Index, String, Table, delete, insert, select
+from sqlalchemy import Column, Connection, ForeignKey, Index, String, Table, delete, func, insert, select
 
 from discreet.errors import NotFound, RecordConflict
 from discreet.record import Digest
@@ -68,8 +68,9 @@ class Kind(StrEnum):
 
     @property
     def has_weights(self) -> bool:
-        """Whether the artifact is, holds or was drawn from weights: what a training guarantee speaks about. Nothing of one subject can be cut out of it."""
-        return self not in (Kind.RECORD, Kind.SNAPSHOT, Kind.RUN, Kind.INDEX, Kind.CACHE)
+        """Whether the artifact is, holds or was drawn from weights: what a training guarantee speaks about. Nothing of one subject can be cut out of it. A checkpoint is no
+        such: no guarantee speaks about it while its run is open, and any erasure destroys it whole."""
+        return self not in (Kind.RECORD, Kind.SNAPSHOT, Kind.RUN, Kind.CHECKPOINT, Kind.INDEX, Kind.CACHE)
 
 
 @final
@@ -161,14 +162,16 @@ def edges(tx: Connection) -> Iterator[tuple[Digest, Digest]]:
 
 
 def openlineage(tx: Connection, digests: Sequence[Digest], *, namespace: str) -> list[dict[str, Any]]:
-    """Returns one OpenLineage COMPLETE event for each artifact made from `digests`: its parents are inputs, it is the output. Records are counted, not named.
+    """Returns two OpenLineage events for each artifact made from `digests`, START and COMPLETE of the run that made it: its parents are inputs, it is the output. Records are
+    not named. The time is that of the export.
 
     Args:
         tx: an open transaction.
         digests: artifacts or records to start from.
         namespace: the project's name for OpenLineage.
     """
-    events = []
+    events: list[dict[str, Any]] = []
+    at = datetime.now(UTC).isoformat()
     for artifact in descendants(tx, digests):
         query = select(_derivations.c.parent).where(_derivations.c.child == artifact.digest)
         above = _find(tx, [Digest(parent) for parent in tx.execute(query).scalars()])
@@ -181,18 +184,16 @@ def openlineage(tx: Connection, digests: Sequence[Digest], *, namespace: str) ->
                 "protects": artifact.protects,
             }
         }
-        events.append(
-            {
-                "eventType": "COMPLETE",
-                "eventTime": datetime.now(UTC).isoformat(),
-                "producer": _PRODUCER,
-                "schemaURL": "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent",
-                "run": {"runId": str(uuid5(NAMESPACE_URL, artifact.digest))},
-                "job": {"namespace": namespace, "name": f"make {artifact.kind.value}"},
-                "inputs": inputs,
-                "outputs": [{"namespace": namespace, "name": artifact.digest, "facets": facets}],
-            }
-        )
+        run = {
+            "eventTime": at,
+            "producer": _PRODUCER,
+            "schemaURL": "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent",
+            "run": {"runId": str(uuid5(NAMESPACE_URL, artifact.digest))},
+            "job": {"namespace": namespace, "name": f"make {artifact.kind.value}"},
+            "inputs": inputs,
+        }
+        made = {"namespace": namespace, "name": artifact.digest, "facets": facets}
+        events += [{"eventType": "START", **run, "outputs": []}, {"eventType": "COMPLETE", **run, "outputs": [made]}]
     return events
 
 
@@ -223,6 +224,11 @@ def find(tx: Connection, digest: Digest) -> Artifact:
 def find_all(tx: Connection, digests: Sequence[Digest]) -> list[Artifact]:
     """Returns those of `digests` that are registered, sorted by digest."""
     return sorted(_find(tx, digests), key=lambda artifact: artifact.digest)
+
+
+def count_made(tx: Connection) -> int:
+    """Returns how many artifacts are registered that are not records."""
+    return int(tx.execute(select(func.count()).select_from(_artifacts).where(_artifacts.c.kind != Kind.RECORD.value)).scalar_one())
 
 
 def is_known(tx: Connection, digest: Digest) -> bool:

@@ -31,7 +31,7 @@ from discreet.pipeline.erasing import (
     retention,
     unplaced,
 )
-from discreet.pipeline.house import House, Observer, Silent, finished, for_log, subject_of
+from discreet.pipeline.house import House, Observer, Silent, finished, for_log, remember_adapter, subject_of
 from discreet.pipeline.people import access_export, import_consent, may_record_consent, reidentification, restore_tokens, subject_key
 from discreet.pipeline.pricing import budget_fields, open_project_budget, price
 from discreet.pipeline.releasing import behind, load_release, override_inconclusive, release, released_name
@@ -77,6 +77,7 @@ __all__ = [
     "release",
     "released_name",
     "remains",
+    "remember_adapter",
     "request_erasure",
     "restore_tokens",
     "resume_erasures",

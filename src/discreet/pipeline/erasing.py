@@ -27,11 +27,12 @@ from discreet.model import Base, PublicText
 from discreet.pipeline.admission import freeze, generated_section, rows_as_lines, source_documents
 from discreet.pipeline.house import House, Silent, deployment_fact, fact, facts, forget_model, remember, subject_of
 from discreet.pipeline.people import Own, own_texts
-from discreet.pipeline.training import abandon
+from discreet.pipeline.training import abandon, checkpoints_of
 from discreet.pipeline.weights import PUBLIC_ADAPTER, adapter_digest_of, frozen_public, load_base, setup_of
 from discreet.record import Basis, Digest, Sensitivity, SubjectId
 from discreet.serve import retrieval
 from discreet.serve.retrieval import IndexStore
+from discreet.store import partial_of
 from discreet.train import loop
 from discreet.train.checkpoint import CheckpointStore
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 LEAST_IDENTIFIER = 5
 """Characters of an identifier below which its occurrence in a text says nothing."""
+_WRITTEN = "text/"
 RELEARNT = 16
 """Public texts that a model relearns from after an erasure."""
 NO_SUBJECTS: Mapping[str, str] = {
@@ -51,7 +53,7 @@ NO_SUBJECTS: Mapping[str, str] = {
     "deid.scan": "compiled patterns, in the user's cache",
     "demo": "generated people, written as the project's sources: `sources` is their store",
     "dossier": "computed from the log",
-    "derived": "text that a released model wrote, and children in one file: nodes of the lineage below the model, decided with it",
+    "derived": "text that a released model wrote, and its children: nodes of the lineage below the model, decided with it",
     "duties": "public keys, where the operator said",
     "federate": "the rosters and terms of a fleet",
     "federated.processes": "certificates, keys of nodes, the relay app",
@@ -94,7 +96,11 @@ def erasure_of(house: House) -> Erasure:
             corpus.SnapshotStore(house.snapshots, house.keyring),
         ),
         derived=(
-            CheckpointStore(project.state / "runs", house.keyring, snapshots=corpus.SnapshotStore(house.snapshots, house.keyring)),
+            CheckpointStore(
+                project.state / "runs",
+                states=lambda run, track: checkpoints_of(house, run, track=track),
+                snapshots=corpus.SnapshotStore(house.snapshots, house.keyring),
+            ),
             _UnfinishedWeights(house),
             IndexStore(house.indexes, house.keyring),
         ),
@@ -102,8 +108,15 @@ def erasure_of(house: House) -> Erasure:
         unit=project.privacy.unit,
         max_epsilon=project.release.max_epsilon,
         backup_days=project.erasure.backup_days,
+        answer_seconds=project.erasure.answer_seconds,
+        responsible=_responsible(house),
         journal=project.path(project.erasure.journal),
     )
+
+
+def _responsible(house: House) -> str:
+    """Who has to act when an erasure stands still: by name where [access] names them."""
+    return f"privacy officer ({', '.join(house.project.access.privacy_officer) or house.project.project.controller})"
 
 
 @final
@@ -132,7 +145,7 @@ class _OpenRuns:
 
 @final
 class _UnfinishedWeights:
-    """Weights without a node: trained without privacy on public text by a run that was killed, or children in one file that a kill left here. No decision can reach them, so all go,
+    """Weights without a node: trained without privacy on public text by a run that was killed, or children that a kill left here or half way to their place. No decision can reach them, so all go,
     whoever asks: they are made again, the same."""
 
     name = "unfinished weights"
@@ -144,8 +157,8 @@ class _UnfinishedWeights:
         return []
 
     def purge(self, subject: SubjectId) -> None:  # noqa: ARG002  # see the class
-        for folder in self._unnamed():
-            shutil.rmtree(folder)
+        for left in self._unnamed():
+            _remove(left)
 
     def absence(self, subject: SubjectId) -> bool:  # noqa: ARG002  # see the class
         return not self._unnamed()
@@ -154,7 +167,7 @@ class _UnfinishedWeights:
         found = _public_weights(self._house)
         with self._house.store.transaction() as tx:
             known = {artifact.digest for artifact in lineage.find_all(tx, [digest for digest in found.values() if digest])}
-        return [folder for folder, digest in found.items() if digest not in known] + [own for own in [_unplaced(self._house)] if own.exists()]
+        return [folder for folder, digest in found.items() if digest not in known] + _unfinished_children(self._house)
 
 
 def _public_weights(house: House) -> dict[Path, Digest | None]:
@@ -185,7 +198,7 @@ class _ProjectModels:
     def test(self, subject: SubjectId, digest: Digest) -> Finding:
         """Compares the subject's frozen text with the same text under other stand-ins, which nobody trained on: under the null they are exchangeable, so the rank is an
         exact test. 39 twins first; only a text that beats them all is looked at again among 999, so that one test in five hundred is a false alarm. What is not exposed is tested once more after a few steps on public text: relearning brings back what is merely covered.
-        A deployment is tested as the adapter that it serves, once."""
+        A deployment, and a merge that lies nowhere, is tested as the adapter that it holds, once."""
         served = fact(self._house, deployment_fact(digest))
         tested = subject, digest if served is None else Digest(served["adapter"])
         if tested not in self._found:
@@ -194,7 +207,9 @@ class _ProjectModels:
 
     def _tested(self, subject: SubjectId, digest: Digest) -> Finding:
         for written in written_files(self._house, digest)[:1]:  # all hold the same bytes
-            return self._child(subject, digest, written) if model.is_gguf(written) else self._searched(subject, written.read_text(encoding="utf-8"))
+            if written.is_dir() or model.is_gguf(written):
+                return self._child(subject, digest, written)
+            return self._searched(subject, written.read_text(encoding="utf-8"))
         adapter = next(
             (p for p in sorted((self._house.project.state / "runs").glob("*/adapter")) if adapter_digest_of(p) == digest),
             None,
@@ -219,14 +234,14 @@ class _ProjectModels:
         return base if base.digest in trained_on else None
 
     def _child(self, subject: SubjectId, digest: Digest, file: Path) -> Finding:
-        """The same test of a model in one file, at the precision that it holds."""
+        """The same test of a child in a file or folder of its own, at the precision that it holds."""
         own = own_texts(self._house, subject)
         parents = [Digest(e.fields["adapter"]) for e in self._house.log.entries(digest) if e.predicate is Predicate.CHILD_AUDITED]
         base = self._base_of(parents[-1]) if own and parents else None
         if base is None:
             return Finding.NO_POWER
         with unplaced(self._house) as scratch:
-            return self._ranked(subject, own, base, model.read_gguf(base, file, scratch=scratch)[0])
+            return self._ranked(subject, own, base, model.read_child(base, file, scratch=scratch)[0])
 
     def _searched(self, subject: SubjectId, text: str) -> Finding:
         """Whether text that a model wrote holds one of the subject's texts, or an identifier that their source declares."""
@@ -245,7 +260,7 @@ class _ProjectModels:
         return Finding.EXPOSED
 
     def withdraw(self, digest: Digest) -> None:
-        """Destroys every copy of the weights, or the file of text or weights that was made of them where it was put, forgets the stages that made them and says so in the log.
+        """Destroys every copy of the weights, or what was made of them where it was put, forgets the stages that made them and says so in the log.
 
         A run and a deployment go with their model: its folders are theirs.
         """
@@ -254,7 +269,9 @@ class _ProjectModels:
             if {artifact.kind for artifact in lineage.find_all(tx, [digest])} & {lineage.Kind.RUN, lineage.Kind.DEPLOYMENT}:
                 return
         for written in written_files(house, digest):
-            written.unlink()
+            model.destroy(written)
+        for partial in _partials(house, _written(digest)):
+            _remove(partial)
         for adapter in [*(house.project.state / "runs").glob("*/*adapter"), *house.releases.glob("*/adapter")]:
             if adapter_digest_of(adapter) == digest:
                 shutil.rmtree(adapter.parent)
@@ -269,9 +286,10 @@ class _ProjectModels:
 
 @contextmanager
 def unplaced(house: House) -> Iterator[Path]:
-    """A folder of the project for children in one file that are not where they shall be yet, empty, and gone afterwards. What a kill leaves in it goes with the next, or with any erasure."""
+    """A folder of the project for children that are not where they shall be yet, empty, and gone afterwards. What a kill leaves in it, or half moved out of it, goes with the next, or with any erasure."""
+    for left in _unfinished_children(house):
+        _remove(left)
     own = _unplaced(house)
-    shutil.rmtree(own, ignore_errors=True)
     own.mkdir(mode=0o700)
     try:
         yield own
@@ -283,6 +301,21 @@ def _unplaced(house: House) -> Path:
     return house.project.state / "children"
 
 
+def _unfinished_children(house: House) -> list[Path]:
+    """What kills left of children and of text: in the project's folder for them, and beside the places where they should be."""
+    return [own for own in [_unplaced(house)] if own.exists()] + _partials(house, _WRITTEN)
+
+
+def _partials(house: House, prefix: str) -> list[Path]:
+    with house.store.transaction() as tx:
+        known = facts(tx, prefix)
+    return [partial for each in known for place in _places(each) if (partial := partial_of(Path(place))).exists()]
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def record_written(tx: Connection, digest: Digest, file: Path) -> None:
     """Remembers where a file was put that was made of a model, text that it drew or its merged weights: inside, so that an erasure finds it, each time that it was put somewhere."""
     name = _written(digest)
@@ -291,10 +324,10 @@ def record_written(tx: Connection, digest: Digest, file: Path) -> None:
 
 
 def written_files(house: House, digest: Digest) -> list[Path]:
-    """Returns the files that were made of a model, where they still are what was written; a copy elsewhere is the operator's to destroy."""
+    """Returns the files, or folders of weights, that were made of a model, where they still are what was written; a copy elsewhere is the operator's to destroy."""
     known = fact(house, _written(digest))
     files = [Path(place) for place in _places(known)] if known else []
-    return [file for file in files if file.is_file() and model.file_digest(file) == digest]
+    return [file for file in files if model.child_digest(file) == digest]
 
 
 def _places(known: Mapping[str, Any]) -> list[str]:
@@ -303,7 +336,7 @@ def _places(known: Mapping[str, Any]) -> list[str]:
 
 
 def _written(digest: Digest) -> str:
-    return f"text/{digest[-24:]}"
+    return f"{_WRITTEN}{digest[-24:]}"
 
 
 def _base_digest(folder: Path) -> Digest | None:
@@ -398,8 +431,16 @@ def _erase(house: House, subject: SubjectId, *, identity: Identity | None, reaso
 def _rules(house: House) -> list[str]:
     """What would be decided about each model, whoever asks: the same list for everybody, or it would say who is in."""
     trained = [entry for entry in house.log.select(Predicate.TRAINED) if entry.fields["adapter"]]
-    kept = {e.subjects[0]: _transcript(e.fields["guarantee"]).unit == house.project.privacy.unit for e in trained}
-    return [f"{digest}: {Decision.KEPT if private else Decision.WITHDRAWN}" for digest, private in sorted(kept.items())]
+    told = {e.subjects[0]: _explained(_transcript(e.fields["guarantee"]), unit=house.project.privacy.unit) for e in trained}
+    return [f"{digest}: {said}" for digest, said in sorted(told.items())]
+
+
+def _explained(transcript: Transcript, *, unit: str) -> str:
+    """The decision about a model of this transcript, with the figures that it follows from."""
+    if transcript.unit != unit or transcript.relation != "add_remove":
+        return Decision.WITHDRAWN.value
+    said = f"adding or leaving out one {unit} changes what it could have become by at most epsilon {transcript.epsilon:.3g}, delta {transcript.delta:.2g}"
+    return f"{Decision.KEPT.value} ({said})"
 
 
 def request_erasure(house: House, unit: str, *, source: str = "") -> str:
@@ -487,7 +528,7 @@ def drill(house: House) -> dict[str, Any]:
         lineage.retire(tx, index)
     left = remains(house, [secret, subject, *(row["text"] for row in rows)])
     if left:
-        raise ErasureIncomplete("no byte of the planted person to be left", value=f"{', '.join(left)}; responsible: privacy officer")
+        raise ErasureIncomplete("no byte of the planted person to be left", value=f"{', '.join(left)}; responsible: {_responsible(house)}")
     return {"certificate": outcome["certificate"], "stores": outcome["stores"], "seconds": round(time.monotonic() - began, 2), "left": []}
 
 

@@ -221,8 +221,13 @@ def forget_model(tx: Connection, digest: Digest) -> None:
 
 
 def deployment_fact(digest: Digest) -> str:
-    """Returns the name under which the project remembers which adapter a deployment serves."""
+    """Returns the name under which the project remembers which adapter a deployment serves, or a merge that lies nowhere holds."""
     return f"deployed/{digest[-23:]}"
+
+
+def remember_adapter(tx: Connection, digest: Digest, adapter: Digest) -> None:
+    """Remembers which adapter a deployment serves, or a merge holds."""
+    remember(tx, deployment_fact(digest), {"adapter": adapter})
 
 
 def fact(house: House, name: str) -> dict[str, Any] | None:

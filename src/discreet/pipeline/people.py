@@ -82,14 +82,14 @@ def _rows_of(
         return []
 
 
-def may_record_consent(house: House, unit: str) -> SubjectId:
-    """Returns the pseudonym of a person whose words the operator may record.
+def may_record_consent(house: House, unit: str, *, source: str = "") -> SubjectId:
+    """Returns the pseudonym of a person, or of one record of a public source, whose words the operator may record.
 
     Raises:
         AccessDenied: when their role may not.
     """
     house.access.require(Action.CONSENT, who=current_user())
-    return subject_of(house, unit)
+    return subject_of(house, unit, source=source)
 
 
 def import_consent(house: House, file: Path) -> int:

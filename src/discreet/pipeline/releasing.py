@@ -24,12 +24,11 @@ from discreet.pipeline.house import (
     Silent,
     answered_for,
     config_of,
-    deployment_fact,
     finished_result,
     for_log,
     keep_result,
     needed_result,
-    remember,
+    remember_adapter,
 )
 from discreet.pipeline.weights import load_base
 from discreet.record import Digest, Release
@@ -73,8 +72,10 @@ def _decide(house: House, trained: Mapping[str, Any], audited: Mapping[str, Any]
         "gates": gates,
         "run": trained["run"],
     }
+    declared = house.project.project
     fields = common | (
-        {"base": trained["base"], "guarantee": trained["guarantee"], "purpose": house.project.purpose.name, "verdict": audited["verdict"]}
+        {"base": trained["base"], "guarantee": trained["guarantee"], "purpose": house.project.purpose.name, "controller": declared.controller}
+        | {"verdict": audited["verdict"]}
         if holds
         else {"reasons": [gate["gate"] for gate in gates if not gate["holds"]], "verdict": audited["verdict"]}
     )
@@ -93,7 +94,7 @@ def _deploy(tx: Connection, *, name: str, adapter: Digest, unit: str) -> None:
     """Writes the last edge: what is served under a name is this adapter."""
     served = lineage.Artifact(digest=digest_of({"deployment": name, "adapter": adapter}), kind=lineage.Kind.DEPLOYMENT, protects=unit)
     lineage.derive(tx, served, parents=[adapter])
-    remember(tx, deployment_fact(served.digest), {"adapter": adapter})
+    remember_adapter(tx, served.digest, adapter)
 
 
 def _publish(house: House, released: Mapping[str, Any]) -> None:

@@ -212,7 +212,7 @@ def trace(house: House, digest: str) -> list[dict[str, Any]]:
 
 
 def export_evidence(house: House, folder: Path, *, public: bool) -> tuple[Path, Path]:
-    """Writes the evidence bundle and, beside it, the public key that verifies it."""
+    """Writes the log as a bundle and, beside it, the public key that verifies it. What an officer needs around it: `dossier.write`."""
     house.access.require(Action.READ, who=current_user())
     bundle = house.log.export(folder, public=public)
     key = folder.with_name(folder.name + ".pub")

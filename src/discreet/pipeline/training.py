@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -27,6 +28,7 @@ from discreet.pipeline.weights import (
     PUBLIC_ADAPTER,
     adapter_digest_of,
     all_texts,
+    last_frozen,
     last_public,
     load_base,
     public_roots,
@@ -38,7 +40,7 @@ from discreet.pipeline.weights import (
 from discreet.record import Digest, Snapshot
 from discreet.train import loop
 from discreet.train import search as searching
-from discreet.train.checkpoint import PUBLIC, Checkpoints
+from discreet.train.checkpoint import PRIVATE, PUBLIC, Checkpoints, Placing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,6 +81,7 @@ def train(house: House, observer: Observer, *, parent: Parent | None = None) -> 
     rehearsed = _rehearsed(house, plan, run)
     start = _start(house, base, frozen.public, frozen.held_out, folder, observer)
     began = time.monotonic()
+    _register_run(house, run, frozen.snapshot, base, start)
     house.ledger.spend(reservation)
     house.keyring.run(run)
     house.ranks.announce(True)
@@ -159,7 +162,7 @@ def _search(
             texts=texts,
             setup=replace(setup, train=train_),
             run_key=key.derive("try", number),
-            checkpoints=_checkpoints(house, f"{run}.{number}"),
+            checkpoints=checkpoints_of(house, f"{run}.{number}", parents=[_run_node(run)]),
             adapter=adapter,
             on_step=on_step,
             ranks=house.ranks,
@@ -175,7 +178,7 @@ def _search(
         section,
         train=house.project.train,
         run=one,
-        drop=lambda number: _checkpoints(house, f"{run}.{number}").destroy(),
+        drop=lambda number: checkpoints_of(house, f"{run}.{number}").destroy(),
         score=score,
         run_key=key,
         folder=house.project.state / "runs" / run,
@@ -200,7 +203,7 @@ def _take_steps(
         texts=all_texts(house, snapshot),
         setup=setup_of(house, base, held_out=held_out, start=start),
         run_key=house.keyring.run(reservation.run),
-        checkpoints=_checkpoints(house, reservation.run),
+        checkpoints=checkpoints_of(house, reservation.run, parents=[_run_node(reservation.run)]),
         adapter=house.project.state / "runs" / reservation.run / "adapter",
         on_step=on_step,
         ranks=house.ranks,
@@ -249,7 +252,11 @@ def _public_track(house: House, base: Base, public: PublicText | None, held_out:
         raise ConfigInvalid("a [[source]] with role = 'public' for [train] public_steps > 0")
     run = f"public-{folder.name}"
     if run not in {entry.fields["run"] for entry in house.log.select(Predicate.TRAINED)}:
-        checkpoints = Checkpoints.of(folder.parent, folder.name, house.keyring, track=PUBLIC)
+        with house.store.transaction() as tx:
+            register_base(house, tx, base.digest)
+            parents = [base.digest, *public_roots(house, tx)]  # without privacy: whoever is in the text can only be taken out by training again
+        checkpoints = checkpoints_of(house, folder.name, track=PUBLIC, parents=parents)
+        shown, snapshot = shown_to(observer, "public track"), last_frozen(house, "public")
         fitted = loop.fit(
             public,
             setup=setup_of(house, base, held_out=held_out),
@@ -257,7 +264,7 @@ def _public_track(house: House, base: Base, public: PublicText | None, held_out:
             batch=house.project.privacy.expected_batch,
             order=house.keyring.purpose("public order").stream(folder.name),
             checkpoints=checkpoints,
-            on_step=shown_to(observer, "public track"),
+            on_step=_while_admitted(house, snapshot, shown) if snapshot is not None else shown,
         )
         digest = model.save_adapter(fitted.module, adapter)
         fields = {
@@ -273,8 +280,6 @@ def _public_track(house: House, base: Base, public: PublicText | None, held_out:
             house.log.append(
                 tx, Statement(predicate=Predicate.TRAINED, subjects=(digest,), fields=fields | {"public_loss": rounded_curve(fitted.curve)})
             )
-            register_base(house, tx, base.digest)
-            parents = [base.digest, *public_roots(house, tx)]  # without privacy: whoever is in the text can only be taken out by training again
             lineage.derive(tx, lineage.Artifact(digest=digest, kind=lineage.Kind.MODEL), parents=parents)
         checkpoints.destroy()
     return adapter
@@ -374,13 +379,20 @@ def _record_training(house: House, result: Mapping[str, Any], reservation: Reser
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.TRAINED, subjects=(Digest(result["adapter"]),), fields=fields))
         artifact = lineage.Artifact(digest=Digest(result["adapter"]), kind=lineage.Kind.MODEL, protects=house.project.privacy.unit)
-        register_base(house, tx, Digest(result["base"]))
-        start = house.project.state / "runs" / result["run"] / PUBLIC_ADAPTER
-        above = [model.adapter_digest(start)] if start.exists() else [parent.adapter] if parent is not None else []
-        made = lineage.Artifact(digest=digest_of({"run": result["run"]}), kind=lineage.Kind.RUN)
-        lineage.derive(tx, made, parents=[Digest(result["snapshot"]), Digest(result["base"]), *above])
-        lineage.derive(tx, artifact, parents=[made.digest])
+        lineage.derive(tx, artifact, parents=[_run_node(result["run"])])
         keep_result(tx, "train", run_config(house), result)
+
+
+def _register_run(house: House, run: str, snapshot: Snapshot, base: Base, start: Path | None) -> None:
+    """Writes the run into the lineage before it makes anything, below its snapshot, its base and the adapter that it starts from."""
+    above = [model.adapter_digest(start)] if start is not None else []
+    with house.store.transaction() as tx:
+        register_base(house, tx, base.digest)
+        lineage.derive(tx, lineage.Artifact(digest=_run_node(run), kind=lineage.Kind.RUN), parents=[snapshot.root, base.digest, *above])
+
+
+def _run_node(run: str) -> Digest:
+    return digest_of({"run": run})
 
 
 def _close_run(house: House, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -419,10 +431,33 @@ def _destroy_state(house: House, run: str) -> None:
     """Destroys the checkpoints of a run and of its tries."""
     runs = house.project.state / "runs"
     for folder in (runs / run, *runs.glob(f"{run}.*")):
-        _checkpoints(house, folder.name).destroy()
-        Checkpoints.of(runs, folder.name, house.keyring, track=PUBLIC).destroy()
+        for track in (PRIVATE, PUBLIC):
+            checkpoints_of(house, folder.name, track=track).destroy()
     searching.forget(runs / run)
 
 
-def _checkpoints(house: House, run: str) -> Checkpoints:
-    return Checkpoints.of(house.project.state / "runs", run, house.keyring)
+def checkpoints_of(house: House, run: str, *, track: str = PRIVATE, parents: Sequence[Digest] = ()) -> Checkpoints:
+    """Returns where a track of a run keeps its state; whoever saves one says what it is made from."""
+    return Checkpoints.of(house.project.state / "runs", run, house.keyring, track=track, placing=_placing(house, f"{run}/{track}", parents))
+
+
+def _placing(house: House, place: str, parents: Sequence[Digest]) -> Placing:
+    """Writes a state's node and its place in one transaction before it lies there, and afterwards takes back the nodes of those that it replaced."""
+    name = f"state/{digest_of(place)[-24:]}"
+
+    @contextmanager
+    def placing(state: Digest | None) -> Iterator[None]:
+        with house.store.transaction() as tx:
+            before = [Digest(digest) for known in facts(tx, name) for digest in known["digests"]]
+            if state is not None:
+                lineage.derive(tx, lineage.Artifact(digest=state, kind=lineage.Kind.CHECKPOINT), parents=parents)
+                remember(tx, name, {"digests": [*before, state]})
+        yield
+        if before:
+            with house.store.transaction() as tx:
+                lineage.retire_all(tx, [digest for digest in before if digest != state])
+                forget_results(tx, {name: ""})
+                if state is not None:
+                    remember(tx, name, {"digests": [state]})
+
+    return placing

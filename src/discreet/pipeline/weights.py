@@ -109,6 +109,12 @@ def frozen_public(house: House, name: str) -> tuple[str, ...]:
 
 
 def last_public(house: House, name: str) -> PublicText | None:
-    """Returns the public snapshot that was frozen last under this name; None when there is no such."""
+    """Returns the text of the public snapshot that was frozen last under this name; None when there is no such."""
+    found = last_frozen(house, name)
+    return public_text(house, found) if found is not None else None
+
+
+def last_frozen(house: House, name: str) -> Snapshot | None:
+    """Returns the snapshot that was frozen last under this name; None when there is no such."""
     roots = [entry.subjects[0] for entry in house.log.select(Predicate.FROZEN) if entry.fields["name"] == name]
-    return public_text(house, corpus.open_snapshot(roots[-1], keyring=house.keyring, folder=house.snapshots)) if roots else None
+    return corpus.open_snapshot(roots[-1], keyring=house.keyring, folder=house.snapshots) if roots else None

@@ -12,6 +12,8 @@ open; what `restore` puts back is bit for bit what `save` took.
 Several ranks (`train/parallel.py`): rank 0 writes the file, all read it, whole also where weights are sharded; nothing in it depends on their number, so a run goes on with another number of ranks: the same
 draws, sums that differ by rounding.
 
+Lineage is told of each state around the moment at which it takes its place (`Checkpoints.placing`): no state lies there that has no name.
+
 Erasure (`CheckpointStore`): the state of a run that was killed is a function of the subject's documents whose noise the run key can still take away. Every such state
 is destroyed, whoever asks: an unfinished run that goes on repeats its steps with the same draws, to the same bits. So is the state of a killed public track, which no noise hides.
 
@@ -21,10 +23,12 @@ Does not cover: checkpoints larger than memory.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -48,6 +52,9 @@ PURPOSE = "checkpoint"
 PRIVATE, PUBLIC = "private", "public"
 """The tracks of a run: each keeps its state in a folder of its own."""
 
+Placing = Callable[[Digest | None], AbstractContextManager[None]]
+"""Entered with the digest of a state before it takes its place (None: before the state goes), left when that is done."""
+
 _FILE = "state"
 _PARTIAL = ".state-"
 _HEADER = "discreet"
@@ -63,16 +70,18 @@ class Checkpoints:
         folder: one run's own folder.
         key: seals the state (`keyring.purpose("checkpoint")`), not the run key.
         run: name of the run, authenticated with the state.
+        placing: who writes down which states lie there; it may be called again for the same state.
     """
 
     folder: Path
     key: Key
     run: str
+    placing: Placing = lambda _: nullcontext()
 
     @staticmethod
-    def of(runs: Path, run: str, keyring: Keyring, *, track: str = PRIVATE) -> Checkpoints:
+    def of(runs: Path, run: str, keyring: Keyring, *, track: str = PRIVATE, placing: Placing = lambda _: nullcontext()) -> Checkpoints:
         """Returns the place of a track's state below the folder of all runs."""
-        return Checkpoints(folder=runs / run / track, key=keyring.purpose(PURPOSE), run=run)
+        return Checkpoints(folder=runs / run / track, key=keyring.purpose(PURPOSE), run=run, placing=placing)
 
     @property
     def _context(self) -> bytes:
@@ -108,7 +117,7 @@ class Checkpoints:
         header = json.dumps({"step": step, "curve": curve, "subject": dict(sorted(subject.items()))})
         carried = {_COURSE: torch.frombuffer(bytearray(course), dtype=torch.uint8)} if course else {}
         content = safetensors.torch.save(state | carried, metadata={_HEADER: header})
-        _write(self.folder / _FILE, self.key.seal(content, context=self._context))
+        _write(self.folder / _FILE, self.key.seal(content, context=self._context), self.placing)
 
     def restore(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, *, subject: Mapping[str, str]
@@ -145,8 +154,9 @@ class Checkpoints:
 
     def destroy(self) -> None:
         """Deletes the state, and what a killed write left of one. Idempotent."""
-        for path in self._files():
-            path.unlink(missing_ok=True)
+        with self.placing(None):
+            for path in self._files():
+                path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         return [path for path in (self.folder / _FILE, *self.folder.glob(f"{_PARTIAL}*")) if path.exists()]
@@ -163,15 +173,16 @@ class CheckpointStore:
 
     name = "checkpoints"
 
-    def __init__(self, runs: Path, keyring: Keyring, *, snapshots: SnapshotStore) -> None:
+    def __init__(self, runs: Path, *, states: Callable[[str, str], Checkpoints], snapshots: SnapshotStore) -> None:
         """Binds the store to a project.
 
         Args:
             runs: folder of all runs, one folder each.
+            states: (run, track) -> where its state is kept.
             snapshots: says which corpora hold a subject; a state names its corpus.
         """
         self._runs = runs
-        self._keyring = keyring
+        self._states = states
         self._snapshots = snapshots
 
     def holds(self, subject: SubjectId) -> list[Digest]:
@@ -190,7 +201,7 @@ class CheckpointStore:
 
     def _all(self) -> list[Checkpoints]:
         folders = sorted(path for track in (PRIVATE, PUBLIC) for path in self._runs.glob(f"*/{track}"))
-        return [Checkpoints.of(self._runs, path.parent.name, self._keyring, track=path.name) for path in folders]
+        return [self._states(path.parent.name, path.name) for path in folders]
 
 
 def _metadata(content: bytes) -> dict[str, str]:
@@ -233,8 +244,9 @@ def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mappin
         optimizer.state[parameter] = state
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes, placing: Placing) -> None:
     """Writes a file beside its place, syncs it and renames it over the old one."""
+    digest = Digest("sha256:" + hashlib.sha256(content).hexdigest())
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor, partial = tempfile.mkstemp(prefix=_PARTIAL, dir=path.parent)
@@ -243,7 +255,8 @@ def _write(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(partial).replace(path)
+            with placing(digest):
+                Path(partial).replace(path)
         except BaseException:
             Path(partial).unlink(missing_ok=True)
             raise
