@@ -360,9 +360,9 @@ class Project(_Section):
             raise ValueError(f"Expected [erasure] retain to name sources, got '{unknown[0]}'.")
         if any(source.role == "canary" for source in self.source):
             raise ValueError("Expected no [[source]] with role = 'canary': the audit plants its own.")
-        unknown = {name for readable in self.retrieval.reads.values() for name in readable} - set(names)
+        unknown = [name for readable in self.retrieval.reads.values() for name in readable if name not in names]
         if unknown:
-            raise ValueError(f"Expected [retrieval] reads to name sources, got {', '.join(sorted(unknown))}.")
+            raise ValueError(f"Expected [retrieval] reads to name sources, got '{unknown[0]}'.")
         return self
 
     @property

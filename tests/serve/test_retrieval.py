@@ -686,6 +686,7 @@ def test_the_noise_is_that_of_the_charge_and_of_the_votes(house: House, monkeypa
     assert (answer["epsilon"], answer["cap"], answer["delta"], answer["margin"]) == (0.4, 2, 0.0, counts.margin(0.4, sensitivity=2))
     assert all(isinstance(told["units"], int) and told["units"] >= 0 for told in answer["options"])
     [said] = house.log.select(Predicate.MEASURED)
+    assert said.fields["kind"] == "retrieval"
     assert said.fields["values"] == [[told["option"], told["units"]] for told in answer["options"]]
 
 
