@@ -705,7 +705,7 @@ def _log_size(house: House) -> int:
 
 def test_nothing_of_an_erased_person_is_left_in_the_project_folder(copied: House, tmp_path: Path):
     """Every file of the folder, raw; the database with its write-ahead log and free pages; every living document decoded, as text and as tokens; weights as bytes; and what an officer
-    exported while the person was in: bundle, dossier and report, which still verify."""
+    exported while the person was in: evidence and report, which still verify."""
     rows = [json.loads(line) for line in (copied.project.root / "notes.jsonl").read_text().splitlines()]
     opted_out = set((copied.project.root / "opt_outs.txt").read_text().split())
     unit = next(row["patient"] for row in rows if row["patient"] not in opted_out)

@@ -175,7 +175,7 @@ PREDICATES: Mapping[Predicate, Row] = MappingProxyType(
         Predicate.CONSENT_CHANGED: _internal("change"),
         Predicate.ERASED: _internal("reason"),
         Predicate.SERVED: _internal("release requests"),
-        Predicate.MEASURED: _public("what reservation epsilon values", "delta unit cap mechanism", released="subject values"),
+        Predicate.MEASURED: _public("what reservation epsilon values", "delta unit cap mechanism kind", released="subject values"),
         Predicate.SYNTHESIZED: _public("adapter guarantee reservation", "texts kind", released="subject adapter"),
         Predicate.CHILD_AUDITED: _public("adapter verdict kind", "level layers", released="subject adapter verdict layers"),
     }

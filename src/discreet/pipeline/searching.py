@@ -154,7 +154,8 @@ def ask(house: House, query: str, *, options: Sequence[str], epsilon: float, vot
     values = [max(0, count) for count in noised(true)]
     price: dict[str, Any] = {"reservation": paid.id, "epsilon": epsilon, "delta": 0.0, "unit": privacy.unit, "cap": votes}
     logged: dict[str, JSON] = {**price, "values": [[for_log(house, option), value] for option, value in zip(options, values, strict=True)]}
-    fields: dict[str, JSON] = {"what": "units whose text answers a question, by option", **logged, "mechanism": "discrete Laplace (OpenDP)"}
+    fields: dict[str, JSON] = {"what": "units whose text answers a question, by option", **logged}
+    fields |= {"mechanism": "discrete Laplace (OpenDP)", "kind": Kind.RETRIEVAL.value}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.MEASURED, subjects=(digest_of(logged),), fields=fields))
     told = [{"option": option, "units": value} for option, value in zip(options, values, strict=True)]
