@@ -517,6 +517,20 @@ def test_an_erasure_that_takes_too_long_is_answered_at_the_next_multiple_and_tim
     assert asked(ward, erasure, clock, other)[0] == 60, "whoever was erased by a timer before is answered like anybody"
 
 
+def test_a_clock_that_is_set_back_while_an_answer_waits_stops_it_and_loses_nothing(ward, clock, monkeypatch):
+    erasure = build(ward.house, ward.erasure._stores, answer_seconds=60)
+
+    def set_back(_):
+        clock.now -= 86_400
+
+    with monkeypatch.context() as patched, pytest.raises(ClockBackwards):
+        patched.setattr(time, "sleep", set_back)
+        erasure.execute(ward.subject, identity=VOUCHED)
+    assert erasure.state(ward.subject) is State.VERIFIED
+    clock.now += 86_400
+    assert asked(ward, erasure, clock, ward.subject)[0] <= 60
+
+
 def test_whoever_is_killed_while_waiting_is_certified_when_the_time_has_come(ward, clock, monkeypatch):
     def killed(_):
         raise KeyboardInterrupt

@@ -564,13 +564,14 @@ class Erasure:
         return scope.since + max(1, math.ceil((at - scope.since) / self._answer_seconds)) * self._answer_seconds
 
     def _wait(self, subject: SubjectId, reason: Reason) -> None:
-        """Sleeps until the certificate is due, by the clock: whoever is killed here goes on here. Retention and drills answer nobody, but for who asks meanwhile."""
+        """Sleeps until the certificate is due, by the clock: whoever is killed here goes on here. Retention and drills answer nobody, but for who asks meanwhile.
+        A clock that was set back is not waited for: the database refuses it when the certificate is written."""
         with self._database.transaction() as tx:
             begun = _row(tx, token(self._keyring, subject)).reason
         if reason is not Reason.REQUEST and (reason in _TIMERS or begun in _TIMERS):
             return
         due = self._read(subject).due or 0.0
-        while (left := due - time.time()) > 0:
+        while 0 < (left := due - time.time()) <= self._answer_seconds:
             time.sleep(min(left, 1.0))
 
     def _certify(self, subject: SubjectId) -> None:
