@@ -18,7 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from discreet import pipeline
+from discreet import corpus, pipeline
 from discreet.config import AccessSection, DeidSection, RetrievalSection, load
 from discreet.dp import counts
 from discreet.errors import (
@@ -513,10 +513,56 @@ def test_a_kill_leaves_the_earlier_index_or_none(house: House, monkeypatch: pyte
     assert len(list(house.indexes.iterdir())) == 1
 
 
+def _nodes(house: House) -> list[str]:
+    with house.store.transaction() as tx:
+        return sorted(tx.execute(text("SELECT digest FROM artifacts WHERE kind IN ('snapshot', 'index')")).scalars())
+
+
+class _Killed(BaseException):
+    """In place of a kill, where the test goes on in the same process."""
+
+
+def _kill(*about: object, **_: object) -> None:
+    """Of a folder that was to be removed, the first file is gone already."""
+    for folder in about:
+        if isinstance(folder, Path):
+            (folder / corpus._MANIFEST).unlink(missing_ok=True)
+    raise _Killed
+
+
+@pytest.mark.parametrize(("where", "name"), [(retrieval, "build"), (corpus, "remove"), (shutil, "rmtree")])
+def test_what_a_kill_leaves_in_the_lineage_goes_with_the_next_index(house: House, monkeypatch: pytest.MonkeyPatch, where: Any, name: str):
+    house.consent.withdraw(pipeline.subject_of(house, "p5"))
+    with monkeypatch.context() as patched, pytest.raises(_Killed):
+        patched.setattr(where, name, _kill)
+        pipeline.build_index(house, Silent())
+    house.consent.withdraw(pipeline.subject_of(house, "p6"))
+    built = pipeline.build_index(house, Silent())
+    assert _nodes(house) == sorted([built["index"], built["snapshot"]])
+    assert {made["kind"] for made in pipeline.access_export(house, "p1")["derived"]} == {"snapshot", "index"}
+    assert len(pipeline.access_export(house, "p1")["derived"]) == 2
+    assert _erase(house, "p1")["failed"] == []
+    assert [path.name for path in house.snapshots.iterdir()] == [built["snapshot"].removeprefix("sha256:")]
+
+
+def test_a_search_while_the_index_is_replaced_looks_into_the_new_one(house: House, monkeypatch: pytest.MonkeyPatch):
+    house.consent.withdraw(pipeline.subject_of(house, "p5"))
+    real, replaced = retrieval.open_index, []
+
+    def late(*about: Any, **where: Any) -> retrieval.Index:
+        if not replaced:
+            replaced.append(pipeline.build_index(house, Silent()))
+        return real(*about, **where)
+
+    monkeypatch.setattr(retrieval, "open_index", late)
+    assert len(_found(house)) == 12
+    next(house.indexes.iterdir()).unlink()
+    with pytest.raises(NotFound):  # and one that is gone is gone
+        _found(house)
+
+
 def _frozen(house: House, documents: Any) -> Any:
     """`freeze` without its edges, for a process in which `lineage.derive` kills."""
-    from discreet import corpus
-
     return corpus.freeze(documents, name="retrieval", keyring=house.keyring, log=house.log, store=house.store, folder=house.snapshots)
 
 
@@ -558,12 +604,20 @@ def test_an_index_that_does_not_open_stands_in_no_erasures_way(house: House):
     [file] = house.indexes.iterdir()
     file.write_bytes(file.read_bytes()[:-1])
     (house.indexes / "left.index.partial").write_bytes(b"left")
+    (house.indexes / ".DS_Store").write_bytes(b"Bud1")
+    (house.indexes / "copies" / "old.index").mkdir(parents=True)
+    (house.indexes / "old.index").mkdir()
+    (house.indexes / "away").symlink_to(house.project.root)
     store = IndexStore(house.indexes, house.keyring)
     assert not store.absence(pipeline.subject_of(house, "nobody"))
     assert _erase(house, "p0")["failed"] == []
     assert list(house.indexes.iterdir()) == []
+    assert (house.project.root / "notes.jsonl").is_file(), "a link goes, not what it leads to"
     with pytest.raises(NotFound, match="discreet index"):
         pipeline.search(house, "cough")
+    (house.indexes / "old.index").mkdir()
+    pipeline.build_index(house, Silent())
+    assert len(list(house.indexes.iterdir())) == 1
 
 
 def test_a_store_that_misses_the_index_is_named(house: House, monkeypatch: pytest.MonkeyPatch):
@@ -580,6 +634,22 @@ def test_the_drill_plants_somebody_in_an_index_too(house: House, monkeypatch: py
     monkeypatch.setattr(IndexStore, "purge", lambda *_: None)
     with pytest.raises(DiscreetError, match="indexes"):
         pipeline.drill(house)
+
+
+@pytest.mark.parametrize(
+    ("where", "name"), [(retrieval, "remove"), (lineage, "retire_all"), (corpus, "remove"), (shutil, "rmtree"), (erasing, "_erase")]
+)
+def test_what_a_killed_drill_leaves_goes_with_the_next(house: House, monkeypatch: pytest.MonkeyPatch, where: Any, name: str):
+    def there() -> tuple[list[str], list[Path], list[Path]]:
+        return _nodes(house), sorted(house.indexes.iterdir()), sorted(house.snapshots.iterdir())
+
+    before = there()
+    with monkeypatch.context() as patched, pytest.raises(_Killed):
+        patched.setattr(where, name, _kill)
+        pipeline.drill(house)
+    assert there() != before
+    pipeline.drill(house)
+    assert there() == before
 
 
 # Private answers

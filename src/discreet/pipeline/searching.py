@@ -20,7 +20,6 @@ Does not cover: what readers do with what they may read, groups of people, and t
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -173,11 +172,17 @@ def _purposes(house: House) -> list[Purpose]:
 
 
 def _drop_other_snapshots(house: House, root: Digest) -> None:
-    """Removes the frozen text of indexes that were replaced: nothing else was made from it."""
-    for path in house.snapshots.iterdir():
-        other = Digest(f"sha256:{path.name}")
-        if len(path.name) == 64 and other != root and corpus.open_snapshot(other, keyring=house.keyring, folder=house.snapshots).name == SNAPSHOT:
-            shutil.rmtree(path)
+    """Removes the frozen text of indexes that were replaced or never finished, its node first: nothing else was made from it."""
+    for other in corpus.snapshots(keyring=house.keyring, folder=house.snapshots):
+        if other.name == SNAPSHOT and other.root != root:
+            with house.store.transaction() as tx:
+                lineage.retire_all(tx, [other.root])
+            corpus.remove(other)
+
+
+def _encodes(said: str) -> bool:
+    """Whether a text has a UTF-8 encoding: an argument that was none in its own has lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in said)
 
 
 def _asked(house: House, name: str) -> Purpose:
@@ -223,6 +228,16 @@ def _index(house: House) -> tuple[Index, Digest]:
 
 
 def _allowed(house: House, index: Index, purpose: Purpose, *, sources: set[str] | None) -> set[Digest]:
+    try:
+        return _standing(house, known)
+    except (NotFound, NotReleased, SourceChanged):
+        newer = fact(house, FACT)
+        if newer == known:
+            raise
+        return _standing(house, newer)  # it was replaced meanwhile
+
+
+def _standing(house: House, known: dict[str, Any] | None) -> tuple[Index, Digest]:
     """The records of these sources (None: of all) that may be used for this purpose now. Asked of the database every time, before anything is opened."""
     wanted = [digest for digest, source in index.records.items() if sources is None or source in sources]
     return set(wanted) - {digest for digest, _ in house.consent.revoked(wanted, purpose)}
