@@ -94,7 +94,7 @@ answer_seconds = 0.3
     return folder
 
 
-def test_a_checkpoint_that_was_kept_and_cosigned_is_held_against_the_log(run: Run, project: Path, tmp_path: Path):
+def test_a_checkpoint_that_was_kept_and_cosigned_is_held_against_the_log(run: Run, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A stranger keeps a cosigned checkpoint, and shows it at every later export: of another log, of fewer entries, or without the witness it is no proof."""
     where = ("-C", str(project), "--json")
     assert run("budget", "open", "b", "--epsilon", "1", "--delta", "1e-6", *where)[0] == 0
@@ -108,7 +108,9 @@ def test_a_checkpoint_that_was_kept_and_cosigned_is_held_against_the_log(run: Ru
     who.write_text(signed["key"] + "\n")
     other.write_text(signed["key"].replace("witness.example", "somebody.example"))
     assert run("budget", "open", "c", "--epsilon", "1", "--delta", "1e-6", *where)[0] == 0
-    alone = document("evidence-export", run("evidence", "export", "--log-only", "--out", str(tmp_path / "alone"), *where)[1])
+    (tmp_path / "alone").mkdir()
+    monkeypatch.chdir(tmp_path / "alone")
+    alone = document("evidence-export", run("evidence", "export", "--log-only", "--out", ".", *where)[1])
     assert not (tmp_path / "alone" / "dossier.json").exists()
 
     def verify(bundle: str, *more: str) -> tuple[int, dict]:
