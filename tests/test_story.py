@@ -819,7 +819,8 @@ def test_statistics_are_charged_and_said(copied: House):
         derived.statistics(copied, epsilon=9.0, observer=Silent())
     assert not copied.log.select(Predicate.MEASURED)
     found = derived.statistics(copied, epsilon=1e-4, observer=Silent())
-    assert found["remaining"] < before
+    assert copied.ledger.show(copied.project.budget.name).remaining_epsilon < before
+    assert set(found) == {"reservation", "epsilon", "delta", "unit", "cap", "values"}, "what is left comes from who is in the corpus"
     assert [len(found["values"]["documents_by_length"]), found["unit"]] == [8, "patient"]
     [said] = copied.log.select(Predicate.MEASURED)
     assert said.fields["values"] == found["values"]

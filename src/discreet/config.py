@@ -105,7 +105,7 @@ class ErasureSection(_Section):
         description="names of sources whose rows stay with their owner while the others are rewritten: databases and object stores, which cannot be rewritten from here",
     )
     backup_days: Annotated[int, Field(ge=0)] = Field(30, description="after so many days no backup holds anybody who is erased today")
-    answer_seconds: Annotated[float, Field(ge=0)] = Field(
+    answer_seconds: Annotated[float, Field(ge=0, le=2_592_000)] = Field(
         300.0,
         description="a request is answered a full multiple of so many seconds after its identity was verified, so that the time does not tell who is in; more than the longest erasure takes, 0 for at once",
     )

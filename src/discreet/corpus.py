@@ -138,6 +138,19 @@ def open_snapshot(root: Digest, *, keyring: Keyring, folder: Path) -> Snapshot:
     return _open(folder / root.removeprefix("sha256:"), root, keyring.purpose("shards"))
 
 
+def snapshots(*, keyring: Keyring, folder: Path) -> list[Snapshot]:
+    """Opens every snapshot that lies in a folder, in the order of their roots. Errors as `open_snapshot`."""
+    roots = sorted(path.name for path in folder.iterdir() if len(path.name) == 64) if folder.is_dir() else []
+    return [open_snapshot(Digest(f"sha256:{name}"), keyring=keyring, folder=folder) for name in roots]
+
+
+def remove(snapshot: Snapshot) -> None:
+    """Removes the folder of a snapshot. What a kill leaves of it goes with any erasure."""
+    gone = snapshot.path.with_name(f".partial-{snapshot.path.name}-removed")
+    snapshot.path.rename(gone)
+    shutil.rmtree(gone)
+
+
 def texts(snapshot: Snapshot, positions: Sequence[int], keyring: Keyring) -> list[str]:
     """Returns the frozen texts at these positions, in the order asked for, each checked against the root.
 

@@ -83,7 +83,7 @@ def statistics(house: House, *, epsilon: float, observer: Observer) -> dict[str,
     fields: dict[str, JSON] = {"what": "units, and documents by length in characters", **result, "mechanism": "discrete Laplace (OpenDP)"}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.MEASURED, subjects=(digest_of(result),), fields=fields))
-    return result | {"remaining": paid.remaining_epsilon}
+    return result
 
 
 def binned(lengths: Sequence[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
@@ -295,7 +296,7 @@ def test_sigkill_in_every_state_is_finished_by_the_next_call(ward, state, moment
                 os.kill(os.getpid(), signal.SIGKILL)
 
         erasure._step = lambda subject, at: dies(subject, at, lambda: step(subject, at))
-        erasure._identify = lambda subject, identity: dies(subject, State.RECEIVED, lambda: identify(subject, identity))
+        erasure._identify = lambda subject, identity, **asked: dies(subject, State.RECEIVED, lambda: identify(subject, identity, **asked))
         try:
             erasure.execute(ward.subject, identity=VOUCHED)
         finally:
@@ -356,6 +357,24 @@ def test_a_forged_identity_changes_nothing(ward):
     ward.erasure.execute(ward.subject)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_request_about_somebody_erased_before_changes_nothing_until_it_is_proved(ward, known):
+    """Else whoever can ask for a code could stop the project, and have people erased again, on nobody's word."""
+    subject = ward.subject if known else subject_id(ward.house.keyring, unit="patient", value="nobody")
+    first = ward.erasure.execute(subject, identity=VOUCHED)
+    code = ward.erasure.code(subject).reveal()
+    with pytest.raises(AccessDenied):
+        ward.erasure.confirm(subject, "AAAAAAAAAAAA")
+    assert unfinished(ward.house.store, ward.house.keyring) == []
+    assert ward.erasure.state(subject) is State.CERTIFIED
+    assert ward.erasure.execute(subject) == first, "what was certified is given again, and nothing more"
+    with ward.house.store.transaction() as tx:
+        assert erased(tx, ward.house.keyring, [subject]) == {subject}
+    ward.erasure.confirm(subject, code)
+    assert unfinished(ward.house.store, ward.house.keyring) == [subject]
+    assert ward.erasure.execute(subject).entry > first.entry
+
+
 def test_codes_and_refusals_do_not_tell_who_is_known(ward):
     stranger = subject_id(ward.house.keyring, unit="patient", value="nobody")
     codes = [ward.erasure.code(subject) for subject in (ward.subject, stranger)]
@@ -387,6 +406,28 @@ def test_a_restored_database_brings_nobody_back(ward, tmp_path):
     journal.write_text(journal.read_text().replace("0", "1"))
     with pytest.raises(ErasureIncomplete, match="journal"):
         erasure.reapply()
+
+
+def test_a_restored_database_brings_nobody_back_by_their_other_number(ward, tmp_path):
+    house, journal = ward.house, tmp_path / "elsewhere" / "suppressions"
+    second, first = "P-9", "P-8"
+    house.store.close()
+    shutil.copy(tmp_path / "discreet.db", tmp_path / "backup.db")
+    alone = house.keyring.pseudonym(second)
+    house.keyring.declare_same([(second, first)])
+    erasure = build(house, ward.erasure._stores, journal=journal)
+    assert house.keyring.pseudonym(second) == house.keyring.pseudonym(first) != alone
+    erasure.execute(house.keyring.pseudonym(second), identity=VOUCHED)
+    assert erasure.reapply() == 0, "the other number is nobody's alone as long as the database knows whose it is"
+    assert unfinished(house.store, house.keyring) == []
+    house.store.close()
+    shutil.copy(tmp_path / "backup.db", tmp_path / "discreet.db")
+    forgetful = copy.copy(house.keyring)
+    forgetful._same = {}  # what a keyring of the restored database reads
+    assert forgetful.pseudonym(second) == alone
+    assert Erasure(house.store, forgetful, house.log, stores=[], models=ward.models, unit="patient", journal=journal).reapply() == 2
+    with house.store.transaction() as tx:
+        assert erased(tx, forgetful, [alone]) == {alone}
 
 
 def test_a_clock_set_back_makes_nothing_younger(ward, monkeypatch):
@@ -505,6 +546,45 @@ def test_the_time_of_an_answer_does_not_tell_who_is_in(ward, clock):
     assert asks == [(60.0, 2)] * 4, "nor does how far the log grows, nor asking again"
     at_once = build(ward.house, [*ward.erasure._stores, slow], models=ward.models)
     assert asked(ward, at_once, clock, ward.subject)[0] != asked(ward, at_once, clock, stranger)[0], "without the wait it does"
+
+
+def test_the_time_of_an_answer_runs_from_the_proof_whatever_came_before(ward, clock, monkeypatch, tmp_path):
+    """A timer that had erased them or was killed over them, and a journal that named them, began earlier: none of it shortens the wait, which would tell who was in."""
+
+    def later(subject, erasure, *, seconds):
+        clock.now += seconds
+        return asked(ward, erasure, clock, subject)[0]
+
+    erasure = build(ward.house, ward.erasure._stores, answer_seconds=300)
+    by_code, killed = ward.records[0].subject, ward.records[2].subject
+    stranger, restored = (subject_id(ward.house.keyring, unit="patient", value=value) for value in ("nobody", "nobody else"))
+    erasure.execute(by_code, identity=VOUCHED, reason=Reason.RETENTION)
+    for subject in (by_code, stranger):
+        code = erasure.code(subject).reveal()
+        clock.now += 200
+        erasure.confirm(subject, code)
+        began = clock.now
+        erasure.execute(subject)
+        assert clock.now - began == pytest.approx(300)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(erasure, "_shred", interrupted)
+        erasure.execute(killed, identity=VOUCHED, reason=Reason.RETENTION)
+    assert later(killed, erasure, seconds=100) == 300
+
+    journal = tmp_path / "suppressions"
+    keeping = build(ward.house, ward.erasure._stores, answer_seconds=300, journal=journal)
+    ward.house.store.close()
+    shutil.copy(tmp_path / "discreet.db", tmp_path / "backup.db")
+    keeping.execute(restored, identity=VOUCHED)
+    ward.house.store.close()
+    shutil.copy(tmp_path / "backup.db", tmp_path / "discreet.db")
+    assert keeping.reapply() >= 1
+    assert later(restored, keeping, seconds=100) == 300
+
+
+def interrupted(_):
+    raise KeyboardInterrupt
 
 
 def test_an_erasure_that_takes_too_long_is_answered_at_the_next_multiple_and_timers_do_not_wait(ward, clock):

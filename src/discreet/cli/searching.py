@@ -46,7 +46,7 @@ def search(
             answer = pipeline.ask(house, words, options=option or [], epsilon=epsilon, votes=votes, purpose=purpose)
         lines = [f"{told['units']:>8}  {told['option']}" for told in answer["options"]]
         near = f"each within {answer['margin']} of the true number of {answer['unit']}s with probability 0.95; epsilon {answer['epsilon']:g}"
-        say(as_json, answer, [*lines, f"{near}, {answer['remaining']:.3f} left"])
+        say(as_json, answer, [*lines, near])
         return
     with pipeline.open_house(project, exclusive=False) as house:
         found = pipeline.search(house, words, purpose=purpose, limit=limit)

@@ -29,7 +29,7 @@ a process that was killed while it waited certifies at once when the time has co
 
 Sources: GDPR Art. 11, 12, 17, 18; EDPB Opinion 28/2024; Ganesh 2024, "Tight group-level DP guarantees for DP-SGD with sampling via mixture of Gaussians
 mechanisms". Does not cover: an erasure that takes longer than `answer_seconds` (it is answered at the next multiple, which tells that much; choose it above the longest), a model that is
-withdrawn (whoever watches sees it go), the bytes that a file system or a solid-state disk keeps after a file was replaced,
+withdrawn or a run that is given up (whoever watches sees it go, and its statements in the log), the bytes that a file system or a solid-state disk keeps after a file was replaced,
 copies that left the project, a restored folder whose journal was restored with it (keep `[erasure] journal` elsewhere).
 """
 
@@ -44,7 +44,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -126,7 +126,7 @@ class Reason(StrEnum):
     RESTORED = "restored"
 
 
-_TIMERS = (Reason.RETENTION, Reason.DRILL)
+_TIMERS = (Reason.RETENTION.value, Reason.DRILL.value)
 
 
 class Store(Protocol):
@@ -374,16 +374,11 @@ class Erasure:
     # What a request is
 
     def request(self, subject: SubjectId, *, reason: Reason = Reason.REQUEST) -> State:
-        """Receives a request: nothing is restricted or destroyed before the identity is verified. Idempotent."""
-        key, asked = token(self._keyring, subject), time.time()
+        """Receives a request: before the identity is verified nothing is restricted or destroyed, and what was finished stays finished. Idempotent."""
+        key = token(self._keyring, subject)
         with self._database.transaction() as tx:
-            row = _row(tx, key)
-            if row is None:
+            if _row(tx, key) is None:
                 tx.execute(insert(_erasures).values(token=key, reason=reason.value, received_at=now(tx), **_FRESH))
-            elif row.state in _FINISHED and row.certified_at < asked:  # asked again after the certificate: everything is looked through again
-                scope = _Scope(subject=subject, since=now(tx)).to_json()
-                again = {"state": State.RESTRICTED.value, "reason": reason.value, "received_at": now(tx), "scope": scope}
-                tx.execute(update(_erasures).where(_erasures.c.token == key).values(again))
         return self.state(subject)
 
     def code(self, subject: SubjectId) -> Sensitive[str]:
@@ -401,7 +396,7 @@ class Erasure:
         Raises:
             AccessDenied: when the code is wrong, was never sent, or five wrong ones were tried; the answer is the same for everybody.
         """
-        key = token(self._keyring, subject)
+        key, asked = token(self._keyring, subject), time.time()
         mine = _erasures.c.token == key
         with self._database.transaction() as tx:
             row = _row(tx, key)
@@ -413,7 +408,7 @@ class Erasure:
                 tx.execute(update(_erasures).where(mine).values(attempts=tries + 1))
         if not holds:
             raise AccessDenied("the code that was sent to the address on file", remedy="Ask for a new code; five wrong ones end a code.")
-        self._identify(subject, Identity(method="code sent to the address on file", by="subject"))
+        self._identify(subject, Identity(method="code sent to the address on file", by="subject"), reason=Reason.REQUEST, asked=asked)
 
     def state(self, subject: SubjectId) -> State:
         """Returns how far the request is.
@@ -446,15 +441,16 @@ class Erasure:
             AccessDenied: when the identity is not verified.
             ErasureIncomplete: when a store or a model still holds the subject; its name and the responsible role are the value. They stay restricted.
         """
+        asked = time.time()
         self.request(subject, reason=reason)
         with self._alone:  # two that rewrite one file would find each other's halves; commands are kept apart by the lock of the project
             if identity is not None:
-                self._identify(subject, identity)
+                self._identify(subject, identity, reason=reason, asked=asked)
             while not (state := self.state(subject)).reached(State.CERTIFIED):
                 if state is State.RECEIVED:
                     raise AccessDenied("a verified identity", remedy="Send the code of `discreet erase --request` to the address on file, or vouch.")
                 if state is State.VERIFIED:
-                    self._wait(subject, reason)
+                    self._wait(subject)
                 self._step(subject, state)
             return self._certificate(subject)
 
@@ -483,10 +479,20 @@ class Erasure:
             case _:
                 raise AssertionError(state)
 
-    def _identify(self, subject: SubjectId, identity: Identity) -> None:
+    def _identify(self, subject: SubjectId, identity: Identity, *, reason: Reason, asked: float) -> None:
+        """Begins the work, also anew after a certificate that is older than the question. From here the time of the answer runs: not from where a timer or a restored database had begun."""
         with self._database.transaction() as tx:
-            scope = _Scope(subject=subject, since=now(tx)).to_json()
-            self._advance(tx, subject, State.RECEIVED, method=f"{identity.method} ({identity.by})"[:80], nonce="", scope=scope)
+            row, at = _row(tx, token(self._keyring, subject)), now(tx)
+            state, known = State(row.state), _Scope.from_json(row.scope)
+            verified = {"method": f"{identity.method} ({identity.by})"[:80], "nonce": ""}
+            fresh = verified | {"reason": reason.value, "scope": _Scope(subject=subject, since=at).to_json()}
+            if state is State.RECEIVED:
+                self._advance(tx, subject, state, **fresh)
+            elif row.state in _FINISHED and row.certified_at < asked:
+                self._put(tx, subject, state, {**fresh, "state": State.RESTRICTED.value, "received_at": at})
+            elif row.state not in _FINISHED and reason is Reason.REQUEST and (known.since is None or row.reason in _TIMERS):
+                scope = replace(known, subject=subject, since=at, due=self._answer_at(at, at))
+                self._put(tx, subject, state, {**verified, "reason": reason.value, "scope": scope.to_json()})
 
     def _scope(self, subject: SubjectId) -> None:
         scope = self._look(subject, self._read(subject))
@@ -494,9 +500,11 @@ class Erasure:
             self._advance(tx, subject, State.IDENTITY_VERIFIED, scope=scope.to_json())
 
     def _restrict(self, subject: SubjectId) -> None:
-        """From here on nothing of the subject is collected, admitted or sampled. The journal comes first: it may know more than the database, never less."""
+        """From here on nothing of the subject is collected, admitted or sampled. The journal comes first: it may know more than the database, never less. It names their second identifiers too:
+        a restored database may not know any more that they are theirs."""
         if self._journal is not None:
-            _write_journal(self._journal, self._keyring, token(self._keyring, subject))
+            for own in (subject, *sorted(own for own, person in self._keyring.seconds().items() if person == subject)):
+                _write_journal(self._journal, self._keyring, token(self._keyring, own))
         with self._database.transaction() as tx:
             self._advance(tx, subject, State.SCOPED)
 
@@ -554,24 +562,28 @@ class Erasure:
             raise self._incomplete(found)
         self._database.compact()
         with self._database.transaction() as tx:
-            scope.due = self._due(scope, at=now(tx))
+            scope.due = self._answer_at(scope.since, now(tx))
             self._advance(tx, subject, State.MODELS_DECIDED, scope=scope.to_json())
 
-    def _due(self, scope: _Scope, *, at: float) -> float:
-        """The next time at which a certificate may be given, for work that ended at `at`."""
-        if scope.since is None or not self._answer_seconds:
+    def _answer_at(self, since: float | None, at: float) -> float:
+        """The next time at which a certificate may be given, for work that ended at `at` on a request whose identity was verified at `since`."""
+        if since is None or not self._answer_seconds:
             return at
-        return scope.since + max(1, math.ceil((at - scope.since) / self._answer_seconds)) * self._answer_seconds
+        return since + max(1, math.ceil((at - since) / self._answer_seconds)) * self._answer_seconds
 
-    def _wait(self, subject: SubjectId, reason: Reason) -> None:
+    def _wait(self, subject: SubjectId) -> None:
         """Sleeps until the certificate is due, by the clock: whoever is killed here goes on here. Retention and drills answer nobody, but for who asks meanwhile.
-        A clock that was set back is not waited for: the database refuses it when the certificate is written."""
+
+        Raises:
+            ClockBackwards: when the clock was set back; nothing is lost.
+        """
         with self._database.transaction() as tx:
-            begun = _row(tx, token(self._keyring, subject)).reason
-        if reason is not Reason.REQUEST and (reason in _TIMERS or begun in _TIMERS):
-            return
-        due = self._read(subject).due or 0.0
-        while 0 < (left := due - time.time()) <= self._answer_seconds:
+            row = _row(tx, token(self._keyring, subject))
+        due = 0.0 if row.reason in _TIMERS else _Scope.from_json(row.scope).due or 0.0
+        while (left := due - time.time()) > 0:
+            if left > self._answer_seconds:  # a clock that was set back, or a shorter wait by now
+                with self._database.transaction() as tx:
+                    now(tx)
             time.sleep(min(left, 1.0))
 
     def _certify(self, subject: SubjectId) -> None:
@@ -628,7 +640,8 @@ class Erasure:
         """
         if self._journal is None or not self._journal.exists():
             return 0
-        tokens = _read_journal(self._journal, self._keyring)
+        theirs = {token(self._keyring, own) for own in self._keyring.seconds()}  # nobody's alone: whose they are is in the journal as well
+        tokens = [each for each in _read_journal(self._journal, self._keyring) if each not in theirs]
         with self._database.transaction() as tx:
             known = {row.token: row.state for row in tx.execute(select(_erasures.c.token, _erasures.c.state))}
             lost = [t for t in tokens if known.get(t, State.RECEIVED.value) in _NOT_YET_RESTRICTED]

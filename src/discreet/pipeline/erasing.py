@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 LEAST_IDENTIFIER = 5
 """Characters of an identifier below which its occurrence in a text says nothing."""
 _WRITTEN = "text/"
+_DRILL = "drill-"
 RELEARNT = 16
 """Public texts that a model relearns from after an erasure."""
 NO_SUBJECTS: Mapping[str, str] = {
@@ -510,7 +511,7 @@ def drill(house: House) -> dict[str, Any]:
         ErasureIncomplete: when a byte of them is left; the value names the file.
     """
     house.access.require(Action.ERASE, who=current_user())
-    who = f"drill-{Key.random().stream('drill').bytes(8).hex()}"
+    who = f"{_DRILL}{Key.random().stream('drill').bytes(8).hex()}"
     secret = f"{canary.draw_secret(Key.random().stream('drill'))} {who}"
     rows = [{"id": f"{who}-{number}", "unit": who, "text": f"The drill says {secret}, note {number}."} for number in range(3)]
     section = generated_section(house, who, owner="erasure drill")
@@ -522,14 +523,22 @@ def drill(house: House) -> dict[str, Any]:
     subject = subject_of(house, who)
     began = time.monotonic()
     outcome = _erase(house, subject, identity=Identity(method="drill", by=current_user().name), reason=Reason.DRILL)
-    shutil.rmtree(frozen.path)
-    retrieval.remove(house.indexes, index)
-    with house.store.transaction() as tx:
-        lineage.retire(tx, index)
+    _clear_drills(house)
     left = remains(house, [secret, subject, *(row["text"] for row in rows)])
     if left:
         raise ErasureIncomplete("no byte of the planted person to be left", value=f"{', '.join(left)}; responsible: {_responsible(house)}")
     return {"certificate": outcome["certificate"], "stores": outcome["stores"], "seconds": round(time.monotonic() - began, 2), "left": []}
+
+
+def _clear_drills(house: House) -> None:
+    """Removes what this drill made, and what a killed one left. The snapshot goes last: by it the next drill finds the rest."""
+    for snapshot in corpus.snapshots(keyring=house.keyring, folder=house.snapshots):
+        if snapshot.name.startswith(_DRILL):
+            index = retrieval.name_of(snapshot.root, snapshot.root)
+            retrieval.remove(house.indexes, index)
+            with house.store.transaction() as tx:
+                lineage.retire_all(tx, [index, snapshot.root])
+            corpus.remove(snapshot)
 
 
 def remains(house: House, needles: Sequence[str], *, tokens: Sequence[Sequence[int]] = ()) -> list[str]:
@@ -540,12 +549,10 @@ def remains(house: House, needles: Sequence[str], *, tokens: Sequence[Sequence[i
         tokens: their texts as token ids.
     """
     found = residue.find(house.project.state, needles, tokens=tokens)
-    for root in sorted(house.snapshots.glob("*")) if house.snapshots.is_dir() else []:
-        if len(root.name) == 64:
-            snapshot = corpus.open_snapshot(Digest(f"sha256:{root.name}"), keyring=house.keyring, folder=house.snapshots)
-            positions = [each for living in snapshot.units.reveal().values() for each in living]
-            if any(needle in text for text in corpus.texts(snapshot, positions, house.keyring) for needle in needles):
-                found.append(f"snapshots/{root.name} (decoded)")
+    for snapshot in corpus.snapshots(keyring=house.keyring, folder=house.snapshots):
+        positions = [each for living in snapshot.units.reveal().values() for each in living]
+        if any(needle in text for text in corpus.texts(snapshot, positions, house.keyring) for needle in needles):
+            found.append(f"snapshots/{snapshot.path.name} (decoded)")
     for path, said in retrieval.decoded(house.indexes, house.keyring):
         if any(needle in text for text in said for needle in needles):
             found.append(f"indexes/{path.name} (decoded)")

@@ -15,19 +15,28 @@ budget decide before the text is opened; nothing is refused because of it afterw
 Nothing of a query is logged, nor a hash of it: queries name people. Passages are not differentially private: put into the prompt of a model they void what is promised for its answer. Private answers are
 post-processing, free to use anywhere. There is no cache. An index that is not of what the sources, [deid] and [retrieval] say now is refused (`discreet index`, or `discreet update`, builds it anew).
 
-Does not cover: what readers do with what they may read, groups of people, and the budget of whoever asks (it is that of the people who are asked about).
+Does not cover: what readers do with what they may read, groups of people, that a refusal says that somebody in the index has no room for the price, and the budget of whoever asks (it is that of the people who are asked about).
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 from discreet import corpus
 from discreet.config import SourceSection, digest_of
 from discreet.dp import counts
-from discreet.errors import AccessDenied, ConfigInvalid, NotAdmitted, NotFound, NotReleased, PlanInvalid, RequestInvalid, SourceChanged
+from discreet.errors import (
+    AccessDenied,
+    BudgetExhausted,
+    ConfigInvalid,
+    NotAdmitted,
+    NotFound,
+    NotReleased,
+    PlanInvalid,
+    RequestInvalid,
+    SourceChanged,
+)
 from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.governance import lineage
 from discreet.governance.access import Action, current_user
@@ -116,8 +125,8 @@ def ask(house: House, query: str, *, options: Sequence[str], epsilon: float, vot
     """Releases of how many people a passage holds every word of the query and mentions each option, at the price of `epsilon` (delta 0). Every call is a new charge.
 
     Args:
-        query: words; neither logged nor kept.
-        options: 2 to 100 public phrases that differ in their words; the log keeps them without identifiers.
+        query: words, of at most 600 characters; neither logged nor kept.
+        options: 2 to 100 public phrases that differ in their words, each of at most 600 characters; the log keeps them without identifiers.
         epsilon: > 0.
         votes: options that one person counts for at most, 1 to their number; the noise grows with it.
         purpose: as for `search`.
@@ -125,7 +134,7 @@ def ask(house: House, query: str, *, options: Sequence[str], epsilon: float, vot
     Raises:
         AccessDenied: when the role may not ask.
         PlanInvalid: when a figure breaks its rule, or no population is declared.
-        BudgetExhausted: when the budget has no room for it. Nothing is counted.
+        BudgetExhausted: when the budget has no room for it. Nothing is counted, and what is left is not said: it comes from who is in the index.
         MissingExtra: when OpenDP is not installed. Nothing is charged.
         NotAdmitted, ConfigInvalid, RequestInvalid, NotFound, SourceChanged, NotReleased, SealBroken, DigestMismatch: as `search`.
     """
@@ -136,6 +145,8 @@ def ask(house: House, query: str, *, options: Sequence[str], epsilon: float, vot
         raise RequestInvalid(
             f"a query with a word in it, and 2 to {MOST_OPTIONS} options that differ in their words", value=f"{len(options)} options"
         )
+    if not all(len(said) <= retrieval.LONGEST and _encodes(said) for said in (query, *options)):
+        raise RequestInvalid(f"a query and options of at most {retrieval.LONGEST} characters, each with a UTF-8 encoding")
     if not 1 <= votes <= len(options):
         raise PlanInvalid("votes from 1 to the number of options", value=votes)
     if privacy.population is None:
@@ -147,20 +158,25 @@ def ask(house: House, query: str, *, options: Sequence[str], epsilon: float, vot
         raise PlanInvalid.of(error) from None
     index, root = _index(house)
     snapshot = corpus.open_snapshot(root, keyring=house.keyring, folder=house.snapshots)
+    public = [for_log(house, option) for option in options]
     open_project_budget(house, delta=privacy.delta or 1 / (2 * privacy.population))
-    [paid] = house.ledger.charge(house.project.budget.name, [spend], snapshot=snapshot)
+    try:
+        [paid] = house.ledger.charge(house.project.budget.name, [spend], snapshot=snapshot)
+    except BudgetExhausted:
+        remedy = "Ask for less. What is left is shown to whoever may read it: `discreet budget show`."
+        raise BudgetExhausted("a price that the budget of everybody in the index admits", value=f"epsilon {epsilon:g}", remedy=remedy) from None
     opened = index.passages(_allowed(house, index, asked, sources=None), house.keyring)
     true = retrieval.votes(opened, query, options, most=votes, key=house.keyring.purpose("retrieval").derive("votes"))
     values = [max(0, count) for count in noised(true)]
     price: dict[str, Any] = {"reservation": paid.id, "epsilon": epsilon, "delta": 0.0, "unit": privacy.unit, "cap": votes}
-    logged: dict[str, JSON] = {**price, "values": [[for_log(house, option), value] for option, value in zip(options, values, strict=True)]}
+    logged: dict[str, JSON] = {**price, "values": [[option, value] for option, value in zip(public, values, strict=True)]}
     fields: dict[str, JSON] = {"what": "units whose text answers a question, by option", **logged}
     fields |= {"mechanism": "discrete Laplace (OpenDP)", "kind": Kind.RETRIEVAL.value}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.MEASURED, subjects=(digest_of(logged),), fields=fields))
     told = [{"option": option, "units": value} for option, value in zip(options, values, strict=True)]
     margin = counts.margin(epsilon, sensitivity=votes)
-    return {"purpose": asked.name, **price, "options": told, "margin": margin, "remaining": paid.remaining_epsilon}
+    return {"purpose": asked.name, **price, "options": told, "margin": margin}
 
 
 def _purposes(house: House) -> list[Purpose]:
@@ -173,11 +189,17 @@ def _purposes(house: House) -> list[Purpose]:
 
 
 def _drop_other_snapshots(house: House, root: Digest) -> None:
-    """Removes the frozen text of indexes that were replaced: nothing else was made from it."""
-    for path in house.snapshots.iterdir():
-        other = Digest(f"sha256:{path.name}")
-        if len(path.name) == 64 and other != root and corpus.open_snapshot(other, keyring=house.keyring, folder=house.snapshots).name == SNAPSHOT:
-            shutil.rmtree(path)
+    """Removes the frozen text of indexes that were replaced or never finished, its node first: nothing else was made from it."""
+    for other in corpus.snapshots(keyring=house.keyring, folder=house.snapshots):
+        if other.name == SNAPSHOT and other.root != root:
+            with house.store.transaction() as tx:
+                lineage.retire_all(tx, [other.root])
+            corpus.remove(other)
+
+
+def _encodes(said: str) -> bool:
+    """Whether a text has a UTF-8 encoding: an argument that was none in its own has lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in said)
 
 
 def _asked(house: House, name: str) -> Purpose:
@@ -206,6 +228,16 @@ def _index(house: House) -> tuple[Index, Digest]:
     and a restored database does not is restricted first: a search waits for no other command."""
     erasure_of(house).reapply()
     known = fact(house, FACT)
+    try:
+        return _standing(house, known)
+    except (NotFound, NotReleased, SourceChanged):
+        newer = fact(house, FACT)
+        if newer == known:
+            raise
+        return _standing(house, newer)  # it was replaced meanwhile
+
+
+def _standing(house: House, known: dict[str, Any] | None) -> tuple[Index, Digest]:
     if known is None:
         raise NotFound("an index", remedy="Build it: `discreet index`.")
     digest, root = Digest(known["digest"]), Digest(known["snapshot"])

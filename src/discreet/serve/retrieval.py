@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -230,15 +231,15 @@ def remove(folder: Path, digest: Digest) -> None:
 
 
 def sweep(folder: Path, *, keep: Digest) -> None:
-    """Removes every file but that of one index: those that it replaced, and what a crash left."""
+    """Removes everything but the file of one index: those that it replaced, what a crash left, and what is no index."""
     for path in folder.iterdir():
         if path != _path(folder, keep):
-            path.unlink()
+            _clear(path)
 
 
 @final
 class IndexStore:
-    """What the indexes hold of a subject, for `governance.erasure`: whatever lies in the folder, registered or not. An index that does not open any more is destroyed; it is built again."""
+    """What the indexes hold of a subject, for `governance.erasure`: whatever lies in the folder, registered or not. What is no index, or does not open any more, is destroyed; an index is built again."""
 
     name = "indexes"
 
@@ -251,31 +252,32 @@ class IndexStore:
         return [digest for digest, _, blocks in self._all() if blocks and any(block.subject == subject for block in blocks)]
 
     def purge(self, subject: SubjectId) -> None:
-        """Writes every index anew without the subject's block. Idempotent."""
-        for leftover in self._folder.glob("*.partial"):
-            leftover.unlink()
+        """Writes every index anew without the subject's block, and removes whatever else lies there. Idempotent."""
         for digest, path, blocks in self._all():
             if blocks is None:
-                path.unlink()
+                _clear(path)
             elif any(block.subject == subject for block in blocks):
                 _write(self._folder, digest, [block for block in blocks if block.subject != subject], self._key)
 
     def absence(self, subject: SubjectId) -> bool:
-        """Returns whether every file opens, names the subject nowhere and has no byte that is not of somebody named, and nothing else lies there."""
-        found = self._all()
-        others = set(self._folder.iterdir()) - {path for _, path, _ in found} if self._folder.is_dir() else set()
-        return not others and all(blocks is not None and all(block.subject != subject for block in blocks) for _, _, blocks in found)
+        """Returns whether everything there is an index that opens, names the subject nowhere and has no byte that is not of somebody named."""
+        return all(blocks is not None and all(block.subject != subject for block in blocks) for _, _, blocks in self._all())
 
     def _all(self) -> list[tuple[Digest, Path, tuple[_Block, ...] | None]]:
-        """Each file with its blocks; None where it does not open."""
+        """Whatever lies there with its blocks; None where it is no index, or does not open."""
         found: list[tuple[Digest, Path, tuple[_Block, ...] | None]] = []
-        for path in sorted(self._folder.glob("*.index")):
+        for path in sorted(self._folder.iterdir()) if self._folder.is_dir() else []:
             digest = Digest(f"sha256:{path.stem}")
             try:
-                found.append((digest, path, _read(path.read_bytes(), digest, self._key)))
+                content = path.read_bytes() if path == _path(self._folder, digest) and path.is_file() else b""
+                found.append((digest, path, _read(content, digest, self._key)))
             except (DigestMismatch, SealBroken):
                 found.append((digest, path, None))
         return found
+
+
+def _clear(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _path(folder: Path, digest: Digest) -> Path:
