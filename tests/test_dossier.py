@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from discreet.store import Store
 ADAPTER, OTHER, BASE = Digest("sha256:" + "ad" * 32), Digest("sha256:" + "ee" * 32), Digest("sha256:" + "ba" * 32)
 SNAPSHOT, RECORD, PLAN = Digest("sha256:" + "50" * 32), Digest("sha256:" + "0e" * 32), Digest("sha256:" + "77" * 32)
 Q, SIGMA, STEPS, DELTA = 0.02, 0.8, 30, 1e-5
-SOFTWARE = {"components": [{"name": "x"}]}
+SOFTWARE = {"components": [{"name": "x"}], "metadata": {"component": {"version": "1"}}}
 
 
 DP_STATEMENT = (
@@ -83,6 +84,7 @@ def statements(
         ("audited", 1, {"adapter": adapter, "verdict": "PASS", "epsilon_lower": 0.3, "ceiling": 4.2, "detectable": 5.0, "level": 0.05}),
         ("released", 1, {"name": "notes-1", "adapter": adapter, "base": BASE, "guarantee": dict(claim), "gates": [], "controller": "ward"}),
         ("erased", 1, {"reason": "request"}),
+        ("overridden", 1, {"rule": "an audit that could have seen a violation", "reason": "r", "by": "x", "value": f"held-out loss {loss}"}),
     ]  # fmt: skip
 
 
@@ -276,7 +278,12 @@ def test_a_folder_verifies_with_the_key_alone_and_breaks_with_any_file(project, 
 
 
 @pytest.mark.parametrize(
-    ("public", "section", "fact"), [(True, "guarantee", "epsilon"), (True, "audit", "verdict"), (False, "budget", "epsilon"), (False, "records", "admitted"), (False, "deidentification", "recall")]
+    ("public", "section", "fact"),
+    [
+        (True, "guarantee", "epsilon"), (True, "audit", "verdict"), (False, "budget", "epsilon"), (False, "records", "admitted"), (False, "deidentification", "recall"),
+        (True, "budget", "runs"), (True, "training", "adapter"), (True, "dp_statement", "recomputed_epsilon"), (True, "controls", "GDPR Art. 25"), (True, "software", "discreet"),
+        (False, "dp_statement", "curve"), (False, "dp_statement", "composition"), (False, "erasure", "register"), (False, "software", "components"),
+    ],
 )  # fmt: skip
 def test_answers_that_the_log_does_not_give_are_found_even_when_signed(project, public, section, fact):
     log, store, tmp_path = project
@@ -289,10 +296,59 @@ def test_answers_that_the_log_does_not_give_are_found_even_when_signed(project, 
     assert caught.value.failed == [f"dossier.json: {section}.{fact} differs from the log"]
 
 
-def _signed_again(log, folder, content):
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"status": "withheld"},
+        {"sentence": "Nobody can be harmed."},
+        {"extra": 1},
+        {"sections": {"guarantee": {"invented": {"value": "none", "exposure": "public"}}}},
+        {"sections": {"records": {"admitted": {"value": 5, "exposure": "internal"}}}},
+        {"sections": {"purpose": {"purposes": {"value": ["x"], "exposure": "internal"}}}},
+        {"sections": {"data_sheet": {"sources": {"value": [], "exposure": "public"}}}},
+    ],
+)
+def test_a_signed_dossier_that_says_more_than_its_log_is_found(project, public, more):
+    log, store, tmp_path = project
+    folder = dossier.write(log, store, tmp_path / "out", public=public, namespace="ward")
+    said = json.loads((folder / "dossier.json").read_text())
+    for section, told in more.get("sections", {}).items():
+        said["sections"].setdefault(section, {}).update(told)
+    _signed_again(log, folder, json.dumps(said | {name: value for name, value in more.items() if name != "sections"}))
+    with pytest.raises(EvidenceInvalid, match=r"dossier\.json"):
+        dossier.verify(folder, public_key=log.public_key())
+
+
+@pytest.mark.parametrize("content", ["[]", "1e999", '{"sections": []}', '{"sections": {"guarantee": []}}', "[" * 900 + "]" * 900])
+def test_a_signed_dossier_of_another_form_is_refused(project, content):
+    log, store, tmp_path = project
+    folder = dossier.write(log, store, tmp_path / "out", public=False, namespace="ward")
+    _signed_again(log, folder, content, public=False)
+    with pytest.raises(EvidenceInvalid):
+        dossier.verify(folder, public_key=log.public_key())
+
+
+def test_another_release_of_the_accountant_may_differ_in_what_does_not_count(project):
+    log, store, tmp_path = project
+    folder = dossier.write(log, store, tmp_path / "out", public=True, namespace="ward")
+    said = json.loads((folder / "dossier.json").read_text())
+    stated = said["sections"]["dp_statement"]
+    stated["recomputed_epsilon"]["value"] *= 1 + 1e-6
+    stated["accountant"]["value"] = stated["accountant"]["value"].rpartition(" ")[0] + " 99.0"
+    _signed_again(log, folder, json.dumps(said))
+    assert dossier.verify(folder, public_key=log.public_key()).public
+
+
+def _signed_again(log, folder, content, *, public=None):
     """The owner of the key puts another dossier.json under a manifest that verifies."""
     (folder / "dossier.json").write_text(content)
-    payload = {"files": dossier._described(folder), "format": dossier.FORMAT, "origin": log.origin, "public": log_is_public(folder)}
+    payload = {
+        "files": dossier._described(folder),
+        "format": dossier.FORMAT,
+        "origin": log.origin,
+        "public": log_is_public(folder) if public is None else public,
+    }
     (folder / "manifest.json").write_bytes(log.seal(dossier.canonical_json(payload), payload_type=dossier.MANIFEST_TYPE))
 
 
@@ -320,6 +376,100 @@ def test_earlier_evidence_is_replaced_and_nothing_else(project):
     with pytest.raises(OperationFailed):
         dossier.write(log, store, folder, public=False, namespace="ward")
     assert (folder / "log" / "mine").read_text() == "x"
+
+
+@pytest.mark.parametrize("held", ["report.html", "manifest.json", "sbom.json", "leaves", "log/manifest.json"])
+def test_a_file_that_has_the_name_of_evidence_is_not_removed(project, held):
+    log, store, tmp_path = project
+    mine = tmp_path / "out" / held
+    mine.parent.mkdir(parents=True)
+    mine.write_text("{}")
+    for attempt in (
+        lambda: dossier.write(log, store, tmp_path / "out", public=False, namespace="ward"),
+        lambda: log.export(tmp_path / "out", public=False),
+    ):
+        with pytest.raises(OperationFailed, match="earlier evidence"):
+            attempt()
+    assert mine.read_text() == "{}"
+
+
+def test_a_key_of_another_kind_is_not_overwritten(project):
+    log, store, tmp_path = project
+    (tmp_path / "id.pub").write_text("ssh-ed25519 AAAA me@here")
+    with pytest.raises(OperationFailed, match="public key"):
+        dossier.export(log, store, tmp_path / "id", public=True)
+    assert (tmp_path / "id.pub").read_text() == "ssh-ed25519 AAAA me@here"
+    assert not (tmp_path / "id").exists()
+    for _ in range(2):
+        _, key = dossier.export(log, store, tmp_path / "out", public=True)
+    assert key.read_text() == log.public_key() + "\n"
+
+
+@pytest.mark.parametrize(
+    "left", ["out.partial/log.partial/entries.jsonl", "out.partial/dossier.json.partial", "out.partial/log/leaves", "out/manifest.json"]
+)
+def test_what_a_kill_left_stands_in_the_way_of_nothing(project, left):
+    """Killed while it was written, or while earlier evidence was removed, of which the manifest goes last."""
+    log, store, tmp_path = project
+    dossier.write(log, store, tmp_path / "earlier", public=False, namespace="ward")
+    (tmp_path / left).parent.mkdir(parents=True)
+    (tmp_path / left).write_bytes((tmp_path / "earlier" / "manifest.json").read_bytes())
+    folder = dossier.write(log, store, tmp_path / "out", public=False, namespace="ward")
+    assert not dossier.verify(folder, public_key=log.public_key()).public
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_is_appended_meanwhile_breaks_no_evidence(project, monkeypatch):
+    log, store, tmp_path = project
+    export = log.export
+
+    def racing(folder, *, public):
+        said = Statement(predicate=Predicate.SERVED, subjects=(ADAPTER,), fields={"release": ADAPTER, "requests": 3})
+        for last in (False, True):
+            with store.transaction() as tx:
+                log.append(tx, said)
+            if not last:
+                bundle = export(folder, public=public)
+        return bundle
+
+    monkeypatch.setattr(log, "export", racing)
+    folder = dossier.write(log, store, tmp_path / "out", public=False, namespace="ward")
+    verified = dossier.verify(folder, public_key=log.public_key())
+    assert sum(e.predicate is Predicate.SERVED for e in verified.entries) == 1
+
+
+def test_evidence_that_does_not_verify_replaces_nothing(project, monkeypatch):
+    log, store, tmp_path = project
+    folder = dossier.write(log, store, tmp_path / "out", public=False, namespace="ward")
+    before = (folder / "manifest.json").read_bytes()
+    to_json = dossier.to_json
+    times = iter("12")
+    monkeypatch.setattr(dossier, "to_json", lambda answers: to_json(answers) | {"time": next(times)})
+    with pytest.raises(EvidenceInvalid):
+        dossier.write(log, store, folder, public=False, namespace="ward")
+    assert (folder / "manifest.json").read_bytes() == before
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_present_folder_can_be_written(project, monkeypatch):
+    log, store, tmp_path = project
+    for name, export in (
+        ("whole", lambda: dossier.export(log, store, Path("."), public=False)[0]),
+        ("alone", lambda: log.export(Path("."), public=False)),
+    ):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert export() == tmp_path / name
+        dossier.verify_any(tmp_path / name, public_key=log.public_key())
+
+
+def test_a_log_that_is_a_link_is_refused(project):
+    log, store, tmp_path = project
+    folder = dossier.write(log, store, tmp_path / "out", public=False, namespace="ward")
+    (folder / "log").rename(tmp_path / "elsewhere")
+    (folder / "log").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EvidenceInvalid):
+        dossier.verify(folder, public_key=log.public_key())
 
 
 def test_a_model_whose_origin_was_forgotten_gets_no_dossier(project):
@@ -357,6 +507,11 @@ def test_a_witness_signs_growth_and_nothing_else(project, tmp_path):
     keys = [note.parse_key(log.public_key()), note.parse_key(signed["key"])]
     note.open_note(signed["checkpoint"].encode(), keys=keys)
     assert (tmp_path / "witness" / "witness.key").stat().st_mode & 0o077 == 0
+    assert witness.cosigned(signed["checkpoint"].encode(), public_key=log.public_key(), witnesses=signed["key"])
+    alone = "".join(line for line in signed["checkpoint"].splitlines(keepends=True) if not line.startswith(f"\N{EM DASH} {log.origin} "))
+    note.open_note(alone.encode(), keys=keys)
+    with pytest.raises(EvidenceInvalid, match="trusted key"):
+        witness.cosigned(alone.encode(), public_key=log.public_key(), witnesses=signed["key"])
     with store.transaction() as tx:
         log.append(tx, Statement(predicate=Predicate.ERASED, subjects=(PLAN,), fields={"reason": "request"}))
     second = log.export(tmp_path / "second", public=True)

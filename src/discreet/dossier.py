@@ -6,8 +6,8 @@
     log/            the bundle of the log that the answers were computed from (`evidence.log`)
     manifest.json   a DSSE envelope with size and SHA-256 of every file above, signed by the key of the log
 
-`compile_dossier` computes the answers from the log's statements and the lineage; `write` puts the folder on disk; `verify` needs the folder and the public key, and computes what
-the log says anew. The public folder holds public and DP-released answers and the public log only.
+`compile_dossier` computes the answers from the log's statements and the lineage; `write` puts the folder on disk; `verify` needs the folder and the public key, and computes
+every answer anew that log and `sbom.json` give (the others: docs/formats.md). The public folder holds public and DP-released answers and the public log only.
 
 Guarantees: nothing is written when the figure that is claimed is below what the accountant gives for the sampler that ran, when that sampler is not known here, when what was paid for
 is not what ran, or when a model's parents are unknown. Two corpora that differ in one subject give public answers that are equal but for the DP-released ones. Control mappings are generated
@@ -24,7 +24,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -41,9 +40,10 @@ from discreet.dp import accounting
 from discreet.dp.combine import Combine
 from discreet.dp.mechanism import Mechanism, Sampling, mechanism_from_json
 from discreet.dp.selection import Search
-from discreet.errors import EvidenceInvalid, NotReleased, OperationFailed
+from discreet.errors import EvidenceInvalid, NotReleased
 from discreet.evidence import note, statement
-from discreet.evidence.log import Log, VerifiedBundle, verify_bundle
+from discreet.evidence.log import BUNDLE, Log, VerifiedBundle, check_replaceable, key_beside, remove, verify_bundle, writing
+from discreet.evidence.log import MANIFEST_TYPE as BUNDLE_TYPE
 from discreet.evidence.statement import Exposure, canonical_json, parse_json
 from discreet.governance import catalog, lineage
 from discreet.record import Digest
@@ -57,9 +57,11 @@ FILES = ("dossier.json", "report.html", "sbom.json")
 MANIFEST = "manifest.json"
 MAX_FILE_BYTES = 64 << 20
 
-_BUNDLE = ("checkpoint", "leaves", "entries.jsonl", MANIFEST)
-_REPLACEABLE = {*FILES, MANIFEST, LOG, *_BUNDLE, *(f"{LOG}/{name}" for name in _BUNDLE)}
-"""The names of earlier evidence, of a whole folder or of a log alone: nothing else is ever removed."""
+_EARLIER = (*(f"{LOG}/{name}" for name in BUNDLE), LOG, *BUNDLE[:-1], *FILES, MANIFEST)
+"""The names of earlier evidence, of a whole folder or of a log alone, in the order in which they are removed: nothing else ever is."""
+
+_LEFT = (*(f"{LOG}.partial/{name}" for name in BUNDLE), f"{LOG}.partial", *(f"{name}.partial" for name in (*FILES, MANIFEST)), *_EARLIER)
+"""What a kill may leave of an export."""
 
 DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 """Where the privacy curve is stated."""
@@ -121,7 +123,8 @@ def compile_dossier(
     extra = (_data_sheet(sources), *_statement(entries, trained), *_registers(entries, origins), _software(software))
     kept = (replace(s, facts=tuple(f for f in s.facts if f"{s.name}.{f.name}" not in _LEFT_TO_THE_LOG)) for s in built.sections)
     sections = tuple(section for section in (*kept, *extra) if section.facts)
-    return replace(built, sections=(*sections, _controls(sections)))
+    exposures = {f"{section.name}.{fact.name}": fact.exposure for section in sections for fact in section.facts}
+    return replace(built, sections=(*sections, _controls(exposures)))
 
 
 def write(log: Log, store: Store, folder: Path, *, public: bool, namespace: str) -> Path:
@@ -134,41 +137,46 @@ def write(log: Log, store: Store, folder: Path, *, public: bool, namespace: str)
 
     Raises:
         NotReleased: as `compile_dossier`; nothing is written.
-        OperationFailed: when the folder holds anything.
+        OperationFailed: when the folder holds anything else, or cannot be written.
+        EvidenceInvalid: when what was written does not verify; earlier evidence is kept.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    for stale in (folder, partial):
-        if stale.is_symlink() or (
-            stale.exists() and (not stale.is_dir() or not {str(p.relative_to(stale)) for p in stale.rglob("*")} <= _REPLACEABLE)
-        ):
-            raise OperationFailed("a folder that is new, empty, or earlier evidence", value=stale, remedy="Choose another folder.")
-    entries = [entry for predicate in statement.Predicate for entry in log.select(predicate)]
+    folder = folder.absolute()
+    partial = folder.parent / f"{folder.name}.partial"
+    check_replaceable(folder, _EARLIER, types=(MANIFEST_TYPE, BUNDLE_TYPE))
+    check_replaceable(partial, _LEFT)
+    with writing(partial, _LEFT):
+        remove(partial, _LEFT)
+        partial.mkdir(parents=True, mode=0o755 if public else 0o700)
+        _write(log, store, partial, public=public, namespace=namespace)
+        verify(partial, public_key=log.public_key())
+        remove(folder, _EARLIER)
+        partial.rename(folder)
+    return folder
+
+
+def _write(log: Log, store: Store, folder: Path, *, public: bool, namespace: str) -> None:
+    """The log first: the answers are those of the statements under its checkpoint, whatever is appended meanwhile."""
+    signed = (log.export(folder / LOG, public=public) / "checkpoint").read_bytes()
+    size = note.open_checkpoint(signed, keys=note.parse_keys(log.public_key())).size
+    entries = [entry for predicate in statement.Predicate for entry in log.select(predicate) if entry.index < size]
     software = bill_of_materials()
     origins, unknown = _origins(store, _trained(entries), namespace=namespace)
     with store.transaction() as tx:
         sources = catalog.declared(tx)
     answers = compile_dossier(entries, public_key=log.public_key(), software=software, origins=origins, unknown=unknown, sources=sources)
-    shown = answers.public() if public else answers
-    page = report.of(log).public() if public else report.of(log)
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, mode=0o755 if public else 0o700)
-    log.export(partial / LOG, public=public)
+    page = report.build(entries, checkpoint=signed.decode(), public_key=log.public_key())
+    shown, page = (answers.public(), page.public()) if public else (answers, page)
     contents = {"dossier.json": _json(to_json(shown)), "report.html": report.render_html(page).encode(), "sbom.json": _json(software)}
     for name, content in contents.items():
-        write_atomically(partial / name, content)
-    payload = canonical_json({"files": _described(partial), "format": FORMAT, "origin": log.origin, "public": public})
-    write_atomically(partial / MANIFEST, log.seal(payload, payload_type=MANIFEST_TYPE))
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
-    return folder
+        write_atomically(folder / name, content)
+    payload = canonical_json({"files": _described(folder), "format": FORMAT, "origin": log.origin, "public": public})
+    write_atomically(folder / MANIFEST, log.seal(payload, payload_type=MANIFEST_TYPE))
 
 
 def export(log: Log, store: Store, folder: Path, *, public: bool) -> tuple[Path, Path]:
     """Writes the folder and, beside it, the public key that verifies it; returns both paths. Arguments and errors as `write`."""
+    key = key_beside(folder)
     written = write(log, store, folder, public=public, namespace=log.origin)
-    key = folder.with_name(folder.name + ".pub")
     write_atomically(key, (log.public_key() + "\n").encode())
     return written, key
 
@@ -188,7 +196,7 @@ def verify(folder: Path, *, public_key: str, pinned: bytes | None = None) -> Ver
     Raises:
         EvidenceInvalid: `failed` names what broke.
     """
-    if sorted(os.listdir(folder)) != sorted((*FILES, LOG, MANIFEST)):
+    if sorted(os.listdir(folder)) != sorted((*FILES, LOG, MANIFEST)) or (folder / LOG).is_symlink():
         raise EvidenceInvalid.of(["dossier: other files than it has"])
     verified = verify_bundle(folder / LOG, public_key=public_key, pinned=pinned)
     key = verified.keys[-1]
@@ -197,10 +205,9 @@ def verify(folder: Path, *, public_key: str, pinned: bytes | None = None) -> Ver
     described = _described(folder)
     expected = {"files": described, "format": FORMAT, "origin": key.name, "public": verified.public}
     if signed != expected:
-        found = signed.get("files", {}) if isinstance(signed, dict) else {}
-        changed = [name for name, what in described.items() if found.get(name) != what] or ["manifest.json"]
+        changed = [name for name, what in described.items() if _at(signed, "files", name) != what] or ["manifest.json"]
         raise EvidenceInvalid.of([f"{name}: differs from what was signed" for name in changed])
-    _check_answers(statement.parse_once(_read(folder / "dossier.json")), verified, public_key="\n".join(map(str, verified.keys)))
+    _check_answers(statement.parse_once(_read(folder / "dossier.json")), verified, software=_read(folder / "sbom.json"))
     return verified
 
 
@@ -383,16 +390,15 @@ def _data_sheet(sources: Mapping[str, SourceSection]) -> Section:
 def _software(software: Mapping[str, Any]) -> Section:
     listed = sha256(_json(software)).hexdigest()
     facts = (
-        Fact(name="discreet", title="Version of discreet", value=__version__),
+        Fact(name="discreet", title="Version of discreet", value=software["metadata"]["component"]["version"]),
         Fact(name="sbom", title="SHA-256 of sbom.json", value=listed),
         Fact(name="components", title="Components", value=len(software["components"])),
     )
     return Section(name="software", title="Software", facts=facts)
 
 
-def _controls(sections: Sequence[Section]) -> Section:
+def _controls(exposures: Mapping[str, Exposure]) -> Section:
     """The mappings whose answers are there; one is as internal as the most internal answer that it names."""
-    exposures = {f"{section.name}.{fact.name}": fact.exposure for section in sections for fact in section.facts}
     order = (Exposure.PUBLIC, Exposure.DP_RELEASED, Exposure.INTERNAL)
     facts = tuple(
         Fact(
@@ -407,21 +413,74 @@ def _controls(sections: Sequence[Section]) -> Section:
     return Section(name="controls", title="Controls that this evidence supports", facts=facts)
 
 
-def _check_answers(stated: Mapping[str, Any], verified: VerifiedBundle, *, public_key: str) -> None:
-    """What the dossier says is what its log gives anew: all that the report has, or, beside a public log, what public statements carry."""
-    built = report.build(verified.entries, public_key=public_key)
-    again = built.public() if verified.public else built
-    said = stated.get("sections", {})
-    wrong = [
-        f"dossier.json: {section.name}.{fact.name} differs from the log"
-        for section in again.sections
-        if not verified.public or section.name in ("guarantee", "audit", "release")
-        for fact in section.facts
-        if f"{section.name}.{fact.name}" not in _LEFT_TO_THE_LOG
-        if said.get(section.name, {}).get(fact.name) != {"value": json.loads(json.dumps(fact.value)), "exposure": str(fact.exposure)}
-    ]
-    if wrong:
-        raise EvidenceInvalid.of(wrong)
+def _check_answers(said: object, verified: VerifiedBundle, *, software: bytes) -> None:
+    """The document is what the log and sbom.json give anew, but for answers that this log does not hold: those are as they were signed, and of their exposure."""
+    try:
+        answers = compile_dossier(verified.entries, public_key="\n".join(map(str, verified.keys)), software=statement.parse_once(software))
+    except (ArithmeticError, AttributeError, LookupError, NotReleased, TypeError, ValueError) as error:
+        raise EvidenceInvalid.of([f"dossier.json: log and sbom.json give no answers ({error})"]) from None
+    expected = json.loads(json.dumps(to_json(answers.public() if verified.public else answers)))
+    sections = expected["sections"]
+    for section, fact, exposure in _ONLY_INSIDE if verified.public else _BESIDE_THE_LOG:
+        if (value := _at(said, "sections", section, fact, "value")) is not None:
+            sections.setdefault(section, {})[fact] = {"value": value, "exposure": str(exposure)}
+    for fact in set(_OF_THE_ACCOUNTANT) & set(sections.get("dp_statement", {})):
+        value = _at(said, "sections", "dp_statement", fact, "value")
+        if _close(value, sections["dp_statement"][fact]["value"]):
+            sections["dp_statement"][fact]["value"] = value
+    if verified.public and isinstance(_at(said, "time"), str):  # of the last statement, which may be an internal one
+        expected["time"] = _at(said, "time")
+    exposures = {
+        f"{section}.{name}": Exposure(fact["exposure"])
+        for section, facts in sections.items()
+        if section != "controls"
+        for name, fact in facts.items()
+    }
+    sections["controls"] = {fact.name: {"value": fact.value, "exposure": str(fact.exposure)} for fact in _controls(exposures).facts}
+    if _printed(said) != _printed(expected):
+        raise EvidenceInvalid.of(
+            [f"dossier.json: {name} differs from the log" for name in _differing(said, expected)] or ["dossier.json: says more than the log"]
+        )
+
+
+_BESIDE_THE_LOG = (("data_sheet", "sources", Exposure.INTERNAL), ("lineage", "events", Exposure.INTERNAL))
+"""Answers from the project's database."""
+
+_ONLY_INSIDE = (("purpose", "purposes", Exposure.PUBLIC), ("deidentification", "policy", Exposure.PUBLIC))
+"""Public answers from internal statements, which a public log does not show."""
+
+_OF_THE_ACCOUNTANT = ("recomputed_epsilon", "curve", "accountant")
+"""Answers that another release of the numerics library gives within `_SLACK`, and under its own version."""
+
+
+def _at(document: object, *names: str) -> Any:
+    for name in names:
+        document = document.get(name) if isinstance(document, dict) else None
+    return document
+
+
+def _close(said: object, computed: object) -> bool:
+    """Figures, or lists of them, within the slack; texts that differ in the last word, the version."""
+    match said, computed:
+        case list(), list():
+            return len(said) == len(computed) and all(map(_close, said, computed))
+        case str(), str():
+            return said.rpartition(" ")[0] == computed.rpartition(" ")[0]
+        case float(), float():
+            return math.isclose(said, computed, rel_tol=_SLACK)
+    return False
+
+
+def _printed(document: object) -> str:
+    """Tells 1 from 1.0 and true, which Python holds to be equal."""
+    return json.dumps(document, sort_keys=True)
+
+
+def _differing(said: object, expected: Mapping[str, Any]) -> list[str]:
+    """What was expected and is not said so."""
+    heads = [name for name, value in expected.items() if name != "sections" and _printed(_at(said, name)) != _printed(value)]
+    facts = [(section, name, fact) for section, found in expected["sections"].items() for name, fact in found.items()]
+    return heads + [f"{section}.{name}" for section, name, fact in facts if _printed(_at(said, "sections", section, name)) != _printed(fact)]
 
 
 def _described(folder: Path) -> dict[str, dict[str, object]]:

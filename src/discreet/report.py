@@ -500,7 +500,7 @@ def _budget(log: _Log, run: str | None) -> Section:
         ("unit", "for every", opened.fields.get("unit")),
         ("runs", "Runs charged to it", len(spends)),
         ("charges", "Charged", charges),
-        ("overrides", "Rules overridden, with reasons", [dict(entry.fields) for entry in log.all("overridden")]),
+        ("overrides", "Rules overridden, with reasons", [dict(entry.fields) for entry in log.all("overridden")], Exposure.DP_RELEASED),
     )
     return Section(name="budget", title="The budget", facts=facts)
 

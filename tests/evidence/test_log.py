@@ -574,7 +574,7 @@ def test_export_replaces_an_earlier_bundle_and_nothing_else(story: House, tmp_pa
     assert export(story, tmp_path, public=True) == bundle
     assert verify_bundle(bundle, public_key=story.key).public
     (bundle / "mine.txt").write_text("keep")
-    with pytest.raises(OperationFailed, match="earlier bundle"):
+    with pytest.raises(OperationFailed, match="earlier evidence"):
         export(story, tmp_path, public=True)
     assert (bundle / "mine.txt").read_text() == "keep"
     assert not (tmp_path / "bundle.partial").exists()

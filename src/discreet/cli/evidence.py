@@ -27,6 +27,7 @@ def evidence_export(
     """Writes what a privacy officer needs as one signed folder that anyone can verify offline, and the public key beside it; verifies it once."""
     from discreet import dossier
 
+    out = out.absolute()
     if trail is not None:
         from discreet.serve.trail import export
 
@@ -49,7 +50,7 @@ def evidence_witness(
     state: Annotated[Path, typer.Option("--state", help="Your folder: your key, and the last checkpoint of each log.")] = Path("witness"),
     as_json: Json = False,
 ) -> None:
-    """Verifies evidence, refuses a rollback or fork since you last saw the log (exit 4), and cosigns its checkpoint. For anyone: needs no project."""
+    """Verifies the log of evidence, refuses a rollback or fork since you last saw the log (exit 4), and cosigns its checkpoint. For anyone: needs no project."""
     from discreet import dossier
     from discreet.evidence import witness
 

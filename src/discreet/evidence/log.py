@@ -65,6 +65,7 @@ PROOF_HEADER = "c2sp.org/tlog-proof@v1"
 _MANIFEST = "manifest.json"
 _CAPS: Mapping[str, int] = {"checkpoint": note.MAX_NOTE_BYTES, "leaves": 1 << 30, "entries.jsonl": 1 << 33, _MANIFEST: statement.MAX_ENVELOPE_BYTES}
 """The files of a bundle, with the most bytes that are read of each."""
+BUNDLE = tuple(_CAPS)
 _COVERED = tuple(name for name in _CAPS if name != _MANIFEST)
 _INDEX = re.compile(r"index (0|[1-9][0-9]{0,18})")
 
@@ -453,14 +454,15 @@ class Log:
 
         Raises:
             EvidenceInvalid: as `checkpoint`.
-            OperationFailed: when the folder holds anything else, or cannot be written.
+            OperationFailed: when the folder holds anything but a bundle with its manifest, or cannot be written.
             StorageFull: when the disk is full; an earlier bundle is kept.
         """
-        partial = folder.with_name(folder.name + ".partial")
-        with _writing(partial), self._store.transaction() as tx:
-            for stale in (folder, partial):
-                _check_replaceable(stale)
-            _remove(partial)
+        folder = folder.absolute()
+        partial = folder.parent / f"{folder.name}.partial"
+        check_replaceable(folder, BUNDLE, types=(MANIFEST_TYPE,))
+        check_replaceable(partial, BUNDLE)
+        with writing(partial, BUNDLE), self._store.transaction() as tx:
+            remove(partial, BUNDLE)
             partial.mkdir(parents=True, mode=0o755 if public else 0o700)
             leaves = _leaves(tx)
             shown = select(_entries.c.envelope).order_by(_entries.c.position)
@@ -475,7 +477,7 @@ class Log:
             payload = canonical_json(described | ({"keys": self._keys.to_json()} if self._rotations else {}))
             manifest = statement.seal_envelope(payload, payload_type=MANIFEST_TYPE, signer=self._signer, key_id=self._key.label)
             _write(partial / _MANIFEST, [manifest])
-            _remove(folder)
+            remove(folder, BUNDLE)
             partial.rename(folder)
         return folder
 
@@ -807,30 +809,81 @@ class _Seen:
 
 
 @contextmanager
-def _writing(partial: Path) -> Iterator[None]:
-    """Leaves no half-written bundle behind, and gives errors of the file system our form (a full disk has its own, from the store)."""
+def writing(partial: Path, names: Sequence[str]) -> Iterator[None]:
+    """Leaves nothing half-written behind (`names` as `remove`), and gives errors of the file system our form (a full disk has its own, from the store)."""
     try:
         try:
             yield
         except BaseException:
-            _remove(partial)
+            remove(partial, names)
             raise
     except OSError as error:
         reason = errno.errorcode.get(error.errno or 0, "error")
         raise OperationFailed("an export folder that can be written", value=reason, remedy="Choose another folder.") from None
 
 
-def _check_replaceable(folder: Path) -> None:
-    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or not set(os.listdir(folder)) <= set(_CAPS))):
-        raise OperationFailed("an export folder that is new, empty or an earlier bundle", value=folder, remedy="Choose another folder.")
+def check_replaceable(folder: Path, names: Sequence[str], *, types: Sequence[str] = ()) -> None:
+    """Refuses to replace a folder that is not new, empty or ours.
+
+    Args:
+        names: of all that an export writes there (`remove`).
+        types: payload types, one of which its manifest has; none for the `.partial` in which an export is written, where a kill leaves no manifest.
+
+    Raises:
+        OperationFailed: when it holds anything else, or is no folder.
+    """
+    try:
+        ours = not folder.is_symlink() and (not folder.exists() or (folder.is_dir() and _holds_only(folder, names, types)))
+    except OSError:
+        ours = False
+    if not ours:
+        raise OperationFailed("a folder that is new, empty, or earlier evidence", value=folder, remedy="Choose another folder.")
 
 
-def _remove(folder: Path) -> None:
-    """Removes a bundle, and nothing else: a folder with any other file in it stays."""
+def _holds_only(folder: Path, names: Sequence[str], types: Sequence[str]) -> bool:
+    found = list(folder.rglob("*"))
+    known = {str(path.relative_to(folder)) for path in found} <= set(names) and not any(path.is_symlink() for path in found)
+    return not found or (known and (not types or _sealed_as(folder / _MANIFEST) in types))
+
+
+def _sealed_as(path: Path) -> object:
+    """The payload type of an envelope as it says itself; None of any other file. Nothing is verified."""
+    with suppress(EvidenceInvalid):
+        if path.is_file() and path.stat().st_size <= statement.MAX_ENVELOPE_BYTES:
+            outer = parse_json(path.read_bytes())
+            return outer.get("payloadType") if isinstance(outer, dict) else None
+    return None
+
+
+def remove(folder: Path, names: Sequence[str]) -> None:
+    """Removes what an export wrote, and nothing else: a folder with anything else in it stays.
+
+    Args:
+        names: of files and folders below it, what is in a folder before it, and the manifest last: until then a kill leaves what is known as ours.
+    """
     if folder.is_dir() and not folder.is_symlink():
-        for name in _CAPS:
-            (folder / name).unlink(missing_ok=True)
+        for path in (folder / name for name in names):
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink(missing_ok=True)
         folder.rmdir()
+
+
+def key_beside(folder: Path) -> Path:
+    """Returns where the public key of exported evidence goes.
+
+    Raises:
+        OperationFailed: when a file is there that is no public key.
+    """
+    path = folder.absolute().parent / f"{folder.absolute().name}.pub"
+    try:
+        if path.exists():
+            with path.open("rb") as file:
+                note.parse_keys(file.read(note.MAX_NOTE_BYTES).decode())
+    except (EvidenceInvalid, OSError, ValueError):
+        raise OperationFailed("no file, or an earlier public key, where the key goes", value=path, remedy="Choose another folder.") from None
+    return path
 
 
 def _write(path: Path, chunks: Iterable[bytes]) -> dict[str, object]:

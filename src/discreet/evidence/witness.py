@@ -65,6 +65,7 @@ def cosigned(checkpoint: bytes, *, public_key: str, witnesses: str) -> bytes:
         EvidenceInvalid: when the note is not one of the log, or a witness is missing.
     """
     wanted = [note.parse_key(line) for line in witnesses.strip().split("\n")]
+    note.open_checkpoint(checkpoint, keys=note.parse_keys(public_key))
     opened = note.open_note(checkpoint, keys=[*note.parse_keys(public_key), *wanted])
     missing = [key.name for key in wanted if key not in opened.signed_by]
     if missing:

@@ -25,7 +25,7 @@ from types import MappingProxyType
 from typing import final
 
 from discreet.errors import OperationFailed, SourceMissing
-from discreet.evidence.log import Log
+from discreet.evidence.log import Log, key_beside
 from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.keys import Keyring, open_master
 from discreet.record import Digest
@@ -189,8 +189,8 @@ def export(folder: Path, out: Path, *, public: bool) -> tuple[Path, Path]:
         raise SourceMissing("the folder of a gateway's trail", value=str(folder))
     store, log = _open(folder)
     try:
+        key = key_beside(out)
         bundle = log.export(out, public=public)
-        key = out.with_name(out.name + ".pub")
         write_atomically(key, (log.public_key() + "\n").encode())
         return bundle, key
     finally:
