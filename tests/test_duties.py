@@ -12,7 +12,7 @@ import pytest
 
 from discreet import duties, pipeline
 from discreet.deid import policy as deid
-from discreet.errors import AccessDenied, BudgetExhausted, EvidenceInvalid, NotFound, PlanInvalid, RequestInvalid
+from discreet.errors import AccessDenied, BudgetExhausted, EvidenceInvalid, NotFound, PlanInvalid, RecordInvalid, RequestInvalid
 from discreet.evidence.log import verify_bundle, verify_certificate
 from discreet.evidence.statement import Predicate
 from discreet.governance import residue
@@ -163,6 +163,44 @@ def test_a_restored_database_is_refused_until_the_officer_accepts_the_loss(actin
     with acting("axel") as house:
         [said] = house.log.select(Predicate.OVERRIDDEN)
         assert said.fields["by"] == "Petra"
+
+
+def test_a_withdrawal_is_missed_in_a_restored_backup(acting: As, folder: Path) -> None:
+    """It is recorded without the project's lock, as while a model is trained, and pinned all the same."""
+    with acting("olga") as house:
+        budget(house)
+    with acting("petra"):
+        shutil.copytree(folder / ".discreet", folder / "backup", ignore=shutil.ignore_patterns("suppressions*"))
+    with pipeline.open_house(folder, exclusive=False) as house:
+        house.consent.withdraw(pipeline.may_record_consent(house, "P-1"))
+    shutil.copytree(folder / "backup", folder / ".discreet", dirs_exist_ok=True)
+    with pytest.raises(EvidenceInvalid, match="accept-rollback"), pipeline.open_house(folder):
+        pytest.fail("nobody withdrew")
+
+
+def test_the_pairs_of_one_person_and_their_statement_are_there_together_or_not_at_all(
+    acting: As, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with acting("petra") as house:
+        with monkeypatch.context() as broken:
+            broken.setattr(house.log, "append", lambda tx, statement: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                duties.same_person(house, pairs(folder))
+        with house.store.transaction() as tx:
+            assert house.keyring.second_identifiers(tx) == {}
+        assert duties.same_person(house, pairs(folder)) == 1
+        [said] = house.log.select(Predicate.CONSENT_CHANGED)
+        assert said.fields["pairs"] == 1
+
+
+def test_who_withdrew_a_moment_ago_is_nobodys_second(acting: As, folder: Path) -> None:
+    """The officer's keyring was opened before; the word counts that is there when the pair is written."""
+    with acting("petra") as house, pipeline.open_house(folder, exclusive=False) as beside:
+        beside.consent.withdraw(pipeline.may_record_consent(beside, "S-2"), None)
+        with pytest.raises(RecordInvalid, match="pair 1"):
+            duties.same_person(house, pairs(folder))
+        with house.store.transaction() as tx:
+            assert house.keyring.second_identifiers(tx) == {}
 
 
 def test_a_certificate_is_checked_with_the_key_alone(acting: As, folder: Path, tmp_path: Path) -> None:

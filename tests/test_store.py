@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psycopg
@@ -97,13 +99,63 @@ def test_what_was_left_for_later_goes_with_its_transaction(store: Store, fault: 
 
 
 def test_a_connection_that_the_server_closed_is_opened_anew(postgres: str):
+    """As many as the pool holds, as after a restart of the server: no transaction fails."""
+    store = Store(postgres)
+    with ExitStack() as held:
+        pooled = [held.enter_context(store.engine.connect()) for _ in range(4)]
+        backends = [each.execute(text("SELECT pg_backend_pid()")).scalar_one() for each in pooled]
+    assert len(set(backends)) == 4
+    with plainly(postgres) as other:
+        for backend in backends:
+            other.execute("SELECT pg_terminate_backend(%s, 5000)", [backend])
+    for _ in backends:
+        with store.transaction() as tx:
+            assert now(tx) > 0
+    store.close()
+
+
+def plainly(url: str) -> psycopg.Connection:
+    return psycopg.connect(make_url(url).set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True)
+
+
+def test_a_transaction_reads_what_the_one_before_it_wrote_whatever_the_servers_isolation(postgres: str):
+    with plainly(postgres) as other:
+        other.execute(f"ALTER DATABASE {make_url(postgres).database} SET default_transaction_isolation = 'repeatable read'")
     store = Store(postgres)
     with store.transaction() as tx:
-        backend = tx.execute(text("SELECT pg_backend_pid()")).scalar_one()
-    with psycopg.connect(make_url(postgres).set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True) as other:
-        other.execute("SELECT pg_terminate_backend(%s, 5000)", [backend])
+        later_table.create(tx)
+    seen: list[int] = []
+
+    def read() -> None:
+        with store.transaction() as tx:
+            seen.extend(n for n, _ in fetch(tx, ALL))
+
+    with store.transaction() as tx, plainly(postgres) as watch:
+        reader = threading.Thread(target=read)
+        reader.start()
+        for _ in range(1000):
+            if watch.execute("SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").fetchone():
+                break
+            time.sleep(0.005)
+        else:
+            pytest.fail("the reader does not wait for the lock")
+        tx.execute(PUT, {"n": 1, "b": None})
+    reader.join()
+    assert seen == [1]
+    store.close()
+
+
+def test_a_caught_error_does_not_pass_for_a_commit(postgres: str):
+    """PostgreSQL answers COMMIT with a rollback when a statement failed before."""
+    store = Store(postgres)
     with store.transaction() as tx:
-        assert now(tx) > 0
+        later_table.create(tx)
+    with pytest.raises(OperationFailed, match="without a failed statement"), store.transaction() as tx:
+        tx.execute(PUT, {"n": 1, "b": None})
+        with suppress(DBAPIError):
+            tx.execute(PUT, {"n": 1, "b": None})
+    with store.transaction() as tx:
+        assert fetch(tx, ALL) == []
     store.close()
 
 
@@ -161,7 +213,7 @@ def test_migrations_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_what_postgresql_committed_is_on_the_disk_when_the_call_returns(postgres: str):
     """Its writer of the log, which would bring it there a little later, is put to sleep first."""
     store = Store(postgres)
-    with psycopg.connect(make_url(postgres).set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True) as watch:
+    with plainly(postgres) as watch:
         watch.execute("ALTER SYSTEM SET wal_writer_delay = '10s'")
         watch.execute("SELECT pg_reload_conf()")
         try:

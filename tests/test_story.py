@@ -19,9 +19,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import safetensors.torch
+import torch
 from sqlalchemy import text
 
 from discreet import corpus, demo, derived, dossier, duties, federate, model, pipeline, report
+from discreet.audit import deployed
 from discreet.cli import serving
 from discreet.config import ModelSection, RetrievalSection, load
 from discreet.deid import policy as deid
@@ -316,7 +319,8 @@ def test_a_state_on_disk_is_a_node_below_its_run_until_it_goes(project: Path, mo
             above = {each.kind for each in lineage.ancestors(tx, [lies])}
         assert above == {lineage.Kind.RECORD, lineage.Kind.SNAPSHOT, lineage.Kind.BASE, lineage.Kind.RUN}
         unit = json.loads((project / "notes.jsonl").read_text().splitlines()[-1])["patient"]
-        assert "make checkpoint" in {event["job"]["name"] for event in pipeline.lineage_export(house, digest=_root(house))}
+        told = {(event["job"]["name"], event["eventType"]) for event in pipeline.lineage_export(house, digest=_root(house))}
+        assert told == {("make run", "START"), ("make checkpoint", "START")}, "neither is at its end"
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(Path, "replace", _killed)
@@ -324,6 +328,7 @@ def test_a_state_on_disk_is_a_node_below_its_run_until_it_goes(project: Path, mo
         assert (lies in _states(house), len(_states(house))) == (True, 2), "what was to be replaced lies there still"
         pipeline.erase(house, unit)
         assert (_states(house), [*(house.project.state / "runs").glob("*/private/*")]) == ([], [])
+        assert pipeline.lineage_export(house, digest=_root(house)) == [], "nor a run that was given up"
 
 
 def _states(house: House) -> list[Digest]:
@@ -885,6 +890,99 @@ def test_a_child_in_one_file_is_audited_and_goes_with_its_model(copied: House, t
     assert ((tmp_path / "merged").exists(), [each.name for each in (tmp_path / "theirs").iterdir()]) == (False, ["README.md"]), (
         "nothing of the operator's"
     )
+
+
+@pytest.mark.parametrize("place", ["merged", "runs", "releases"])
+def test_a_withdrawal_that_is_killed_between_two_files_is_finished_by_the_next(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+):
+    """Before each file in turn: what is left is no whole model, whose digest would find it."""
+    unlink, left = Path.unlink, [0]
+
+    def counted(path: Path, missing_ok: bool = False) -> None:
+        if path.is_relative_to(folder):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        unlink(path, missing_ok=missing_ok)
+
+    with pipeline.open_house(project) as house:
+        folder = tmp_path / "merged" if place == "merged" else house.project.state / place / "one" / "adapter"
+        models = erasing._ProjectModels(house)
+        for files in range(2 + (place == "merged")):
+            digest, left[0] = _placed(house, folder), files
+            with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+                patched.setattr(Path, "unlink", counted)
+                patched.setattr(shutil, "rmtree", lambda path: [each.unlink() for each in sorted(path.rglob("*")) if each.is_file()])
+                models.withdraw(digest)
+            assert len([*folder.iterdir()]) == (3 if place == "merged" else 2) - files
+            models.withdraw(digest)
+            assert not folder.exists(), f"killed after {files} files"
+            assert erasing._UnfinishedWeights(house).absence(pipeline.subject_of(house, "nobody"))
+
+
+def _placed(house: House, folder: Path) -> Digest:
+    """Puts weights into a folder of the project, or of an operator who was given a child, with their node."""
+    folder.mkdir(parents=True, exist_ok=True)
+    is_child = folder.name != "adapter"
+    for name in ("config.json", "tokenizer.json") if is_child else ("adapter_config.json",):
+        (folder / name).write_text("{}")
+    safetensors.torch.save_file({"w": torch.ones(3)}, folder / ("model.safetensors" if is_child else "adapter_model.safetensors"))
+    digest = model.base_digest(folder) if is_child else model.adapter_digest(folder)
+    with house.store.transaction() as tx:
+        lineage.register(tx, [lineage.Artifact(digest=digest, kind=lineage.Kind.MERGE if is_child else lineage.Kind.MODEL)])
+        if is_child:
+            pipeline.record_written(tx, digest, folder, parts=model.child_files(folder))
+    return digest
+
+
+def test_a_child_that_somebody_added_to_goes_and_what_they_added_stays(project: Path, tmp_path: Path):
+    folder = tmp_path / "merged"
+    with pipeline.open_house(project) as house:
+        for name in ("training_args.bin", "special_tokens_map.json"):
+            digest = _placed(house, folder)
+            (folder / name).write_text("{}")
+            erasing._ProjectModels(house).withdraw(digest)
+            assert [each.name for each in folder.iterdir()] == [name]
+            (folder / name).unlink()
+        digest = _placed(house, folder)
+        with house.store.transaction() as tx:  # as it was remembered before the files were
+            remember(tx, erasing._written(digest), {"file": str(folder), "digest": digest})
+        erasing._ProjectModels(house).withdraw(digest)
+        assert not folder.exists()
+
+
+def test_weights_without_a_node_go_with_any_erasure(project: Path):
+    """Of a run that was given up after it saved them, and of a release that was killed while it was copied."""
+    with pipeline.open_house(project) as house:
+        folders = [house.project.state / "runs" / "one" / "adapter", house.releases / "one" / "adapter"]
+        kept = house.project.state / "runs" / "two" / "adapter"
+        for folder in (*folders, kept):
+            folder.mkdir(parents=True)
+            safetensors.torch.save_file({folder.parent.name: torch.ones(3)}, folder / "adapter_model.safetensors")
+        (folders[0] / "adapter_config.json").write_text("{}")
+        (folders[1] / "adapter_config.json").write_text('{"half": ')
+        (kept / "adapter_config.json").write_text("{}")
+        with house.store.transaction() as tx:
+            lineage.register(tx, [lineage.Artifact(digest=model.adapter_digest(kept), kind=lineage.Kind.MODEL)])
+        store = erasing._UnfinishedWeights(house)
+        assert not store.absence(pipeline.subject_of(house, "nobody"))
+        store.purge(pipeline.subject_of(house, "nobody"))
+        assert ([each.exists() for each in folders], kept.exists()) == ([False, False], True)
+
+
+def test_a_child_whose_audit_could_have_seen_nothing_is_a_child(copied: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Somebody else's file of the release, asked at a level at which twice the claim cannot be seen: no promise, and an erasure finds it."""
+    monkeypatch.setattr(deployed, "MAX_EFFECT", 0.0)
+    base, released = pipeline.load_base(copied, None, Silent()), copied.releases / pipeline.released_name(copied)
+    model.write_gguf(model.merged(model.load_adapter(base, released / "adapter")), base.tokenizer, tmp_path / "theirs.gguf", kind="f16")
+    found = derived.child(copied, file=tmp_path / "theirs.gguf")
+    assert found["verdict"] == "INCONCLUSIVE"
+    with copied.store.transaction() as tx:
+        assert lineage.find(tx, found["digest"]).protects == ""
+        assert found["digest"] in {each.digest for each in lineage.descendants(tx, [Digest(found["adapter"])])}
+    erasing._ProjectModels(copied).withdraw(Digest(found["digest"]))
+    assert not (tmp_path / "theirs.gguf").exists()
 
 
 def test_a_child_is_where_an_erasure_finds_it_or_nowhere(copied: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -192,11 +192,13 @@ def child(house: House, *, file: Path, kind: str = "") -> dict[str, Any]:
         told = dict(earlier[-1].fields) if earlier else _audited(house, released, base, folder, module, kind=named)
         verdict = Verdict(told["verdict"])
         stays = not kind or verdict is Verdict.PASS
+        is_child = verdict is not Verdict.INCONCLUSIVE or told["layers"][0]["figures"].get("alike", False)
+        parts = model.child_files(made)
         with house.store.transaction() as tx:
-            if stays and verdict is not Verdict.INCONCLUSIVE:  # which shows no child of the release: no node below it, and nobody's to destroy
+            if stays and is_child:  # scores unlike the release's show no child of it: no node below it, and nobody's to destroy
                 protects = house.project.privacy.unit if verdict is Verdict.PASS else ""
                 _register(tx, digest, released, merge=merge, is_merge=made.is_dir(), protects=protects)
-                pipeline.record_written(tx, digest, file)
+                pipeline.record_written(tx, digest, file, parts=parts)
             if not earlier:
                 house.log.append(tx, Statement(predicate=Predicate.CHILD_AUDITED, subjects=(digest,), fields=told))
         if not stays:

@@ -17,8 +17,11 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from sqlalchemy import Connection
 
 from discreet import dossier, pipeline
 from discreet.errors import PlanInvalid, RecordInvalid, RequestInvalid, SourceMissing
@@ -28,7 +31,7 @@ from discreet.governance.access import Action, current_user
 from discreet.keys import Key
 from discreet.ledger import Kind, Period, Reservation, Spend
 from discreet.pipeline import House
-from discreet.record import Digest
+from discreet.record import Digest, SubjectId
 from discreet.store import write_atomically
 
 _FORMS = {Action.RELEASE: re.compile(r"sha256:[0-9a-f]{64}"), Action.RAISE_BUDGET: re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126} to [0-9.e+-]{1,16}")}
@@ -134,6 +137,8 @@ def accept_rollback(folder: Path, *, by: str, reason: str) -> dict[str, Any]:
 def same_person(house: House, file: Path) -> int:
     """Reads a CSV of subject and same_as, and makes each subject one person with the other from now on; all of them or none. Returns how many are new.
 
+    Whom same_as names is not checked: they need not have been collected yet.
+
     Raises:
         SourceMissing, RecordInvalid: when it cannot be read, or an identifier was collected, erased or spoken for already; nothing is declared.
     """
@@ -146,22 +151,22 @@ def same_person(house: House, file: Path) -> int:
     for place, (second, first) in enumerate(pairs, start=1):
         if not second or not first:
             raise RecordInvalid("a subject and whom it is the same as", value=f"pair {place}")
-        if _spoke(house, second) and pipeline.subject_of(house, second) != pipeline.subject_of(house, first):
-            raise RecordInvalid(
-                "an identifier under which nobody has spoken or was erased yet", value=f"pair {place}", remedy="Declare it as the first of the two."
-            )
-    new = catalog.declare_same(house.keyring, unit=house.project.privacy.unit, pairs=pairs)
-    if new:
-        fields: dict[str, JSON] = {"change": "identifiers declared to be one person", "pairs": new, "by": current_user().name}
-        with house.store.transaction() as tx:  # about nobody in particular: no leaf is to link to them once they are erased
-            about = Digest("sha256:" + Key.random().stream("same").bytes(32).hex())
-            house.log.append(tx, Statement(predicate=Predicate.CONSENT_CHANGED, subjects=(about,), fields=fields))
-    return new
 
+    def agree(tx: Connection, new: Mapping[int, SubjectId]) -> None:
+        for place, own in new.items():
+            if house.consent.has_heard_of(tx, own):
+                raise RecordInvalid(
+                    "an identifier under which nobody has spoken or was erased yet",
+                    value=f"pair {place}",
+                    remedy="Declare it as the first of the two.",
+                )
+        about = Digest(
+            "sha256:" + Key.random().stream("same").bytes(32).hex()
+        )  # nobody in particular: no leaf is to link to them once they are erased
+        fields: dict[str, JSON] = {"change": "identifiers declared to be one person", "pairs": len(new), "by": current_user().name}
+        house.log.append(tx, Statement(predicate=Predicate.CONSENT_CHANGED, subjects=(about,), fields=fields))
 
-def _spoke(house: House, identifier: str) -> bool:
-    subject = pipeline.subject_of(house, identifier)
-    return bool(house.consent.history(subject)) or house.consent.is_erased(subject)
+    return catalog.declare_same(house.keyring, unit=house.project.privacy.unit, pairs=pairs, agree=agree)
 
 
 def pin(house: House) -> dict[str, Any]:

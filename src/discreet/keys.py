@@ -23,7 +23,7 @@ import secrets
 import stat
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,8 +135,7 @@ class Keyring:
         self._log = master.derive("log")
         self._cache: dict[tuple[str, str], Key] = {}
         with store.transaction() as tx:
-            rows = tx.execute(select(_keys.c.name, _keys.c.wrapped).where(_keys.c.kind == _SAME)).all()
-        self._same = dict(self._open_same(row.name, row.wrapped) for row in rows)
+            self._same = self.second_identifiers(tx)
 
     def pseudonym(self, unit: str) -> SubjectId:
         """Returns the stable pseudonym of a privacy unit as the source names it: 'S' and 26 base32 characters (130 bits of HMAC-SHA256).
@@ -149,7 +148,12 @@ class Keyring:
     def _own_pseudonym(self, unit: str) -> SubjectId:
         return SubjectId("S" + base64.b32encode(self._pseudonym.mac(unit.encode())).decode()[:26])
 
-    def declare_same(self, pairs: Sequence[tuple[str, str]]) -> int:
+    def second_identifiers(self, tx: Connection) -> dict[SubjectId, SubjectId]:
+        """Returns whose the pseudonyms of second identifiers are, as of a transaction: another process may have declared some since this keyring was opened."""
+        rows = tx.execute(select(_keys.c.name, _keys.c.wrapped).where(_keys.c.kind == _SAME)).all()
+        return dict(self._open_same(row.name, row.wrapped) for row in rows)
+
+    def declare_same(self, pairs: Sequence[tuple[str, str]], *, agree: Callable[[Connection, Mapping[int, SubjectId]], None]) -> int:
         """Makes second identifiers one person with the first, from now on and for every part of the project. All of them or none; returns how many are new.
 
         Kept sealed, under an HMAC: the database names neither, and it outlives an erasure, so that whoever was erased does not come back under the other name. A second identifier that was
@@ -157,12 +161,15 @@ class Keyring:
 
         Args:
             pairs: (second identifier, first one), spelled as for `pseudonym`.
+            agree: called in the same transaction when there are new ones, with the places of their pairs, from 1, and what was the second's own pseudonym. Nothing is declared when it raises.
 
         Raises:
             RecordInvalid: when the second was seen already, is the first, has a second of its own, or was declared to be somebody else. The value is the place of the pair, from 1.
         """
-        same, rows = dict(self._same), []
+        new: dict[int, SubjectId] = {}
+        rows = []
         with self._store.transaction() as tx:
+            same = self.second_identifiers(tx)
             for place, (second, first) in enumerate(pairs, start=1):
                 own, person = self._own_pseudonym(second), same.get(first_own := self._own_pseudonym(first), first_own)
                 if same.get(own) == person:
@@ -173,11 +180,12 @@ class Keyring:
                         value=f"pair {place}",
                         remedy="Declare it before its records are collected, and the identifier that the project knows as the first.",
                     )
-                same[own] = person
+                same[own], new[place] = person, own
                 name = self.hmac("same", own.encode()).hex()
                 rows.append({"kind": _SAME, "name": name, "wrapped": self._wrap.seal(f"{own} {person}".encode(), context=f"{_SAME}/{name}".encode())})
             if rows:
                 tx.execute(insert(_keys), rows)
+                agree(tx, new)
         self._same = same
         return len(rows)
 
@@ -211,8 +219,8 @@ class Keyring:
         missing = [s for s in dict.fromkeys(subjects) if ("subject", s) not in self._cache]
         if missing:
             with self._store.transaction() as tx:
-                for name in missing:
-                    self._cache["subject", name] = self._load(tx, "subject", name)
+                loaded: dict[tuple[str, str], Key] = {("subject", name): self._load(tx, "subject", name) for name in missing}
+            self._cache |= loaded
         return {s: self._cache["subject", s] for s in subjects}
 
     def existing(self, subjects: Sequence[SubjectId]) -> dict[SubjectId, Key]:

@@ -417,14 +417,24 @@ def child_digest(path: Path) -> Digest | None:
         return None
 
 
-def destroy(path: Path) -> None:
-    """Deletes a model in one file, or the files of a folder that make one and the folder unless something else lies in it. Idempotent."""
+def child_files(path: Path) -> dict[str, Digest]:
+    """Returns name -> digest of each file that makes a model in a folder; for a model in one file its own, under the empty name.
+
+    Raises:
+        ModelUnsafe: when the folder holds what may not be opened.
+    """
     if not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    for name in _read_safely(path):
-        (path / name).unlink()
-    if not any(path.iterdir()):
+        return {"": file_digest(path)}
+    return {name: Digest("sha256:" + hashlib.sha256(content).hexdigest()) for name, content in _read_safely(path).items()}
+
+
+def destroy(path: Path, files: Mapping[str, Digest]) -> None:
+    """Deletes each file of `child_files` that still is what was written, whatever else lies there by now, and the folder once it is empty. Idempotent: a killed call is finished by the next."""
+    for name, digest in files.items():
+        file = path / name
+        if file.is_file() and file_digest(file) == digest:
+            file.unlink()
+    if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
 
 

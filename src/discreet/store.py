@@ -63,7 +63,8 @@ _LOCK_PATIENCE_S = 30.0
 _NOW, _CLOCK, _WROTE, _PENDING = "discreet_now", "discreet_clock", "discreet_wrote", "discreet_pending"
 """What a connection remembers of its transaction: its time, the latest time of the database, whether it wrote, and what it has yet to write."""
 
-_BEGIN = f"BEGIN; SET LOCAL synchronous_commit = off; SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"
+_BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL synchronous_commit = off; SELECT pg_advisory_xact_lock({_ADVISORY_LOCK})"
+"""The isolation does not depend on the server's default: any other takes its snapshot before it waits for the lock, and reads what was there before the writer it waited for."""
 _LATEST = "SELECT latest FROM discreet_clock"
 _WAIT_FOR_DISK = "SELECT pg_logical_emit_message(true, 'discreet', '')"
 
@@ -104,6 +105,7 @@ class Store:
 
         Raises:
             StorageFull: when the disk is full. Nothing of the transaction is kept.
+            OperationFailed: when an error of a statement was caught inside the transaction, in PostgreSQL, which then keeps nothing of it.
         """
         try:
             with self._locked() as connection:
@@ -118,6 +120,8 @@ class Store:
                 else:
                     with connection.begin():
                         yield connection
+                        if connection.connection.dbapi_connection.info.transaction_status.name == "INERROR":  # type: ignore[union-attr]  # as above
+                            raise OperationFailed("a transaction without a failed statement", remedy="Nothing of it was kept; run the command again.")
                         if connection.info[_WROTE] or connection.info[_PENDING]:
                             _write_pending(connection, "COMMIT", _WAIT_FOR_DISK)
         except DBAPIError as error:
@@ -131,7 +135,7 @@ class Store:
 
     @contextmanager
     def _locked(self) -> Iterator[Connection]:
-        """A connection whose transaction, in PostgreSQL, has begun and has the lock; one that its server has closed since it was used last is opened anew."""
+        """A connection whose transaction, in PostgreSQL, has begun and has the lock; where its server has closed it since it was used last, all are opened anew."""
         connection = self.engine.connect()
         try:
             if not self._is_sqlite:
@@ -141,6 +145,7 @@ class Store:
                     if not error.connection_invalidated:
                         raise
                     connection.close()
+                    self.engine.dispose()  # a server that was restarted has closed the others of the pool too; those in use are not touched
                     connection = self.engine.connect()
                     self._begin(connection)
             connection.info.pop(_NOW, None)

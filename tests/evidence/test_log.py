@@ -890,6 +890,51 @@ def test_a_restored_database_is_refused_by_the_pin(tmp_path: Path) -> None:
     restored.store.close()
 
 
+def test_the_pin_of_two_processes_never_goes_backwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One signs a checkpoint and is slow to write it; meanwhile the other appends and pins."""
+    pinned = tmp_path / "pinned"
+    slow, quick = House(tmp_path), House(tmp_path)
+    for house in (slow, quick):
+        house.log = Log(house.store, house.keyring, ORIGIN, pin=pinned)
+    slow.tell("refused")
+    signed, written, write = threading.Event(), threading.Event(), log_module.write_atomically
+
+    def dawdle(path: Path, content: bytes) -> None:
+        if not signed.is_set():
+            signed.set()
+            written.wait(0.3)  # the other one may have to wait for this one
+        write(path, content)
+
+    monkeypatch.setattr(log_module, "write_atomically", dawdle)
+
+    def follow() -> None:
+        signed.wait()
+        quick.tell("refused")
+        quick.log.pin()
+        written.set()
+
+    threads = [threading.Thread(target=slow.log.pin), threading.Thread(target=follow)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert note.open_checkpoint(pinned.read_bytes(), keys=[note.parse_key(slow.key)]).size == 2
+    for house in (slow, quick):
+        house.store.close()
+
+
+def test_whoever_opened_the_log_before_its_key_changed_pins_it_afterwards(tmp_path: Path) -> None:
+    old, new = House(tmp_path), House(tmp_path)
+    for house in (old, new):
+        house.log = Log(house.store, house.keyring, ORIGIN, pin=tmp_path / "pinned")
+    old.log.pin()
+    new.log.rotate()
+    new.log.pin()
+    assert old.log.pin() == (tmp_path / "pinned").read_bytes()
+    for house in (old, new):
+        house.store.close()
+
+
 def test_a_note_of_two_gigabytes_is_not_read(told: House, tmp_path: Path) -> None:
     """A sparse file: what is read of it is its size."""
     bundle = export(told, tmp_path, public=True)

@@ -34,6 +34,7 @@ class House:
     log: Log
     catalog: Catalog
     consent: Consent
+    master: Key
 
     def project(self, *sources: dict[str, Any], **privacy: Any) -> Project:
         head = {"name": "ward", "controller": "Clinic", "purpose": "note-assistant"}
@@ -70,7 +71,8 @@ def either_house(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Hou
 
 def open_house(url: str, root: Path) -> Iterator[House]:
     store = Store(url)
-    keyring = Keyring(store, Key.random())
+    master = Key.random()
+    keyring = Keyring(store, master)
     log = Log(store, keyring, "example.org/ward")
-    yield House(root, store, keyring, log, Catalog(store, keyring, log), Consent(store, keyring, log))
+    yield House(root, store, keyring, log, Catalog(store, keyring, log), Consent(store, keyring, log), master)
     store.close()

@@ -13,9 +13,10 @@ from sqlalchemy import text
 
 from discreet.errors import Forgotten, NotAdmitted, SourceMissing, SourceNotText
 from discreet.evidence.statement import Predicate
-from discreet.governance.catalog import SourceFiles, subject_id
-from discreet.governance.consent import Reason
+from discreet.governance.catalog import SourceFiles, declare_same, subject_id
+from discreet.governance.consent import Consent, Reason
 from discreet.governance.erasure import Erasure, Finding, Identity, Transcript, token
+from discreet.keys import Keyring
 from discreet.record import Basis, Digest, Purpose, Sensitivity, SubjectId
 
 PURPOSE = Purpose("note-assistant")
@@ -261,3 +262,23 @@ def test_withdrawals_by_the_thousand_reach_the_next_question_within_a_minute(hou
     gone = house.consent.revoked([record.digest for record in records], PURPOSE)
     assert {digest for digest, _ in gone} == {record.digest for record in records[::2]}
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("how", ["withdraw", "import", "opt out"])
+def test_words_under_a_number_that_became_somebodys_meanwhile_are_theirs(house, how):
+    """Whoever withdraws has named the person before the numbers were declared to be one, and writes after it."""
+    source = house.catalog.register(*house.notes(opt_outs="optouts.txt"))
+    person, second = (subject_id(house.keyring, unit="patient", value=value) for value in ("P-1", "P-9"))
+    other = Keyring(house.store, house.master)
+    declare_same(other, unit="patient", pairs=[("P-9", "P-1")], agree=lambda tx, new: None)
+    if how == "withdraw":
+        house.consent.withdraw(second)
+    elif how == "import":
+        house.consent.import_words([(second, None, None), (person, None, None)])
+    else:
+        house.write("optouts.txt", "P-9\nP-1\n")
+        house.consent.load_opt_outs(source)
+    assert [word.basis for word in house.consent.history(person)] == [None], "said once"
+    assert house.consent.history(second) == []
+    restarted = Consent(house.store, other, house.log)
+    assert restarted.history(subject_id(other, unit="patient", value="P-9")) == house.consent.history(person)

@@ -88,6 +88,21 @@ def test_events_are_what_openlineage_asks_for_and_name_no_record(tx):
         jsonschema.validate({key: value for key, value in events[0].items() if key != "job"}, EVENT)
 
 
+def test_only_what_ended_is_complete(tx):
+    """A run has its end when it has a model; a state of it never."""
+    for name, kind, parents in (
+        ("run", Kind.RUN, ["s1"]),
+        ("state", Kind.CHECKPOINT, ["run"]),
+        ("dead", Kind.RUN, ["s1"]),
+        ("m3", Kind.MODEL, ["run"]),
+    ):
+        lineage.derive(tx, Artifact(digest=digest(name), kind=kind), parents=[digest(p) for p in parents])
+    events = lineage.openlineage(tx, [digest("s1")], namespace="ward")
+    ended = {event["outputs"][0]["name"] for event in events if event["eventType"] == "COMPLETE"}
+    assert ended == {digest(name) for name in ("m1", "m2", "m3", "run")}
+    assert len([event for event in events if event["eventType"] == "START"]) == 6
+
+
 def test_an_unknown_parent_is_refused(tx):
     with pytest.raises(NotFound, match="1 unknown parent"):
         lineage.derive(tx, Artifact(digest=digest("m3"), kind=Kind.MODEL), parents=[digest("s1"), digest("stranger")])

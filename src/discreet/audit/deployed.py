@@ -86,6 +86,7 @@ def layer(kind: str, scores: ArrayLike, parent: ArrayLike, included: ArrayLike, 
     child_M, parent_M = np.asarray(scores, dtype=np.float64), np.asarray(parent, dtype=np.float64)
     spread = np.ptp(child_M) > 0 and np.ptp(parent_M) > 0
     likeness, unlike_p = stats.spearmanr(child_M, parent_M, alternative="greater") if spread else (0.0, 1.0)
-    shown = unlike_p < _UNLIKE and found.detectable <= MAX_EFFECT * found.claimed
+    alike = bool(unlike_p < _UNLIKE)
+    shown = alike and found.detectable <= MAX_EFFECT * found.claimed
     verdict = Verdict.FAIL if found.rejected else Verdict.PASS if shown else Verdict.INCONCLUSIVE
-    return Layer(name=f"deployed: {kind}", verdict=verdict, figures={**found.figures(), "likeness": float(likeness)})
+    return Layer(name=f"deployed: {kind}", verdict=verdict, figures={**found.figures(), "likeness": float(likeness), "alike": alike})

@@ -315,7 +315,10 @@ def consent_import(
 @consent.command("same-person")
 def consent_same_person(
     file: Annotated[
-        Path, typer.Argument(help="CSV with the columns subject and same_as: a second identifier, and the first one of the same person.")
+        Path,
+        typer.Argument(
+            help="CSV with the columns subject and same_as: a second identifier, and the first one of the same person, which is not looked up."
+        ),
     ],
     project: Folder = HERE,
     as_json: Json = False,

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -332,11 +333,14 @@ class Log:
         Raises:
             EvidenceInvalid: when the log lacks entries that were signed (a restored backup), or has other ones (a fork).
         """
-        if self._pin is None or not self._pin.exists():
-            return
         with self._store.transaction() as tx:
-            failed: list[str] = []
-            _check_pinned(self._pin.read_bytes(), tree=_Tree.of(tx), keys=self._keys.all, failed=failed, where="pinned checkpoint")
+            self._check_pin(tx)
+
+    def _check_pin(self, tx: Connection) -> _Tree:
+        self._load_keys(tx)  # another process may have given the log a new key, and pinned a checkpoint under it
+        tree, failed = _Tree.of(tx), list[str]()
+        if self._pin is not None and self._pin.exists():
+            _check_pinned(self._pin.read_bytes(), tree=tree, keys=self._keys.all, failed=failed, where="pinned checkpoint")
         if failed:
             raise EvidenceInvalid(
                 "a log that has grown from the checkpoint that was pinned outside the database",
@@ -344,15 +348,32 @@ class Log:
                 remedy="A backup was restored, or the log was changed. Restore a newer one, or accept the loss: `discreet evidence pin --accept-rollback`.",
                 failed=failed,
             )
+        return tree
 
     def pin(self) -> bytes:
-        """Signs a checkpoint over all entries, keeps it outside the database, and returns it.
+        """Signs a checkpoint over all entries, keeps it outside the database, and returns it. Processes that pin at the same time do it one after the other.
 
         Raises:
             EvidenceInvalid: as `checkpoint` and `check_pin`.
         """
-        self.check_pin()
-        signed = self.checkpoint()
+        with self._pinning():
+            with self._store.transaction() as tx:
+                signed = self._checkpoint(tx, self._check_pin(tx))
+            return self._keep(signed)
+
+    @contextmanager
+    def _pinning(self) -> Iterator[None]:
+        """One process at a time compares the pinned checkpoint and replaces it, so that a newer one never gives way to an older."""
+        if self._pin is None:
+            yield
+            return
+        self._pin.parent.mkdir(parents=True, exist_ok=True)
+        with self._pin.with_name(f"{self._pin.name}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # let go of when the file is closed
+            yield
+
+    def _keep(self, signed: bytes) -> bytes:
+        """Replaces the pinned checkpoint, after the database has committed what it is about: a kill before leaves the earlier one."""
         if self._pin is not None and (not self._pin.exists() or self._pin.read_bytes() != signed):
             write_atomically(self._pin, signed)
         return signed
@@ -364,15 +385,14 @@ class Log:
             EvidenceInvalid: as `checkpoint`.
         """
         lost = ""
-        with suppress(EvidenceInvalid), self._store.transaction() as tx:
-            if self._pin is not None and self._pin.exists():
-                lost = f"{note.open_checkpoint(self._pin.read_bytes(), keys=self._keys.all).size} entries signed, {_Tree.of(tx).size} here"
-        fields: dict[str, JSON] = {"rule": "no rollback", "reason": reason, "by": by, "value": lost}
-        with self._store.transaction() as tx:
-            self.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(statement.digest_of(self.origin.encode()),), fields=fields))
-        if self._pin is not None:
-            self._pin.unlink(missing_ok=True)
-        return self.pin()
+        with self._pinning():
+            with suppress(EvidenceInvalid), self._store.transaction() as tx:
+                if self._pin is not None and self._pin.exists():
+                    lost = f"{note.open_checkpoint(self._pin.read_bytes(), keys=self._keys.all).size} entries signed, {_Tree.of(tx).size} here"
+            fields: dict[str, JSON] = {"rule": "no rollback", "reason": reason, "by": by, "value": lost}
+            with self._store.transaction() as tx:
+                self.append(tx, Statement(predicate=Predicate.OVERRIDDEN, subjects=(statement.digest_of(self.origin.encode()),), fields=fields))
+            return self._keep(self.checkpoint())
 
     def export_tiles(self, folder: Path) -> Path:
         """Writes checkpoint and tiles as c2sp.org/tlog-tiles serves them, for monitors and mirrors, and returns the folder. No entry is in it.

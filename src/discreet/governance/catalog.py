@@ -495,9 +495,11 @@ def subject_id(keyring: Keyring, *, unit: str, value: str) -> SubjectId:
     return keyring.pseudonym(_scheme(unit, value))
 
 
-def declare_same(keyring: Keyring, *, unit: str, pairs: Sequence[tuple[str, str]]) -> int:
+def declare_same(
+    keyring: Keyring, *, unit: str, pairs: Sequence[tuple[str, str]], agree: Callable[[Connection, Mapping[int, SubjectId]], None]
+) -> int:
     """Makes second identifiers of a scheme one person with the first. Arguments and errors as `Keyring.declare_same`."""
-    return keyring.declare_same([(_scheme(unit, second), _scheme(unit, first)) for second, first in pairs])
+    return keyring.declare_same([(_scheme(unit, second), _scheme(unit, first)) for second, first in pairs], agree=agree)
 
 
 def _scheme(unit: str, value: str) -> str:

@@ -127,8 +127,9 @@ class Consent:
         """
         if source.opt_outs is None:
             return 0
-        subjects = [source.subject(self._keyring, unit) for unit in _read_units(source)]
+        listed = [source.subject(self._keyring, unit) for unit in _read_units(source)]
         with self._store.transaction() as tx:
+            subjects = self._people(tx, listed)
             silent = self._without_objection(tx, subjects)
             new = [subject for subject in dict.fromkeys(subjects) if subject in silent]
             if new:
@@ -155,7 +156,7 @@ class Consent:
         with self._store.transaction() as tx:
             for (purpose, basis), group in groupby(rows, key=lambda row: (row[1], row[2])):
                 name = purpose.name if purpose else _EVERY_PURPOSE
-                subjects = list(dict.fromkeys(subject for subject, _, _ in group))
+                subjects = list(dict.fromkeys(self._people(tx, [subject for subject, _, _ in group])))
                 if basis is None:
                     open_ones = self._without_objection(tx, subjects, name)
                     new = [subject for subject in subjects if subject in open_ones]
@@ -175,6 +176,11 @@ class Consent:
         with self._store.transaction() as tx:
             rows = tx.execute(select(_words).where(_words.c.token == self._token(subject)).order_by(_words.c.sequence)).all()
         return [Word(purpose=row.purpose, basis=Basis(row.basis) if row.basis else None, at=row.at) for row in rows]
+
+    def has_heard_of(self, tx: Connection, subject: SubjectId) -> bool:
+        """Returns, within a transaction, whether anything was said in the name of this very pseudonym, or it was erased or is restricted."""
+        said = tx.execute(select(_words.c.sequence).where(_words.c.token == self._token(subject)).limit(1)).first()
+        return said is not None or bool(erasure.erased(tx, self._keyring, [subject]))
 
     def is_erased(self, subject: SubjectId) -> bool:
         """Returns whether the subject was erased, or is restricted: nothing of theirs may be taken in again."""
@@ -249,6 +255,7 @@ class Consent:
 
     def _change(self, subject: SubjectId, purpose: str, *, basis: Basis | None) -> None:
         with self._store.transaction() as tx:
+            [subject] = self._people(tx, [subject])
             if basis is None and not self._without_objection(tx, [subject], purpose):
                 return
             if basis is not None and self._standing(tx, [subject], purpose).get(subject) is basis:
@@ -259,6 +266,11 @@ class Consent:
             about = catalog.digests_of(tx, subject) or [Digest("sha256:" + Key.random().stream("consent").bytes(32).hex())]
             for batch in lineage.chunks(about, BATCH):
                 self._log.append(tx, Statement(predicate=Predicate.CONSENT_CHANGED, subjects=tuple(batch), fields=fields))
+
+    def _people(self, tx: Connection, subjects: Sequence[SubjectId]) -> list[SubjectId]:
+        """Whose words these are as of this transaction: a pseudonym may have become a second one of somebody since it was made."""
+        same = self._keyring.second_identifiers(tx)
+        return [same.get(subject, subject) for subject in subjects]
 
     def _say(self, tx: Connection, subjects: Sequence[SubjectId], *, purpose: str, basis: Basis | None) -> None:
         at = now(tx)

@@ -163,7 +163,7 @@ def edges(tx: Connection) -> Iterator[tuple[Digest, Digest]]:
 
 def openlineage(tx: Connection, digests: Sequence[Digest], *, namespace: str) -> list[dict[str, Any]]:
     """Returns two OpenLineage events for each artifact made from `digests`, START and COMPLETE of the run that made it: its parents are inputs, it is the output. Records are
-    not named. The time is that of the export.
+    not named. The time is that of the export. A training run without a model, and a state of one that is open, has only its START.
 
     Args:
         tx: an open transaction.
@@ -193,7 +193,9 @@ def openlineage(tx: Connection, digests: Sequence[Digest], *, namespace: str) ->
             "inputs": inputs,
         }
         made = {"namespace": namespace, "name": artifact.digest, "facets": facets}
-        events += [{"eventType": "START", **run, "outputs": []}, {"eventType": "COMPLETE", **run, "outputs": [made]}]
+        events.append({"eventType": "START", **run, "outputs": []})
+        if artifact.kind not in (Kind.RUN, Kind.CHECKPOINT) or any(below.kind is Kind.MODEL for below in descendants(tx, [artifact.digest])):
+            events.append({"eventType": "COMPLETE", **run, "outputs": [made]})
     return events
 
 

@@ -30,7 +30,7 @@ from discreet.pipeline.people import Own, own_texts
 from discreet.pipeline.training import abandon, checkpoints_of
 from discreet.pipeline.weights import PUBLIC_ADAPTER, adapter_digest_of, frozen_public, load_base, setup_of
 from discreet.record import Basis, Digest, Sensitivity, SubjectId
-from discreet.serve import retrieval
+from discreet.serve import gateway, retrieval
 from discreet.serve.retrieval import IndexStore
 from discreet.store import partial_of
 from discreet.train import loop
@@ -98,7 +98,7 @@ def erasure_of(house: House) -> Erasure:
         ),
         derived=(
             CheckpointStore(
-                project.state / "runs",
+                _runs(house),
                 states=lambda run, track: checkpoints_of(house, run, track=track),
                 snapshots=corpus.SnapshotStore(house.snapshots, house.keyring),
             ),
@@ -146,8 +146,8 @@ class _OpenRuns:
 
 @final
 class _UnfinishedWeights:
-    """Weights without a node: trained without privacy on public text by a run that was killed, or children that a kill left here or half way to their place. No decision can reach them, so all go,
-    whoever asks: they are made again, the same."""
+    """Weights without a node: of a run that was killed or given up, of a release or a withdrawal that was killed half way, or children that a kill left here or half way to their place. No decision
+    can reach them, so all go, whoever asks: they are made again, the same."""
 
     name = "unfinished weights"
 
@@ -158,24 +158,31 @@ class _UnfinishedWeights:
         return []
 
     def purge(self, subject: SubjectId) -> None:  # noqa: ARG002  # see the class
-        for left in self._unnamed():
+        for left in _unnamed(self._house):
             _remove(left)
 
     def absence(self, subject: SubjectId) -> bool:  # noqa: ARG002  # see the class
-        return not self._unnamed()
-
-    def _unnamed(self) -> list[Path]:
-        found = _public_weights(self._house)
-        with self._house.store.transaction() as tx:
-            known = {artifact.digest for artifact in lineage.find_all(tx, [digest for digest in found.values() if digest])}
-        return [folder for folder, digest in found.items() if digest not in known] + _unfinished_children(self._house)
+        return not _unnamed(self._house)
 
 
-def _public_weights(house: House) -> dict[Path, Digest | None]:
-    """Folders of weights that public text alone has made, with their digests; None for what a killed write left."""
-    runs = [folder for folder in (house.project.state / "runs").glob("*/*") if folder.name.lstrip(".").startswith(PUBLIC_ADAPTER)]
+def _unnamed(house: House) -> list[Path]:
+    """Weights that no node names, whole or not."""
+    found = _weights(house)
+    with house.store.transaction() as tx:
+        known = {artifact.digest for artifact in lineage.find_all(tx, [digest for digest in found.values() if digest])}
+    return [folder for folder, digest in found.items() if digest not in known] + _unfinished_children(house)
+
+
+def _weights(house: House) -> dict[Path, Digest | None]:
+    """The project's folders of weights, releases whole, with the digest of what each holds; None for what a killed write or a killed deletion left."""
+    runs = [folder for folder in _runs(house).glob("*/*") if folder.name.lstrip(".").startswith((gateway.ADAPTER_FOLDER, PUBLIC_ADAPTER))]
     adapters = {folder: adapter_digest_of(folder) for folder in runs}
-    return adapters | {folder: _base_digest(folder) for folder in (house.project.state / "models").glob("*")}
+    released = {folder: adapter_digest_of(folder / gateway.ADAPTER_FOLDER) for folder in house.releases.glob("*") if folder.is_dir()}
+    return adapters | released | {folder: _base_digest(folder) for folder in (house.project.state / "models").glob("*")}
+
+
+def _runs(house: House) -> Path:
+    return house.project.state / "runs"
 
 
 @final
@@ -212,7 +219,7 @@ class _ProjectModels:
                 return self._child(subject, digest, written)
             return self._searched(subject, written.read_text(encoding="utf-8"))
         adapter = next(
-            (p for p in sorted((self._house.project.state / "runs").glob("*/adapter")) if adapter_digest_of(p) == digest),
+            (p for p in sorted(_runs(self._house).glob("*/adapter")) if adapter_digest_of(p) == digest),
             None,
         )
         own = own_texts(self._house, subject) if adapter else []
@@ -263,22 +270,21 @@ class _ProjectModels:
     def withdraw(self, digest: Digest) -> None:
         """Destroys every copy of the weights, or what was made of them where it was put, forgets the stages that made them and says so in the log.
 
-        A run and a deployment go with their model: its folders are theirs.
+        A run and a deployment go with their model: its folders are theirs. What a killed call left is no whole model any more, so that goes first.
         """
         house = self._house
         with house.store.transaction() as tx:
             if {artifact.kind for artifact in lineage.find_all(tx, [digest])} & {lineage.Kind.RUN, lineage.Kind.DEPLOYMENT}:
                 return
-        for written in written_files(house, digest):
-            model.destroy(written)
-        for partial in _partials(house, _written(digest)):
-            _remove(partial)
-        for adapter in [*(house.project.state / "runs").glob("*/*adapter"), *house.releases.glob("*/adapter")]:
-            if adapter_digest_of(adapter) == digest:
-                shutil.rmtree(adapter.parent)
-        for folder, found in _public_weights(house).items():
-            if found == digest:
-                shutil.rmtree(folder)
+        for left in _unnamed(house):
+            _remove(left)
+        known = fact(house, _written(digest))
+        if known:
+            for place in map(Path, _places(known)):
+                model.destroy(place, _parts(known, place))
+        found = [folder for folder, held in _weights(house).items() if held == digest]
+        for folder in {each.parent if each.is_relative_to(_runs(house)) else each for each in found}:
+            shutil.rmtree(folder)
         with house.store.transaction() as tx:
             forget_model(tx, digest)
             fields: dict[str, JSON] = {"adapter": digest, "reasons": ["erasure"]}
@@ -304,28 +310,29 @@ def _unplaced(house: House) -> Path:
 
 def _unfinished_children(house: House) -> list[Path]:
     """What kills left of children and of text: in the project's folder for them, and beside the places where they should be."""
-    return [own for own in [_unplaced(house)] if own.exists()] + _partials(house, _WRITTEN)
-
-
-def _partials(house: House, prefix: str) -> list[Path]:
     with house.store.transaction() as tx:
-        known = facts(tx, prefix)
-    return [partial for each in known for place in _places(each) if (partial := partial_of(Path(place))).exists()]
+        known = facts(tx, _WRITTEN)
+    places = [_unplaced(house), *(partial_of(Path(place)) for each in known for place in _places(each))]
+    return [place for place in places if place.exists()]
 
 
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def record_written(tx: Connection, digest: Digest, file: Path) -> None:
-    """Remembers where a file was put that was made of a model, text that it drew or its merged weights: inside, so that an erasure finds it, each time that it was put somewhere."""
+def record_written(tx: Connection, digest: Digest, file: Path, *, parts: Mapping[str, Digest] | None = None) -> None:
+    """Remembers where a file was put that was made of a model, text that it drew or its merged weights: inside, so that an erasure finds it, each time that it was put somewhere.
+
+    Args:
+        parts: what lies there, as `model.child_files` gives it; left out, one file of that digest.
+    """
     name = _written(digest)
     places = {place for known in facts(tx, name) for place in _places(known)}
-    remember(tx, name, {"files": sorted({*places, str(file.resolve())}), "digest": digest})
+    remember(tx, name, {"files": sorted({*places, str(file.resolve())}), "digest": digest, "parts": dict(parts or {"": digest})})
 
 
 def written_files(house: House, digest: Digest) -> list[Path]:
-    """Returns the files, or folders of weights, that were made of a model, where they still are what was written; a copy elsewhere is the operator's to destroy."""
+    """Returns the files, or folders of weights, that were made of a model, where they still are as a whole what was written; a copy elsewhere is the operator's to destroy."""
     known = fact(house, _written(digest))
     files = [Path(place) for place in _places(known)] if known else []
     return [file for file in files if model.child_digest(file) == digest]
@@ -334,6 +341,13 @@ def written_files(house: House, digest: Digest) -> list[Path]:
 def _places(known: Mapping[str, Any]) -> list[str]:
     """Where a file was put; what was remembered first named one place."""
     return list(known.get("files") or [known["file"]])
+
+
+def _parts(known: Mapping[str, Any], place: Path) -> dict[str, Digest]:
+    """What was written to a place; where that was not remembered yet, all that makes a model there while it is the one that was written."""
+    if "parts" in known:
+        return {name: Digest(digest) for name, digest in known["parts"].items()}
+    return model.child_files(place) if model.child_digest(place) == known["digest"] else {}
 
 
 def _written(digest: Digest) -> str:

@@ -93,8 +93,7 @@ def open_house(folder: Path, *, exclusive: bool = True, lost: tuple[str, str] | 
             try:
                 yield house
             finally:
-                if exclusive:
-                    log.pin()
+                log.pin()
         finally:
             store.close()
 

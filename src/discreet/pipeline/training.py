@@ -418,13 +418,16 @@ def _close_abandoned(house: House, current: str) -> None:
 
 
 def abandon(house: House, reservation: Reservation) -> None:
-    """Gives a run up: closed, its key and state destroyed; what it spent stays spent."""
+    """Gives a run up: closed, its key and state destroyed, its node retired unless it made a model; what it spent stays spent."""
+    _destroy_state(house, reservation.run)
+    with house.store.transaction() as tx:
+        if not lineage.descendants(tx, [_run_node(reservation.run)]):
+            lineage.retire_all(tx, [_run_node(reservation.run)])
     house.ledger.close(reservation, CloseReason.CRASH)
     house.keyring.close_run(reservation.run)
     fields: dict[str, JSON] = {"run": reservation.run, "kind": "noise and sampling", "reason": "abandoned"}
     with house.store.transaction() as tx:
         house.log.append(tx, Statement(predicate=Predicate.KEY_DESTROYED, subjects=(reservation.plan,), fields=fields))
-    _destroy_state(house, reservation.run)
 
 
 def _destroy_state(house: House, run: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Connection
 
 from discreet import corpus, model
-from discreet.errors import NotFound
+from discreet.errors import ModelUnsafe, NotFound
 from discreet.evidence.statement import Predicate
 from discreet.governance import lineage
 from discreet.model import Base, PublicText
@@ -47,10 +47,10 @@ def setup_of(house: House, base: Base, *, held_out: PublicText, start: Path | No
 
 
 def adapter_digest_of(folder: Path) -> Digest | None:
-    """Returns the digest of the adapter in a folder; None where there is none, or no longer: it may have gone with the run beside it."""
+    """Returns the digest of the adapter in a folder; None where there is no whole one, or no longer: it may have gone with the run beside it."""
     try:
         return model.adapter_digest(folder) if folder.is_dir() else None
-    except NotFound:
+    except (NotFound, ModelUnsafe):
         return None
 
 
