@@ -12,7 +12,7 @@ import pytest
 
 from discreet import duties, pipeline
 from discreet.deid import policy as deid
-from discreet.errors import AccessDenied, BudgetExhausted, EvidenceInvalid, NotFound, PlanInvalid, RecordInvalid, RequestInvalid
+from discreet.errors import AccessDenied, BudgetExhausted, EvidenceInvalid, NotFound, OperationFailed, PlanInvalid, RecordInvalid, RequestInvalid
 from discreet.evidence.log import verify_bundle, verify_certificate
 from discreet.evidence.statement import Predicate
 from discreet.governance import residue
@@ -201,6 +201,15 @@ def test_who_withdrew_a_moment_ago_is_nobodys_second(acting: As, folder: Path) -
             duties.same_person(house, pairs(folder))
         with house.store.transaction() as tx:
             assert house.keyring.second_identifiers(tx) == {}
+
+
+@pytest.mark.parametrize("export", [pipeline.export_evidence, duties.export_evidence])
+def test_a_file_that_is_no_earlier_key_is_not_written_over(acting: As, tmp_path: Path, export: Callable[..., tuple[Path, Path]]) -> None:
+    (tmp_path / "bundle.pub").write_text("ssh-ed25519 AAAA somebody")
+    with acting("olga") as house, pytest.raises(OperationFailed, match="public key"):
+        export(house, tmp_path / "bundle", public=False)
+    assert (tmp_path / "bundle.pub").read_text() == "ssh-ed25519 AAAA somebody"
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_certificate_is_checked_with_the_key_alone(acting: As, folder: Path, tmp_path: Path) -> None:

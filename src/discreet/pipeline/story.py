@@ -12,7 +12,7 @@ from typing import Any, Literal
 from discreet import config
 from discreet.deid import policy as deid
 from discreet.errors import NotFound, RunInProgress
-from discreet.evidence.log import Log
+from discreet.evidence.log import Log, key_beside
 from discreet.evidence.statement import Predicate
 from discreet.governance import lineage
 from discreet.governance.access import Access, Action, current_user
@@ -213,8 +213,8 @@ def trace(house: House, digest: str) -> list[dict[str, Any]]:
 def export_evidence(house: House, folder: Path, *, public: bool) -> tuple[Path, Path]:
     """Writes the log as a bundle and, beside it, the public key that verifies it. What an officer needs around it: `dossier.write`."""
     house.access.require(Action.READ, who=current_user())
+    key = key_beside(folder)
     bundle = house.log.export(folder, public=public)
-    key = folder.with_name(folder.name + ".pub")
     write_atomically(key, (house.log.public_key() + "\n").encode())
     return bundle, key
 
