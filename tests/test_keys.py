@@ -169,12 +169,12 @@ def test_a_second_identifier_is_the_first_ones_person_for_good(store: Store, key
     """Also after a restart and after the person's key was destroyed; all pairs or none; the database holds no pseudonym of either."""
     one, two, three, other = ("patient:1", "patient:2", "patient:3", "patient:4")
     second = keyring.pseudonym(two)
-    assert keyring.declare_same([(two, one), (three, two)], agree=lambda tx, new: None) == 2, "a third by way of the second"
+    assert keyring.declare_same([(two, one), (three, two)]) == 2, "a third by way of the second"
     assert keyring.pseudonym(one) == keyring.pseudonym(two) == keyring.pseudonym(three) != keyring.pseudonym(other)
     keyring.subject(keyring.pseudonym(other))
     for pairs in ([("patient:5", one), (other, one)], [(one, "patient:6")], [(two, "patient:6")], [(other, other)]):
         with pytest.raises(RecordInvalid):
-            keyring.declare_same(pairs, agree=lambda tx, new: None)
+            keyring.declare_same(pairs)
     assert keyring.pseudonym("patient:5") != keyring.pseudonym(one), "the pair before the refused one"
     keyring.subject(keyring.pseudonym(one))
     keyring.forget(keyring.pseudonym(one))
@@ -190,10 +190,10 @@ def test_a_second_identifier_is_the_first_ones_person_for_good(store: Store, key
 def test_two_keyrings_do_not_swap_two_identifiers(store: Store, keyring: Keyring, tmp_path: Path):
     """What counts is what the database says when the pair is declared, not when the keyring was opened."""
     stale = Keyring(store, open_master(f"file:{tmp_path}/master.key"))
-    assert keyring.declare_same([("patient:2", "patient:1")], agree=lambda tx, new: None) == 1
+    assert keyring.declare_same([("patient:2", "patient:1")]) == 1
     for pair in (("patient:1", "patient:2"), ("patient:2", "patient:3")):
         with pytest.raises(RecordInvalid, match="pair 1"):
-            stale.declare_same([pair], agree=lambda tx, new: None)
+            stale.declare_same([pair])
     assert stale.declare_same([("patient:2", "patient:1")], agree=lambda tx, new: pytest.fail("nothing is new")) == 0
     assert stale.pseudonym("patient:2") == keyring.pseudonym("patient:1")
 

@@ -54,6 +54,10 @@ _keys = Table(
 )
 
 
+Agree = Callable[[Connection, Mapping[int, SubjectId]], None]
+"""What else has to hold, or is written, in the transaction that declares second identifiers: their pseudonyms by the place of the pair."""
+
+
 @final
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -153,7 +157,7 @@ class Keyring:
         rows = tx.execute(select(_keys.c.name, _keys.c.wrapped).where(_keys.c.kind == _SAME)).all()
         return dict(self._open_same(row.name, row.wrapped) for row in rows)
 
-    def declare_same(self, pairs: Sequence[tuple[str, str]], *, agree: Callable[[Connection, Mapping[int, SubjectId]], None]) -> int:
+    def declare_same(self, pairs: Sequence[tuple[str, str]], *, agree: Agree | None = None) -> int:
         """Makes second identifiers one person with the first, from now on and for every part of the project. All of them or none; returns how many are new.
 
         Kept sealed, under an HMAC: the database names neither, and it outlives an erasure, so that whoever was erased does not come back under the other name. A second identifier that was
@@ -185,7 +189,8 @@ class Keyring:
                 rows.append({"kind": _SAME, "name": name, "wrapped": self._wrap.seal(f"{own} {person}".encode(), context=f"{_SAME}/{name}".encode())})
             if rows:
                 tx.execute(insert(_keys), rows)
-                agree(tx, new)
+                if agree is not None:
+                    agree(tx, new)
         self._same = same
         return len(rows)
 

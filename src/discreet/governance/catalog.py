@@ -52,7 +52,7 @@ from discreet.evidence.statement import JSON, Predicate, Statement
 from discreet.governance import lineage
 from discreet.governance.erasure import erased
 from discreet.governance.lineage import Artifact, Kind
-from discreet.keys import Key, Keyring
+from discreet.keys import Agree, Key, Keyring
 from discreet.record import Digest, Record, Sensitive, Sensitivity, SubjectId
 from discreet.store import Store, metadata, now
 
@@ -495,9 +495,7 @@ def subject_id(keyring: Keyring, *, unit: str, value: str) -> SubjectId:
     return keyring.pseudonym(_scheme(unit, value))
 
 
-def declare_same(
-    keyring: Keyring, *, unit: str, pairs: Sequence[tuple[str, str]], agree: Callable[[Connection, Mapping[int, SubjectId]], None]
-) -> int:
+def declare_same(keyring: Keyring, *, unit: str, pairs: Sequence[tuple[str, str]], agree: Agree | None = None) -> int:
     """Makes second identifiers of a scheme one person with the first. Arguments and errors as `Keyring.declare_same`."""
     return keyring.declare_same([(_scheme(unit, second), _scheme(unit, first)) for second, first in pairs], agree=agree)
 
