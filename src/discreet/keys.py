@@ -198,10 +198,6 @@ class Keyring:
         own, _, person = self._wrap.open(wrapped, context=f"{_SAME}/{name}".encode()).decode().partition(" ")
         return SubjectId(own), SubjectId(person)
 
-    def seconds(self) -> dict[SubjectId, SubjectId]:
-        """Returns, for every identifier that was declared to be somebody's second one, the pseudonym that it would have alone, and whose it is."""
-        return dict(self._same)
-
     def hmac(self, label: str, message: bytes) -> bytes:
         """Returns a project-wide HMAC under the label's own key (suppression lists, ids): it survives every erasure."""
         return self._log.derive(label).mac(message)

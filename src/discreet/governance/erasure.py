@@ -503,7 +503,9 @@ class Erasure:
         """From here on nothing of the subject is collected, admitted or sampled. The journal comes first: it may know more than the database, never less. It names their second identifiers too:
         a restored database may not know any more that they are theirs."""
         if self._journal is not None:
-            for own in (subject, *sorted(own for own, person in self._keyring.seconds().items() if person == subject)):
+            with self._database.transaction() as tx:
+                theirs = [own for own, person in self._keyring.second_identifiers(tx).items() if person == subject]
+            for own in (subject, *sorted(theirs)):
                 _write_journal(self._journal, self._keyring, token(self._keyring, own))
         with self._database.transaction() as tx:
             self._advance(tx, subject, State.SCOPED)
@@ -640,11 +642,13 @@ class Erasure:
         """
         if self._journal is None or not self._journal.exists():
             return 0
-        theirs = {token(self._keyring, own) for own in self._keyring.seconds()}  # nobody's alone: whose they are is in the journal as well
-        tokens = [each for each in _read_journal(self._journal, self._keyring) if each not in theirs]
+        tokens = _read_journal(self._journal, self._keyring)
         with self._database.transaction() as tx:
+            second = {
+                token(self._keyring, own) for own in self._keyring.second_identifiers(tx)
+            }  # nobody's alone: whose they are is in the journal as well
             known = {row.token: row.state for row in tx.execute(select(_erasures.c.token, _erasures.c.state))}
-            lost = [t for t in tokens if known.get(t, State.RECEIVED.value) in _NOT_YET_RESTRICTED]
+            lost = [t for t in tokens if t not in second and known.get(t, State.RECEIVED.value) in _NOT_YET_RESTRICTED]
             for t in lost:
                 restored = {**_FRESH, "state": State.RESTRICTED.value, "method": "journal of suppressions"}
                 if t in known:
