@@ -42,7 +42,7 @@ from discreet.dp.mechanism import Mechanism, Sampling, mechanism_from_json
 from discreet.dp.selection import Search
 from discreet.errors import EvidenceInvalid, NotReleased
 from discreet.evidence import note, statement
-from discreet.evidence.log import BUNDLE, Log, VerifiedBundle, check_replaceable, key_beside, remove, verify_bundle, writing
+from discreet.evidence.log import BUNDLE, Log, VerifiedBundle, check_replaceable, key_beside, named, remove, verify_bundle, writing
 from discreet.evidence.log import MANIFEST_TYPE as BUNDLE_TYPE
 from discreet.evidence.statement import Exposure, canonical_json, parse_json
 from discreet.governance import catalog, lineage
@@ -140,8 +140,8 @@ def write(log: Log, store: Store, folder: Path, *, public: bool, namespace: str)
         OperationFailed: when the folder holds anything else, or cannot be written.
         EvidenceInvalid: when what was written does not verify; earlier evidence is kept.
     """
-    folder = folder.absolute()
-    partial = folder.parent / f"{folder.name}.partial"
+    folder = named(folder)
+    partial = folder.with_name(f"{folder.name}.partial")
     check_replaceable(folder, _EARLIER, types=(MANIFEST_TYPE, BUNDLE_TYPE))
     check_replaceable(partial, _LEFT)
     with writing(partial, _LEFT):

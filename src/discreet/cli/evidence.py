@@ -26,8 +26,9 @@ def evidence_export(
 ) -> None:
     """Writes what a privacy officer needs as one signed folder that anyone can verify offline, and the public key beside it; verifies it once."""
     from discreet import dossier
+    from discreet.evidence.log import named
 
-    out = out.absolute()
+    out = named(out)
     if trail is not None:
         from discreet.serve.trail import export
 

@@ -457,8 +457,8 @@ class Log:
             OperationFailed: when the folder holds anything but a bundle with its manifest, or cannot be written.
             StorageFull: when the disk is full; an earlier bundle is kept.
         """
-        folder = folder.absolute()
-        partial = folder.parent / f"{folder.name}.partial"
+        folder = named(folder)
+        partial = folder.with_name(f"{folder.name}.partial")
         check_replaceable(folder, BUNDLE, types=(MANIFEST_TYPE,))
         check_replaceable(partial, BUNDLE)
         with writing(partial, BUNDLE), self._store.transaction() as tx:
@@ -870,13 +870,18 @@ def remove(folder: Path, names: Sequence[str]) -> None:
         folder.rmdir()
 
 
+def named(folder: Path) -> Path:
+    """Returns a folder by a path that has its name, as it was given where it does: "." has none."""
+    return folder if folder.name else folder.absolute()
+
+
 def key_beside(folder: Path) -> Path:
     """Returns where the public key of exported evidence goes.
 
     Raises:
         OperationFailed: when a file is there that is no public key.
     """
-    path = folder.absolute().parent / f"{folder.absolute().name}.pub"
+    path = named(folder).with_name(f"{named(folder).name}.pub")
     try:
         if path.exists():
             with path.open("rb") as file:
