@@ -20,7 +20,7 @@ from discreet.dp.mechanism import event_of
 from discreet.dp.selection import Search, Tries
 from discreet.errors import EvidenceInvalid, NotReleased, OperationFailed
 from discreet.evidence import note, witness
-from discreet.evidence.log import Log
+from discreet.evidence.log import Log, verify_bundle
 from discreet.evidence.statement import Predicate, Statement
 from discreet.governance import lineage
 from discreet.governance.lineage import Artifact, Kind
@@ -338,6 +338,19 @@ def test_another_release_of_the_accountant_may_differ_in_what_does_not_count(pro
     stated["accountant"]["value"] = stated["accountant"]["value"].rpartition(" ")[0] + " 99.0"
     _signed_again(log, folder, json.dumps(said))
     assert dossier.verify(folder, public_key=log.public_key()).public
+
+
+def test_evidence_of_another_version_is_computed_anew_or_says_whose_it_is(project, monkeypatch):
+    log, store, tmp_path = project
+    folder = dossier.write(log, store, tmp_path / "out", public=False, namespace="ward")
+    made_by = dossier.__version__
+    monkeypatch.setattr(dossier, "__version__", "99.0")
+    assert not dossier.verify(folder, public_key=log.public_key()).public
+    monkeypatch.setattr(dossier, "CONTROLS", tuple((control, f"{asks}, reworded", by) for control, asks, by in dossier.CONTROLS))
+    with pytest.raises(EvidenceInvalid) as caught:
+        dossier.verify(folder, public_key=log.public_key())
+    assert f"made by discreet {made_by}" in caught.value.failed[-1]
+    assert verify_bundle(folder / dossier.LOG, public_key=log.public_key()).entries, "the log verifies whatever its answers are called"
 
 
 def _signed_again(log, folder, content, *, public=None):

@@ -417,8 +417,10 @@ def _check_answers(said: object, verified: VerifiedBundle, *, software: bytes) -
     """The document is what the log and sbom.json give anew, but for answers that this log does not hold: those are as they were signed, and of their exposure."""
     try:
         answers = compile_dossier(verified.entries, public_key="\n".join(map(str, verified.keys)), software=statement.parse_once(software))
-    except (ArithmeticError, AttributeError, LookupError, NotReleased, TypeError, ValueError) as error:
+    except NotReleased as error:
         raise EvidenceInvalid.of([f"dossier.json: log and sbom.json give no answers ({error})"]) from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # which may quote what is internal
+        raise EvidenceInvalid.of([f"dossier.json: log and sbom.json give no answers ({type(error).__name__})"]) from None
     expected = json.loads(json.dumps(to_json(answers.public() if verified.public else answers)))
     sections = expected["sections"]
     for section, fact, exposure in _ONLY_INSIDE if verified.public else _BESIDE_THE_LOG:
@@ -438,9 +440,13 @@ def _check_answers(said: object, verified: VerifiedBundle, *, software: bytes) -
     }
     sections["controls"] = {fact.name: {"value": fact.value, "exposure": str(fact.exposure)} for fact in _controls(exposures).facts}
     if _printed(said) != _printed(expected):
-        raise EvidenceInvalid.of(
-            [f"dossier.json: {name} differs from the log" for name in _differing(said, expected)] or ["dossier.json: says more than the log"]
-        )
+        wrong = [f"dossier.json: {name} differs from the log" for name in _differing(said, expected)] or ["dossier.json: says more than the log"]
+        made_by = _at(expected, "sections", "software", "discreet", "value")
+        if made_by != __version__:
+            wrong.append(
+                f"dossier.json: made by discreet {made_by}, whose wording may be another than that of {__version__}; install it, or verify log/ alone"
+            )
+        raise EvidenceInvalid.of(wrong)
 
 
 _BESIDE_THE_LOG = (("data_sheet", "sources", Exposure.INTERNAL), ("lineage", "events", Exposure.INTERNAL))
